@@ -1,0 +1,55 @@
+"""jaxheads: the tops of models, as pure functions for JAX.
+
+A head computes loss, predictions and metrics from logits. It is frozen configuration; its state is a pytree that adds.
+
+>>> import jax.numpy as jnp
+>>> import jaxheads as jh
+>>> head = jh.BinaryClassHead()
+>>> labels, logits = jnp.array([1, 0, 1]), jnp.array([[0.4], [-1.2], [3.0]])
+>>> loss = head.loss(labels=labels, logits=logits)
+>>> metrics = head.metrics()
+>>> metrics = head.update_metrics(metrics, features=None, logits=logits, labels=labels)
+>>> metrics.compute()["auc"]
+np.float32(1.0)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jaxheads.head import Head as Head
+from jaxheads.head import LabelSpec as LabelSpec
+from jaxheads.head import Term as Term
+from jaxheads.head import learned as learned
+from jaxheads.head import running as running
+from jaxheads.head import subheads as subheads
+from jaxheads.heads import BinaryClassHead as BinaryClassHead
+from jaxheads.heads import MultiClassHead as MultiClassHead
+from jaxheads.heads import RegressionHead as RegressionHead
+from jaxheads.metrics import BadInputWarning as BadInputWarning
+from jaxheads.metrics import LogitGrid as LogitGrid
+from jaxheads.metrics import Mean as Mean
+from jaxheads.metrics import Metrics as Metrics
+from jaxheads.metrics import Scores as Scores
+from jaxheads.metrics import ThresholdGrid as ThresholdGrid
+from jaxheads.numerics.linear import LinearLogits as LinearLogits
+from jaxheads.numerics.reduction import Reduction as Reduction
+
+if TYPE_CHECKING:
+    from jaxheads.compose import binary_or_multi_class_head as binary_or_multi_class_head
+
+__version__ = "0.1.0"
+
+# Upper floors, imported when first asked for.
+_LAZY = {"binary_or_multi_class_head": "jaxheads.compose"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'jaxheads' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

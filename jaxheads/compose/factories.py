@@ -1,0 +1,21 @@
+"""Functions that choose a head."""
+
+from typing import Any
+
+from jaxheads.head import Head
+from jaxheads.heads import BinaryClassHead, MultiClassHead
+
+
+def binary_or_multi_class_head(n_classes: int, **kwargs: Any) -> Head:
+    """A `BinaryClassHead` for two classes, else a `MultiClassHead`.
+
+    Args:
+        n_classes: at least 2.
+        **kwargs: `weight_column`, `label_vocabulary`, `loss_reduction`, `loss_fn`, `name`.
+
+    >>> binary_or_multi_class_head(2, name="late"), binary_or_multi_class_head(3)
+    (BinaryClassHead(name='late'), MultiClassHead(n_classes=3))
+    """
+    if isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 2:
+        raise ValueError(f"n_classes must be an integer of at least 2. Given: {n_classes!r}.")
+    return BinaryClassHead(**kwargs) if n_classes == 2 else MultiClassHead(n_classes, **kwargs)

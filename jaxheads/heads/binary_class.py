@@ -1,0 +1,130 @@
+"""Two classes, one logit."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxheads import losses
+from jaxheads.head import Head, LabelSpec
+from jaxheads.heads import _abstract
+from jaxheads.metrics import LogitGrid, Mean, Observation, Scores
+from jaxheads.metrics.grids import AbstractGrid
+from jaxheads.numerics import stable, vocabulary
+
+
+class BinaryClassHead(Head):
+    """Binary classification from one logit.
+
+    **Domain**: `labels` in [0, 1], `[D0, ..., DN, 1]` or `[D0, ..., DN]`; int, bool, soft labels, or (eagerly, or through
+    `encode_labels`) the names of a `label_vocabulary`. A soft label y counts as weight y positive and 1 - y negative in every
+    metric.
+
+    **Link**: `P(y = 1) = sigmoid(z)`.
+
+    **loss** = `softplus(z) - y z`, or `loss_fn`; `[..., 1]`.
+
+    **Predictions**: `logits [..., 1]`, `logistic [..., 1]`, `probabilities [..., 2]`, `class_ids [..., 1]` (int32, z > 0),
+    `all_class_ids [D0, 2]`; `decode_predictions` adds `classes` and `all_classes`.
+    **Metrics**: `average_loss`, `accuracy`, `precision`, `recall` (positive: z > 0), `prediction/mean`, `label/mean`,
+    `accuracy_baseline` (of the more frequent class), `auc`, `auc_precision_recall` (interpolated as by Keras), for each threshold t
+    `accuracy|precision|recall/positive_threshold_t` (positive: p > t), and `regularization_loss` if one is given. All float32.
+    The areas come from a histogram with `bins`: `compute(bounds=True)` gives the interval that binning leaves.
+
+    Args:
+        weight_column: a key of `features`, or a function `features -> weights`.
+        thresholds: numbers in (0, 1).
+        label_vocabulary: the names of the two classes.
+        loss_reduction: a `Reduction` or its text.
+        loss_fn: `loss_fn(labels, logits[, features])` giving one loss an element, `[..., 1]`.
+        name: suffixes the metric keys.
+        bins: `LogitGrid(...)` (default), or `ThresholdGrid(200)` for TensorFlow's numbers.
+
+    Raises:
+        ValueError: thresholds outside (0, 1) or printing alike; a vocabulary that is not two names; a `loss_fn` with other
+            arguments or another result shape; labels outside [0, 1], or a name outside the vocabulary, in an unmasked row.
+
+    Source: `tf.estimator.BinaryClassHead` (TensorFlow 2.15).
+
+    >>> import jax.numpy as jnp
+    >>> import jaxheads as jh
+    >>> head = jh.BinaryClassHead(thresholds=(0.3,))
+    >>> labels, logits = jnp.array([1, 1, 0, 0]), jnp.array([[2.0], [-0.5], [-1.0], [0.5]])
+    >>> float(head.loss(labels=labels, logits=logits))
+    0.5970...
+    >>> values = head.measure(labels=labels, logits=logits).compute()
+    >>> values["auc"], values["recall/positive_threshold_0.3"]
+    (np.float32(0.75), np.float32(1.0))
+    """
+
+    _: dataclasses.KW_ONLY
+    thresholds: tuple[float, ...] | None = None
+    label_vocabulary: tuple[str, ...] | None = None
+    loss_fn: Callable[..., Any] | None = None
+    bins: AbstractGrid = LogitGrid()
+
+    logits_dimension = 1
+
+    def validate(self) -> None:
+        vocabulary.check(self.label_vocabulary, 2, "BinaryClassHead")
+        _abstract.check_thresholds(self.thresholds or ())
+        _abstract.check_loss_fn(self.loss_fn)
+        if not isinstance(self.bins, AbstractGrid):
+            raise ValueError(f"bins must be jh.LogitGrid(...) or jh.ThresholdGrid(n). Given {self.bins!r}.")
+
+    @property
+    def label_spec(self) -> LabelSpec:
+        return LabelSpec(1, "float", 0, 1)
+
+    @property
+    def reads_features(self) -> bool:
+        return _abstract.takes_features(self.loss_fn)
+
+    @property
+    def rowwise(self) -> bool:
+        return self.loss_fn is None
+
+    def losses(self, labels: jax.Array, logits: jax.Array, features: Any = None) -> jax.Array:
+        if self.loss_fn is None:
+            return losses.sigmoid_cross_entropy(labels, logits)
+        return _abstract.call_loss_fn(self.loss_fn, labels, logits, features, 1)
+
+    def outputs(self, logits: jax.Array) -> dict[str, Any]:
+        return {
+            "logits": logits,
+            "logistic": lambda: jax.nn.sigmoid(logits),
+            "probabilities": lambda: stable.two_class_probabilities(logits),
+            "class_ids": lambda: (logits > 0).astype(jnp.int32),
+            **_abstract.class_id_outputs(logits, 2),
+        }
+
+    def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
+        return {
+            "prediction/mean": Mean(jax.nn.sigmoid(logits)),
+            "scores": Scores(labels, logits, self.bins, tuple(dict.fromkeys(self.thresholds or ()))),
+        }
+
+    def summarize(self, seen: Mapping[str, Any]) -> dict[str, Any]:
+        scores = seen["scores"]
+        decided = scores.at_zero()
+        larger = scores.xp.maximum(scores.positives, scores.negatives)
+        out = {
+            "accuracy": decided.accuracy,
+            "precision": decided.precision,
+            "recall": decided.recall,
+            "prediction/mean": seen["prediction/mean"].mean,
+            "label/mean": scores.positive_rate,
+            "accuracy_baseline": scores.ratio(larger, scores.positives + scores.negatives),
+            "auc": scores.roc_auc(),
+            "auc_precision_recall": scores.pr_auc(),
+        }
+        for t in self.thresholds or ():
+            at = scores.at(t)
+            for key in ("accuracy", "precision", "recall"):
+                out[f"{key}/positive_threshold_{t:g}"] = getattr(at, key)
+        return out
+
+    def class_names(self) -> tuple[str, ...]:
+        return self.label_vocabulary or tuple(map(str, range(2)))

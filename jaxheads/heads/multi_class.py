@@ -1,0 +1,100 @@
+"""One of n classes."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxheads import losses
+from jaxheads.head import Head, LabelSpec
+from jaxheads.heads import _abstract
+from jaxheads.metrics import Mean, Observation
+from jaxheads.numerics import stable, vocabulary
+
+
+class MultiClassHead(Head):
+    """Classification into one of `n_classes` classes.
+
+    **Domain**: `labels` integer class ids 0 ... n_classes - 1, `[D0, ..., DN, 1]` or `[D0, ..., DN]`, or (eagerly, or through
+    `encode_labels`) the names of a `label_vocabulary`. One-hot and float labels are refused.
+
+    **Link**: `P(y = k) = softmax(z)_k`.
+
+    **loss** = `logsumexp(z) - z_y`, or `loss_fn`; `[..., 1]`.
+
+    **Predictions**: `logits [..., n]`, `probabilities [..., n]`, `class_ids [..., 1]` (int32; the first of equal maxima),
+    `all_class_ids [D0, n]`; `decode_predictions` adds `classes` and `all_classes`.
+    **Metrics**: `average_loss`, `accuracy`, and `regularization_loss` if one is given. All float32.
+
+    Args:
+        n_classes: at least 3; for two use `BinaryClassHead`, or `binary_or_multi_class_head`.
+        weight_column: a key of `features`, or a function `features -> weights`.
+        label_vocabulary: the names of the classes.
+        loss_reduction: a `Reduction` or its text.
+        loss_fn: `loss_fn(labels, logits[, features])` giving one loss an element, `[..., 1]`; labels are int32 `[..., 1]`.
+        name: suffixes the metric keys.
+
+    Raises:
+        ValueError: `n_classes` below 3; a vocabulary of another length; a `loss_fn` with other arguments or another result
+            shape; labels that are not integers; labels out of range, or a name outside the vocabulary, in an unmasked row.
+
+    Source: `tf.estimator.MultiClassHead` (TensorFlow 2.15).
+
+    >>> import jax.numpy as jnp
+    >>> import jaxheads as jh
+    >>> head = jh.MultiClassHead(3, label_vocabulary=("ant", "bee", "cat"))
+    >>> logits = jnp.array([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]])
+    >>> head.measure(labels=["bee", "cat"], logits=logits).compute()["accuracy"]
+    np.float32(0.5)
+    >>> head.decode_predictions(head.predictions(logits, "class_ids"))["classes"].tolist()
+    [['bee'], ['ant']]
+    """
+
+    n_classes: int
+    _: dataclasses.KW_ONLY
+    label_vocabulary: tuple[str, ...] | None = None
+    loss_fn: Callable[..., Any] | None = None
+
+    def validate(self) -> None:
+        n = self.n_classes
+        if isinstance(n, bool) or not isinstance(n, int) or n <= 2:
+            raise ValueError(f"n_classes must be an integer > 2. Given: {n!r}. For two classes use BinaryClassHead().")
+        vocabulary.check(self.label_vocabulary, n, "MultiClassHead")
+        _abstract.check_loss_fn(self.loss_fn)
+
+    @property
+    def logits_dimension(self) -> int:
+        return self.n_classes
+
+    @property
+    def label_spec(self) -> LabelSpec:
+        return LabelSpec(1, "int", 0, self.n_classes - 1)
+
+    @property
+    def reads_features(self) -> bool:
+        return _abstract.takes_features(self.loss_fn)
+
+    @property
+    def rowwise(self) -> bool:
+        return self.loss_fn is None
+
+    def losses(self, labels: jax.Array, logits: jax.Array, features: Any = None) -> jax.Array:
+        if self.loss_fn is None:
+            return losses.softmax_cross_entropy(labels, logits)
+        return _abstract.call_loss_fn(self.loss_fn, labels, logits, features, 1)
+
+    def outputs(self, logits: jax.Array) -> dict[str, Any]:
+        return {
+            "logits": logits,
+            "probabilities": lambda: jax.nn.softmax(logits, axis=-1),
+            "class_ids": lambda: jnp.argmax(logits, axis=-1, keepdims=True).astype(jnp.int32),
+            **_abstract.class_id_outputs(logits, self.n_classes),
+        }
+
+    def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
+        return {"accuracy": Mean(stable.is_argmax(logits, labels))}
+
+    def class_names(self) -> tuple[str, ...]:
+        return self.label_vocabulary or tuple(map(str, range(self.n_classes)))

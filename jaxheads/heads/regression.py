@@ -1,0 +1,102 @@
+"""Regression by squared error."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxheads import losses
+from jaxheads.head import Head, LabelSpec
+from jaxheads.heads import _abstract
+from jaxheads.metrics import Mean, Observation
+
+
+class RegressionHead(Head):
+    """Regression: squared error, or a loss of your own.
+
+    **Domain**: `labels` finite numbers (int and bool are cast), `[D0, ..., DN, label_dimension]`, or `[D0, ..., DN]` where
+    `label_dimension` is 1. `weights` may also have the shape of the logits.
+
+    **Link**: `predictions = inverse_link_fn(logits)`; the identity by default. The loss never sees the link.
+
+    **loss** = `(z - y)^2` for each of the `label_dimension` logits (no half), or `loss_fn`.
+
+    **Predictions**: `predictions [..., label_dimension]`; with an `inverse_link_fn` also `logits`.
+    **Metrics**: `average_loss`, `prediction/mean`, `label/mean`, and `regularization_loss` if one is given; weighted means over
+    all elements, the last axis included. All float32.
+
+    Args:
+        label_dimension: the number of targets.
+        weight_column: a key of `features`, or a function `features -> weights`.
+        loss_fn: `loss_fn(labels, logits[, features])` giving one loss an element, `[..., label_dimension]`.
+        inverse_link_fn: from logits to predictions.
+        loss_reduction: a `Reduction` or its text.
+        name: suffixes the metric keys.
+
+    Raises:
+        ValueError: `label_dimension` below 1; a `loss_fn` with other arguments or another result shape; labels that are
+            NaN or infinite in an unmasked row.
+
+    Source: `tf.estimator.RegressionHead` (TensorFlow 2.15).
+
+    >>> import jax.numpy as jnp
+    >>> import jaxheads as jh
+    >>> head = jh.RegressionHead()
+    >>> labels, logits = jnp.array([[1.0], [3.0]]), jnp.array([[2.0], [3.5]])
+    >>> float(head.loss(labels=labels, logits=logits))  # (1 + 0.25) / 2
+    0.625
+    >>> head.measure(labels=labels, logits=logits)
+    Metrics of RegressionHead()
+      average_loss     0.625
+      prediction/mean  2.75
+      label/mean       2
+    """
+
+    label_dimension: int = 1
+    _: dataclasses.KW_ONLY
+    loss_fn: Callable[..., Any] | None = None
+    inverse_link_fn: Callable[[jax.Array], jax.Array] | None = None
+
+    def validate(self) -> None:
+        dimension = self.label_dimension
+        if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 1:
+            raise ValueError(f"Invalid label_dimension {dimension!r}: expected an integer of at least 1.")
+        _abstract.check_loss_fn(self.loss_fn)
+        if self.inverse_link_fn is not None and not callable(self.inverse_link_fn):
+            raise ValueError(
+                f"inverse_link_fn must be a function logits -> predictions. Given {self.inverse_link_fn!r}."
+            )
+
+    @property
+    def logits_dimension(self) -> int:
+        return self.label_dimension
+
+    @property
+    def label_spec(self) -> LabelSpec:
+        return LabelSpec(self.label_dimension)
+
+    @property
+    def per_logit_weights(self) -> bool:
+        return True
+
+    @property
+    def reads_features(self) -> bool:
+        return _abstract.takes_features(self.loss_fn)
+
+    @property
+    def rowwise(self) -> bool:
+        return self.loss_fn is None
+
+    def losses(self, labels: jax.Array, logits: jax.Array, features: Any = None) -> jax.Array:
+        if self.loss_fn is None:
+            return losses.squared_error(labels, logits)
+        return _abstract.call_loss_fn(self.loss_fn, labels, logits, features, self.label_dimension)
+
+    def outputs(self, logits: jax.Array) -> dict[str, Any]:
+        link = self.inverse_link_fn
+        return {"predictions": logits} if link is None else {"predictions": lambda: link(logits), "logits": logits}
+
+    def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
+        predictions = logits if self.inverse_link_fn is None else self.inverse_link_fn(logits)
+        return {"prediction/mean": Mean(predictions), "label/mean": Mean(labels)}

@@ -1,0 +1,33 @@
+"""Floor 1: per-element losses `[..., 1]` or `[..., d]`, optax's where optax has the loss.
+
+optax is imported where it is used, so that `import jaxheads` does not pay for it.
+"""
+
+import jax
+
+from jaxheads.numerics import stable
+
+
+def squared_error(labels: jax.Array, logits: jax.Array) -> jax.Array:
+    """`(z - y)^2`, without the half."""
+    import optax
+
+    return optax.squared_error(logits, labels)
+
+
+def sigmoid_cross_entropy(labels: jax.Array, logits: jax.Array) -> jax.Array:
+    """`softplus(z) - y z`, for hard and soft labels."""
+    import optax
+
+    return optax.sigmoid_binary_cross_entropy(logits, labels)
+
+
+def softmax_cross_entropy(labels: jax.Array, logits: jax.Array) -> jax.Array:
+    """`logsumexp(z) - z_y` from logits `[..., n]` and in-range ids `[..., 1]`: `[..., 1]`.
+
+    Not optax's: the gradient of its gather is a scatter that an Explicit mesh refuses (optax 0.2.8 on jax 0.12).
+    """
+    return jax.nn.logsumexp(logits, axis=-1, keepdims=True) - stable.pick(logits, labels)
+
+
+__all__ = ["sigmoid_cross_entropy", "softmax_cross_entropy", "squared_error"]

@@ -1,0 +1,171 @@
+"""Where the edges of a score histogram lie."""
+
+import abc
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxheads.numerics import stable
+from jaxheads.numerics.edges import Edges, edges_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The edges of a histogram: the grid's, one at each user threshold, and one at z > 0.
+
+    Attributes:
+        edges: the sorted edges in the space that is compared (logits or probabilities).
+        probabilities: the probability at each edge; `n_buckets - 1` of them.
+        curve: the positions of the edges that are points of the curves.
+        zero: the position of the edge that says z > 0.
+        position: the position of the edge of each user threshold.
+        representative: a probability that stands for each bucket.
+    """
+
+    edges: Edges
+    probabilities: np.ndarray
+    curve: np.ndarray
+    zero: int
+    position: dict[float, int]
+    representative: np.ndarray
+
+    @property
+    def n_buckets(self) -> int:
+        return len(self.probabilities) + 1
+
+
+class AbstractGrid(abc.ABC):
+    """The bins of a score histogram."""
+
+    @abc.abstractmethod
+    def layout(self, thresholds: tuple[float, ...]) -> Layout:
+        """All edges, with the user's thresholds among them."""
+
+    @abc.abstractmethod
+    def buckets(self, layout: Layout, logits: jax.Array) -> jax.Array:
+        """The bucket of each logit: how many edges it exceeds."""
+
+    @abc.abstractmethod
+    def finer(self, low: float, high: float) -> str:
+        """The grid to use where scores between two logits share too few bins, as text."""
+
+
+def _grid_checks(grid: Any, n: int, least: int) -> None:
+    if isinstance(n, bool) or not isinstance(n, int) or n < least:
+        raise ValueError(f"{type(grid).__name__} needs an integer n of at least {least}. Given {n!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitGrid(AbstractGrid):
+    """`n` bins over logits: uniform from `low` to `high`, the first and the last open.
+
+    Fine where the scores of rare events lie, unlike a grid on probabilities. A user threshold t is an exact edge:
+    positive means z > float32(ln(t / (1 - t))).
+
+    Args:
+        low, high: the range of logits that the bins divide.
+        n: the number of bins.
+
+    >>> LogitGrid(-8, 8, 1024)
+    LogitGrid(low=-8.0, high=8.0, n=1024)
+    """
+
+    low: float = -20.0
+    high: float = 20.0
+    n: int = 2048
+
+    def __post_init__(self):
+        _grid_checks(self, self.n, 3)
+        object.__setattr__(self, "low", float(self.low))
+        object.__setattr__(self, "high", float(self.high))
+        if not (np.isfinite(self.low) and np.isfinite(self.high) and np.float32(self.low) < np.float32(self.high)):
+            raise ValueError(f"LogitGrid needs finite low < high. Given low={self.low}, high={self.high}.")
+        if np.unique(self._edges()).size != self.n - 1:
+            raise ValueError(
+                f"{self!r} has bins narrower than float32 can tell apart: fewer bins, or a range nearer to 0."
+            )
+
+    def _edges(self) -> np.ndarray:
+        return np.linspace(self.low, self.high, self.n - 1).astype(np.float32)
+
+    def layout(self, thresholds: tuple[float, ...]) -> Layout:
+        return _logit_layout(self, thresholds)
+
+    def buckets(self, layout: Layout, logits: jax.Array) -> jax.Array:
+        return layout.edges.locate(logits)
+
+    def finer(self, low: float, high: float) -> str:
+        margin = 0.05 * max(high - low, abs(high), abs(low), 1e-30)
+        low, high = (float(f"{v:.2g}") for v in (low - margin, high + margin))
+        return f"jh.LogitGrid({low:g}, {high:g}, {max(self.n, 2048)})"
+
+
+@functools.lru_cache(maxsize=256)
+def _logit_layout(grid: LogitGrid, thresholds: tuple[float, ...]) -> Layout:
+    user = np.asarray([stable.log_odds(t) for t in thresholds], np.float32)
+    values = np.unique(np.concatenate([grid._edges(), user, np.zeros(1, np.float32)]))
+    position = np.searchsorted(values, user)
+    z = values.astype(np.float64)
+    # The open bins are represented by their one edge: nothing is known of what lies beyond.
+    middles = np.concatenate([z[:1], (z[1:] + z[:-1]) / 2, z[-1:]])
+    return Layout(
+        edges=edges_of(tuple(values.tolist())),
+        probabilities=_sigmoid(z),
+        curve=np.arange(len(values)),
+        zero=int(np.searchsorted(values, np.float32(0))),
+        position=dict(zip(thresholds, position.tolist(), strict=True)),
+        representative=_sigmoid(middles),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ThresholdGrid(AbstractGrid):
+    """`n` thresholds 0, 1/(n-1), ..., 1 on probabilities: `ThresholdGrid(200)` gives TensorFlow's numbers.
+
+    Positive means float32 p > t. All probabilities of rare events may fall into one bin; `LogitGrid` is the default
+    for that reason.
+
+    Args:
+        n: the number of thresholds, both ends included.
+    """
+
+    n: int = 200
+
+    def __post_init__(self):
+        _grid_checks(self, self.n, 3)
+
+    def layout(self, thresholds: tuple[float, ...]) -> Layout:
+        return _threshold_layout(self, thresholds)
+
+    def buckets(self, layout: Layout, logits: jax.Array) -> jax.Array:
+        # z > 0 may hold where float32 p is exactly 0.5, so it is an edge of its own just below p > 0.5.
+        return layout.edges.locate(jax.nn.sigmoid(logits)) + (logits > 0).astype(np.int32)
+
+    def finer(self, low: float, high: float) -> str:
+        return LogitGrid().finer(low, high)
+
+
+@functools.lru_cache(maxsize=256)
+def _threshold_layout(grid: ThresholdGrid, thresholds: tuple[float, ...]) -> Layout:
+    inner = (np.arange(1, grid.n - 1) / (grid.n - 1)).astype(np.float32)
+    user = np.asarray(thresholds, np.float32)
+    values = np.unique(np.concatenate([inner, user]))
+    zero = int(np.searchsorted(values, np.float32(0.5)))
+    shifted = np.arange(len(values)) + (np.arange(len(values)) >= zero)
+    p = np.insert(values.astype(np.float64), zero, 0.5)
+    ends = np.concatenate([[0.0], p, [1.0]])
+    return Layout(
+        edges=edges_of(tuple(values.tolist())),
+        probabilities=p,
+        curve=shifted[np.searchsorted(values, inner)],
+        zero=zero,
+        position=dict(zip(thresholds, shifted[np.searchsorted(values, user)].tolist(), strict=True)),
+        representative=(ends[1:] + ends[:-1]) / 2,
+    )
+
+
+def _sigmoid(z: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0.0, -z))

@@ -1,0 +1,227 @@
+"""The score histogram: weights of negatives and positives by bucket, from which every threshold metric is read."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxheads.metrics.base import Observation, View
+from jaxheads.metrics.grids import AbstractGrid, Layout
+from jaxheads.numerics.edges import histogram
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scores(Observation):
+    """A histogram of logits by label, `[buckets, 2]`.
+
+    A soft label y counts as weight y positive and 1 - y negative.
+
+    Args:
+        labels: float `[..., c]` in [0, 1].
+        logits: float `[..., c]`; the entries of the last axis are examples of one histogram (micro average).
+        grid: the bins.
+        thresholds: probabilities that become exact edges.
+    """
+
+    labels: Any
+    logits: Any
+    grid: AbstractGrid = dataclasses.field(metadata={"static": True})
+    thresholds: tuple[float, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    @property
+    def layout(self) -> Layout:
+        return self.grid.layout(self.thresholds)
+
+    @property
+    def size(self) -> int:
+        return 2 * self.layout.n_buckets
+
+    def reduce(self, weights: jax.Array) -> jax.Array:
+        """One pass: the bucket of each element, then one scatter of its two weights."""
+        layout = self.layout
+        labels = jnp.asarray(self.labels, jnp.float32)
+        weights = jnp.broadcast_to(weights, labels.shape)
+        # A NaN score has no bucket; it must show, so it makes a NaN of the histogram.
+        weights = jnp.where(jnp.isnan(self.logits), jnp.full_like(weights, jnp.nan), weights)
+        both = jnp.stack([weights * (1 - labels), weights * labels], axis=-1)
+        buckets = self.grid.buckets(layout, self.logits)
+        return histogram(buckets, both, layout.n_buckets).reshape(-1)
+
+    def read(self, sums: Any, xp: Any, undefined: float) -> "ScoresView":
+        """The histogram, with the metrics that it tells."""
+        counts = sums.reshape(*sums.shape[:-1], self.layout.n_buckets, 2)
+        return ScoresView(xp, undefined, self.grid, self.layout, counts[..., 0], counts[..., 1])
+
+
+class Interval(NamedTuple):
+    """A value and the bounds that hold the value of the same scores without bins."""
+
+    value: Any
+    lower: Any
+    upper: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Confusion(View):
+    """Weights of the four outcomes at one threshold."""
+
+    true_positives: Any
+    false_positives: Any
+    false_negatives: Any
+    true_negatives: Any
+
+    @property
+    def accuracy(self) -> Any:
+        right = self.true_positives + self.true_negatives
+        return self.ratio(right, right + self.false_positives + self.false_negatives)
+
+    @property
+    def precision(self) -> Any:
+        return self.ratio(self.true_positives, self.true_positives + self.false_positives)
+
+    @property
+    def recall(self) -> Any:
+        return self.ratio(self.true_positives, self.true_positives + self.false_negatives)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoresView(View):
+    """A score histogram that can be read."""
+
+    grid: AbstractGrid
+    layout: Layout
+    negative: Any
+    positive: Any
+
+    @functools.cached_property
+    def _above(self) -> tuple[Any, Any]:
+        """Weights of negatives and positives in bucket k and higher, k = 0 ... n_buckets (where they are 0)."""
+
+        def suffix(x):
+            sums = self.xp.flip(self.xp.cumsum(self.xp.flip(x, -1), -1), -1)
+            return self.xp.concatenate([sums, self.xp.zeros_like(sums[..., :1])], -1)
+
+        return suffix(self.negative), suffix(self.positive)
+
+    @property
+    def negatives(self) -> Any:
+        """The weight of all negatives."""
+        return self._above[0][..., 0]
+
+    @property
+    def positives(self) -> Any:
+        """The weight of all positives."""
+        return self._above[1][..., 0]
+
+    @property
+    def positive_rate(self) -> Any:
+        """The weighted mean of the labels."""
+        return self.ratio(self.positives, self.positives + self.negatives)
+
+    def at(self, threshold: float) -> Confusion:
+        """The outcomes where positive means a score above one of the user's thresholds."""
+        return self._confusion(self.layout.position[threshold])
+
+    def at_zero(self) -> Confusion:
+        """The outcomes where positive means z > 0."""
+        return self._confusion(self.layout.zero)
+
+    def _confusion(self, edge: int) -> Confusion:
+        fp, tp = (sums[..., edge + 1] for sums in self._above)
+        # Not 1 - x or total - x: in float32 that would lose what is small.
+        fn, tn = (x[..., : edge + 1].sum(-1) for x in (self.positive, self.negative))
+        return Confusion(self.xp, self.undefined, tp, fp, fn, tn)
+
+    def _points(self) -> tuple[Any, Any]:
+        """False and true positives at the edges of the curve, from all predicted positive to none."""
+        index = np.concatenate([[0], self.layout.curve + 1, [self.layout.n_buckets]])
+        fp, tp = self._above
+        return fp[..., index], tp[..., index]
+
+    def roc_auc(self) -> Interval:
+        """Area under the ROC curve; pairs that share a bin count half, and span the interval."""
+        fp, tp = self._points()
+        one = self.xp.ones_like(self.positives)
+        defined = (self.positives > 0) & (self.negatives > 0)
+        tpr = tp / self.xp.where(defined, self.positives, one)[..., None]
+        fpr = fp / self.xp.where(defined, self.negatives, one)[..., None]
+        step = fpr[..., :-1] - fpr[..., 1:]
+        lower, upper = (step * tpr[..., 1:]).sum(-1), (step * tpr[..., :-1]).sum(-1)
+        return self._interval(defined, (lower + upper) / 2, lower, upper)
+
+    def pr_auc(self) -> Interval:
+        """Area under the precision-recall curve, interpolated as by Davis and Goadrich (2006), as Keras does.
+
+        Precision is integrated over the true positives. Within a bin the path is a straight line in (FP, TP); the
+        bounds are the paths that take all positives of the bin first, or all negatives.
+        """
+        xp = self.xp
+        fp, tp = self._points()
+        defined = self.positives > 0
+        scale = xp.where(defined, self.positives, xp.ones_like(self.positives))[..., None]
+        fp, tp = fp / scale, tp / scale
+        fp_low, fp_high, tp_low, tp_high = fp[..., 1:], fp[..., :-1], tp[..., 1:], tp[..., :-1]
+        gain = tp_high - tp_low
+
+        def quotient(a, b, otherwise):
+            return xp.where(b > 0, a / xp.where(b > 0, b, xp.ones_like(b)), xp.full_like(a, otherwise))
+
+        slope = quotient(gain, gain + (fp_high - fp_low), 0)
+        offset = tp_low - slope * (tp_low + fp_low)
+        value = slope * (gain + offset * xp.log(quotient(tp_high + fp_high, tp_low + fp_low, 1)))
+
+        def at(fp):
+            return gain - fp * xp.log(quotient(tp_high + fp, tp_low + fp, 1))
+
+        return self._interval(defined, *(x.sum(-1) for x in (value, at(fp_high), at(fp_low))))
+
+    def _interval(self, defined: Any, *values: Any) -> Interval:
+        return Interval(*(self.xp.where(defined, v, self.xp.full_like(v, self.undefined)) for v in values))
+
+    def roc_curve(self) -> tuple[Any, Any, Any]:
+        """`fpr, tpr, thresholds`, thresholds falling from 1 to 0."""
+        fp, tp = self._points()
+        ones = self.xp.ones_like(fp)
+        fpr = self.ratio(fp, ones * self.negatives[..., None])
+        tpr = self.ratio(tp, ones * self.positives[..., None])
+        return fpr[..., ::-1], tpr[..., ::-1], self._thresholds()[::-1]
+
+    def pr_curve(self) -> tuple[Any, Any, Any]:
+        """`precision, recall, thresholds`, thresholds rising from 0 to 1; precision 1 where nothing is predicted."""
+        fp, tp = self._points()
+        precision = dataclasses.replace(self, undefined=1.0).ratio(tp, tp + fp)
+        recall = self.ratio(tp, self.xp.ones_like(tp) * self.positives[..., None])
+        return precision, recall, self._thresholds()
+
+    def _thresholds(self) -> np.ndarray:
+        return np.concatenate([[0.0], self.layout.probabilities[self.layout.curve], [1.0]])
+
+    def reliability(self, bins: int) -> tuple[Any, Any, Any]:
+        """`predicted, observed, weight` in equal steps of probability, those without data left out."""
+        p = self.layout.representative
+        group = np.minimum((p * bins).astype(int), bins - 1)
+        sums = np.stack(
+            [
+                np.bincount(group, column, minlength=bins)
+                for column in ((self.positive + self.negative) * p, self.positive, self.positive + self.negative)
+            ]
+        )
+        predicted, observed, weight = sums[:, sums[2] > 0]
+        return predicted / weight, observed / weight, weight
+
+    def advice(self) -> str:
+        """The grid to use instead, from where the scores of a single state were seen."""
+        seen = np.flatnonzero(np.asarray(self.positive + self.negative) > 0)
+        p = np.concatenate([[0.0], self.layout.probabilities, [1.0]])
+        with np.errstate(divide="ignore"):
+            z = np.log(p) - np.log1p(-p)
+        low, high = z[seen[0]], z[seen[-1] + 1]
+        inner = z[1:-1]
+        span = max(float(inner[-1] - inner[0]), 1.0)
+        # An open bin says only that scores lie beyond the last edge: reach out as far again.
+        low, high = (v if np.isfinite(v) else s for v, s in ((low, inner[0] - span), (high, inner[-1] + span)))
+        return self.grid.finer(float(low), float(high))

@@ -1,0 +1,238 @@
+"""`Metrics`: one pytree a head, whose arrays add."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxheads.metrics.base import Observation
+from jaxheads.metrics.scores import Interval, ScoresView
+from jaxheads.numerics import pairs
+
+
+class BadInputWarning(UserWarning):
+    """Elements with an illegal label or weight were left out of the metrics."""
+
+
+class Reader(Protocol):
+    """What a state asks of its head."""
+
+    @property
+    def name(self) -> str | None: ...
+
+    def observed(self) -> Mapping[str, Observation]: ...
+
+    def summarize(self, seen: Mapping[str, Any]) -> Mapping[str, Any]: ...
+
+
+@functools.lru_cache(maxsize=1024)
+def slots(head: Any, regularized: bool) -> tuple[dict[str, tuple[int, Observation]], int]:
+    """Where each observation of a head begins in its packed state, and the size of the state.
+
+    Slot 0 counts the bad elements; then the regularization's mean, if there is one; then what the head observes.
+    """
+    offset, layout = (3 if regularized else 1), {}
+    for key, observation in head.observed().items():
+        layout[key] = (offset, observation)
+        offset += observation.size
+    return layout, offset
+
+
+_add = jax.jit(pairs.add)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Metrics:
+    """The metric state of a head: additive arrays, packed in one.
+
+    `a + b` merges. The trailing axis of `state` is a compensated pair, or of size 1 for the plain float32 sums of a
+    single batch (`head.measure`). Any leading axis (devices, slices, replicas) passes through `+`, `psum` and `compute`.
+
+    Attributes:
+        state: float32 `[..., slots, 1 or 2]`, a plain array to a checkpoint.
+        head: the unbound head that says what the slots mean.
+        regularized: whether a regularization loss is kept.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxheads as jh
+    >>> head = jh.RegressionHead()
+    >>> zero = head.metrics()
+    >>> first = head.measure(labels=jnp.array([1.0, 2.0]), logits=jnp.array([[1.0], [4.0]]))
+    >>> second = head.measure(labels=jnp.array([3.0]), logits=jnp.array([[3.0]]))
+    >>> (zero + first + second).compute()["label/mean"]
+    np.float32(2.0)
+    """
+
+    state: Any
+    head: Any = dataclasses.field(metadata={"static": True})
+    regularized: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def __add__(self, other: "Metrics") -> "Metrics":
+        """The metrics of both sets of data."""
+        if not isinstance(other, Metrics):
+            return NotImplemented
+        self._same_kind(other)
+        return dataclasses.replace(self, state=_add(self.state, other.state))
+
+    def __radd__(self, other: Any) -> "Metrics":
+        # sum(list_of_metrics) starts from the integer 0.
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def _same_kind(self, other: "Metrics") -> None:
+        if self.head != other.head:
+            raise ValueError(
+                f"Metrics of different heads do not add.\n  One is of {self.head!r},\n  the other of {other.head!r}."
+                "\nBuild the head once and use it for every batch."
+            )
+        if self.regularized != other.regularized:
+            has, lacks = ("left", "right") if self.regularized else ("right", "left")
+            raise ValueError(
+                f"The {has} metrics keep a regularization loss, the {lacks} ones do not. Pass regularization_losses "
+                "to head.metrics() and to every update or measure, or to none ([] counts as 0)."
+            )
+
+    def psum(self, axis_name: Any) -> "Metrics":
+        """The merged metrics of all devices along `axis_name`, the same on each, in one all-reduce."""
+        return dataclasses.replace(self, state=pairs.psum(self.state, axis_name))
+
+    def varying(self, axis_name: Any) -> "Metrics":
+        """The same values, typed as differing over `axis_name`: the first carry of a scan inside `shard_map`."""
+        return dataclasses.replace(self, state=jax.lax.pcast(self.state, axis_name, to="varying"))
+
+    def _read(self, undefined: float) -> tuple[dict[str, Any], Any, Any, Any]:
+        """Views by key; the bad count; the regularization; the array module in use."""
+        if isinstance(self.state, jax.core.Tracer):
+            xp, pair = jnp, self.state
+        else:
+            # In float64 on the host: exact, one transfer, and nothing to compile.
+            xp, pair = np, np.asarray(_on_host(self.state), np.float64)
+        sums = pair.sum(-1)
+        layout, _ = slots(self.head, self.regularized)
+        views = {
+            key: observation.read(sums[..., start : start + observation.size], xp, undefined)
+            for key, (start, observation) in layout.items()
+        }
+        return views, sums[..., 0], sums[..., 1:3] if self.regularized else None, xp
+
+    def compute(self, undefined: float = np.nan, bounds: bool = False) -> dict[str, Any]:
+        """The metrics by name, as float32 scalars (arrays, if the state has a leading axis).
+
+        Args:
+            undefined: what a metric whose denominator is zero reads as; 0.0 is TensorFlow's convention.
+            bounds: also give `auc/lower`, `auc/upper` and their like: the interval that holds what the same scores
+                would give without bins.
+
+        Warns:
+            BadInputWarning: outside `jit`, if elements with an illegal label or weight were left out.
+        """
+        with jax.debug_nans(False), np.errstate(all="ignore"):
+            values, bad, xp = self._values(undefined)
+        if xp is np and np.any(bad > 0):
+            warnings.warn(
+                f"{int(np.sum(bad))} elements had an illegal label or weight and were left out of the metrics of "
+                f"{self.head!r}. Call the head eagerly with check=True to see which.",
+                BadInputWarning,
+                stacklevel=2,
+            )
+        suffix = f"/{self.head.name}" if self.head.name else ""
+        out = {}
+        for key, value in values.items():
+            interval = value if isinstance(value, Interval) else Interval(value, None, None)
+            out[key + suffix] = _float32(interval.value, xp)
+            if bounds and interval.lower is not None:
+                out[f"{key}/lower{suffix}"] = _float32(interval.lower, xp)
+                out[f"{key}/upper{suffix}"] = _float32(interval.upper, xp)
+        return out
+
+    def _values(self, undefined: float) -> tuple[dict[str, Any], Any, Any]:
+        """Values and intervals by key without the head's name; the bad count; the array module in use."""
+        seen, bad, regularization, xp = self._read(undefined)
+        loss = seen["average_loss"]
+        values = {"average_loss": loss.mean, **self.head.summarize(seen)}
+        if regularization is not None:
+            values["regularization_loss"] = loss.ratio(regularization[..., 0], regularization[..., 1])
+        return values, bad, xp
+
+    def curve(self, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The points of a curve, on the host.
+
+        Args:
+            kind: `"roc"` for `fpr, tpr, thresholds`; `"pr"` for `precision, recall, thresholds`. Thresholds are
+                probabilities.
+        """
+        if kind not in ("roc", "pr"):
+            raise ValueError(f'curve() knows "roc" and "pr". Given {kind!r}.')
+        view = self._scores("curve()")
+        return view.roc_curve() if kind == "roc" else view.pr_curve()
+
+    def reliability(self, bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`predicted, observed, weight`: mean predicted probability against observed frequency.
+
+        Probabilities are those of the histogram's bins (their middles), grouped in `bins` equal steps; steps without
+        data are left out.
+        """
+        if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
+            raise ValueError(f"reliability() needs a positive integer number of bins. Given {bins!r}.")
+        return self._scores("reliability()").reliability(bins)
+
+    def _scores(self, what: str) -> ScoresView:
+        if isinstance(self.state, jax.core.Tracer) or np.ndim(self.state) != 2:
+            raise ValueError(
+                f"{what} reads one concrete state, outside jit. Given {self!r}. Merge devices with .psum first, or "
+                "take one entry with jax.tree.map(lambda x: x[0], metrics)."
+            )
+        views = [v for v in self._read(np.nan)[0].values() if isinstance(v, ScoresView)]
+        if len(views) != 1:
+            raise ValueError(f"{what} needs a head that keeps a score histogram. Given {self.head!r}.")
+        return views[0]
+
+    def __repr__(self) -> str:
+        title = f"Metrics of {self.head!r}"
+        state = self.state
+        if isinstance(state, jax.core.Tracer) or not hasattr(state, "shape") or np.ndim(state) != 2:
+            kind = getattr(state, "dtype", type(state).__name__)
+            return f"{title}: {kind}{list(getattr(state, 'shape', ()))}"
+        if isinstance(state, jax.Array) and (state.is_deleted() or not _addressable(state)):
+            return f"{title}: {state.dtype}{list(state.shape)}, not addressable from here"
+        with np.errstate(all="ignore"):
+            values, bad, _ = self._values(np.nan)
+        suffix = f"/{self.head.name}" if self.head.name else ""
+        width = max(map(len, values)) + len(suffix)
+        lines = [title]
+        for key, value in values.items():
+            middle = value.value if isinstance(value, Interval) else value
+            lines.append(f"  {key + suffix:<{width}}  {middle:.6g}")
+        if bad > 0:
+            lines.append(f"  {int(bad)} elements had an illegal label or weight and were left out.")
+        wide = [
+            f"{key + suffix} in [{value.lower:.4g}, {value.upper:.4g}]"
+            for key, value in values.items()
+            if isinstance(value, Interval) and value.upper - value.lower > 1e-2
+        ]
+        if wide:
+            advice = self._scores("repr").advice()
+            lines.append(f"  The grid is too coarse for these scores: {', '.join(wide)}. Mend it with bins={advice}.")
+        return "\n".join(lines)
+
+
+def _float32(value: Any, xp: Any) -> Any:
+    return jnp.asarray(value, jnp.float32) if xp is jnp else np.float32(value)
+
+
+def _addressable(state: jax.Array) -> bool:
+    return state.is_fully_addressable or state.is_fully_replicated
+
+
+def _on_host(state: Any) -> Any:
+    if isinstance(state, jax.Array) and not _addressable(state):
+        raise ValueError(
+            f"These metrics are spread over processes: state {state.shape} with sharding {state.sharding}. Merge them with "
+            ".psum(axis_name) inside the step, so that every process holds the total."
+        )
+    return state

@@ -1,0 +1,143 @@
+"""What users pass, made into arrays of a known dtype and shape, or refused with the fix in the message.
+
+Shapes and dtypes are checked whenever a head is called, traced or not. Values can be looked at only in host arrays:
+waiting for a device array would stall the device, and a tracer has no values.
+"""
+
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether any leaf is a tracer."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def is_readable(x: Any, check: bool | None) -> bool:
+    """Whether the values of `x` may be looked at: host arrays always, device arrays on request."""
+    if isinstance(x, jax.core.Tracer) or check is False:
+        return False
+    if isinstance(x, jax.Array):
+        return bool(check) and x.is_fully_addressable
+    return True
+
+
+def as_array(x: Any, what: str) -> np.ndarray | jax.Array:
+    """`x` as a NumPy array, or as it is if it is a JAX array."""
+    if isinstance(x, (jax.Array, np.ndarray)):
+        return x
+    if hasattr(x, "__jax_array__"):
+        return jnp.asarray(x)
+    try:
+        array = np.asarray(x)
+    except ValueError as error:
+        raise ValueError(
+            f"{what} must be an array. Given a {type(x).__name__} that NumPy cannot convert ({error}). "
+            "Pass rows of equal length."
+        ) from error
+    if array.dtype.kind == "O" and not (array.size and is_text(array)):
+        raise ValueError(
+            f"{what} must be a dense array of numbers, or of strings where a label_vocabulary is given. "
+            f"Given a {type(x).__name__}, which NumPy reads as an object array of shape {array.shape}. Sparse "
+            "and ragged containers are not supported: pass a dense array, or rows of equal length."
+        )
+    return array
+
+
+def is_text(x: Any) -> bool:
+    """Whether `x` is a NumPy array of strings or bytes."""
+    if not isinstance(x, np.ndarray):
+        return False
+    if x.dtype.kind in "UST":
+        return True
+    return x.dtype.kind == "O" and all(isinstance(v, (str, bytes)) for v in x.flat)
+
+
+def dtype_kind(x: Any) -> str:
+    """`"bool"`, `"int"`, `"float"` or `"other"`; bfloat16 and the 8-bit floats are floats."""
+    for kind, dtype in (("bool", jnp.bool_), ("int", jnp.integer), ("float", jnp.floating)):
+        if jnp.issubdtype(x.dtype, dtype):
+            return kind
+    return "other"
+
+
+def cast(x: Any, dtype: Any) -> Any:
+    """`x` in `dtype`, staying on the host if it is there."""
+    if isinstance(x, np.ndarray):
+        with np.errstate(over="ignore", invalid="ignore"):
+            return x.astype(dtype, copy=False)
+    return x if x.dtype == dtype else jnp.asarray(x, dtype)
+
+
+def as_numbers(x: Any, what: str, *, kinds: tuple[str, ...] = ("bool", "int", "float")) -> Any:
+    """`x` as float32, refusing what is not a number."""
+    array = as_array(x, what)
+    if dtype_kind(array) not in kinds:
+        raise ValueError(f"{what} must have a dtype of {' or '.join(kinds)}. Given dtype {array.dtype}.")
+    return cast(array, jnp.float32)
+
+
+def check_logits(shape: tuple[int, ...], dimension: int) -> None:
+    """Refuses logits that are not `[D0, ..., DN, dimension]`."""
+    if len(shape) < 2:
+        raise ValueError(
+            f"logits must have rank at least 2. Received rank {len(shape)}, shape {shape}. "
+            f"Expected [D0, ..., DN, {dimension}]: add a leading axis, logits[None], for a single example"
+            + (", or a last one, logits[..., None], for a column." if dimension == 1 else ".")
+        )
+    if shape[-1] != dimension:
+        raise ValueError(
+            f"logits shape must be [D0, D1, ... DN, logits_dimension], got {shape}: the last axis is {shape[-1]}, "
+            f"logits_dimension is {dimension}. Make the last layer of the network {dimension} wide, or check the "
+            "head's n_classes or label_dimension."
+        )
+
+
+def expand(x: Any, lead: tuple[int, ...], sizes: tuple[int, ...], what: str) -> Any:
+    """`x` of shape `lead` or `lead + [E]`, E one of `sizes`, as `lead + [E]`."""
+    shape = tuple(x.shape)
+    if len(shape) == len(lead):
+        shape = (*shape, 1)
+    allowed = [(*lead, size) for size in sizes]
+    if shape not in allowed:
+        raise ValueError(
+            f"{what} shape must be {' or '.join(map(str, [lead, *allowed]))} to match the logits' leading shape "
+            f"{lead}. Given {what} shape: {tuple(x.shape)}."
+        )
+    return x.reshape(shape) if len(x.shape) != len(shape) else x
+
+
+def as_weights(x: Any, lead: tuple[int, ...], sizes: tuple[int, ...], what: str) -> Any:
+    """Float32 weights `lead + [1]` (or `lead + [d]` where a head takes weights per logit)."""
+    return expand(as_numbers(x, what), lead, sizes, what)
+
+
+def as_where(x: Any, lead: tuple[int, ...], check: bool | None) -> Any:
+    """Bool `lead + [1]` from bool or 0/1."""
+    array = as_array(x, "where")
+    if dtype_kind(array) == "other":
+        raise ValueError(f"where must be bool, or 0 and 1. Given dtype {array.dtype}.")
+    array = expand(array, lead, (1,), "where")
+    if dtype_kind(array) != "bool" and is_readable(array, check):
+        values = np.asarray(array)
+        if not np.isin(values, (0, 1)).all():
+            raise ValueError(
+                f"where says which elements exist: bool, or 0 and 1. Given other values, e.g. "
+                f"{values[~np.isin(values, (0, 1))][0]}. Pass multiplicities as weights=."
+            )
+    return cast(array, jnp.bool_) if isinstance(array, np.ndarray) else array.astype(jnp.bool_)
+
+
+def numeric_columns(features: Any) -> dict[str, Any]:
+    """The columns of `features` that compiled code can hold: numbers with at least one axis."""
+    columns = {}
+    for key, value in dict(features or {}).items():
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], (list, tuple, numbers.Number)):
+            value = as_array(value, f"features[{key!r}]")
+        if isinstance(value, (np.ndarray, jax.Array)) and dtype_kind(value) != "other" and value.ndim:
+            columns[key] = value
+    return columns

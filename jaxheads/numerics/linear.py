@@ -1,0 +1,62 @@
+"""Logits that are not multiplied out yet."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LinearLogits:
+    """`hidden @ kernel + bias`, not multiplied yet; taken by every head in place of an array of logits.
+
+    Args:
+        hidden: the last hidden layer, `[..., d]`.
+        kernel: the output matrix, `[d, logits_dimension]`.
+        bias: `[logits_dimension]`, or None.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxheads as jh
+    >>> hidden, kernel = jnp.ones((4, 3)), jnp.ones((3, 1))
+    >>> head = jh.BinaryClassHead()
+    >>> labels = jnp.array([1, 0, 1, 1])
+    >>> lazy = head.loss(labels=labels, logits=jh.LinearLogits(hidden, kernel))
+    >>> bool(lazy == head.loss(labels=labels, logits=hidden @ kernel))
+    True
+    """
+
+    hidden: jax.Array
+    kernel: jax.Array
+    bias: jax.Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the product."""
+        return (*jnp.shape(self.hidden)[:-1], *jnp.shape(self.kernel)[-1:])
+
+    def check(self) -> None:
+        """Refuses shapes that cannot be multiplied."""
+        hidden, kernel = jnp.shape(self.hidden), jnp.shape(self.kernel)
+        if len(hidden) < 2 or len(kernel) != 2 or hidden[-1] != kernel[0]:
+            raise ValueError(
+                "LinearLogits needs hidden [..., d] with at least one leading axis and kernel [d, logits_dimension]. "
+                f"Given hidden {hidden}, kernel {kernel}."
+            )
+        if self.bias is not None and jnp.shape(self.bias) != kernel[1:]:
+            raise ValueError(
+                f"LinearLogits needs bias [logits_dimension] = {kernel[1:]}. Given {jnp.shape(self.bias)}."
+            )
+
+    def multiply(self) -> jax.Array:
+        """The logits as float32, accumulated in float32 whatever the dtype of the factors."""
+        dtype = jnp.promote_types(jnp.result_type(self.hidden), jnp.result_type(self.kernel))
+        logits = jnp.matmul(
+            jnp.asarray(self.hidden, dtype),
+            jnp.asarray(self.kernel, dtype),
+            preferred_element_type=jnp.promote_types(dtype, jnp.float32),
+        ).astype(jnp.float32)
+        if self.bias is None:
+            return logits
+        bias = jnp.asarray(self.bias, jnp.float32)
+        return logits + jnp.expand_dims(bias, tuple(range(logits.ndim - 1)))

@@ -1,0 +1,39 @@
+"""The double where: masked inputs are replaced before a formula sees them, and its result is masked after.
+
+Masking the result alone is not enough: `where(mask, f(nan), 0)` has a NaN gradient.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def rows_like(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """`mask [..., 1]` with the axes added or dropped that let it broadcast against `x [..., a, b]`."""
+    lead = mask.ndim - 1
+    if x.ndim <= lead:
+        return jnp.any(mask, axis=tuple(range(x.ndim, mask.ndim)))
+    return jnp.expand_dims(mask, tuple(range(mask.ndim, x.ndim))) if x.ndim > lead + 1 else mask
+
+
+def keep(mask: jax.Array, x: Any, fill: float) -> Any:
+    """`x` where `mask`, else `fill`."""
+    return jnp.where(mask, x, jnp.full_like(x, fill))
+
+
+def keep_rows(mask: jax.Array, x: jax.Array, fill: float) -> jax.Array:
+    """`keep` for a column of features: only columns that share the mask's leading axes are touched.
+
+    The fill is 1: unlike 0 it is harmless to a logarithm, a square root and a division alike.
+    """
+    shared = min(x.ndim, mask.ndim - 1)
+    if shared == 0 or x.shape[:shared] != mask.shape[:shared]:
+        return x
+    return keep(rows_like(mask, x), x, fill)
+
+
+def weighted(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """`weights * values` as float32, 0 wherever the weight is 0, whatever the value is there."""
+    values = jnp.asarray(values, jnp.float32)
+    return jnp.where(weights != 0, values * weights, jnp.zeros_like(values * weights))

@@ -1,0 +1,51 @@
+"""The four ways in which per-element losses become one number."""
+
+import enum
+
+import jax
+import jax.numpy as jnp
+
+
+class Reduction(enum.Enum):
+    """How a head divides the weighted sum of its per-element losses.
+
+    | member | loss |
+    | --- | --- |
+    | `SUM` | the weighted sum |
+    | `SUM_OVER_BATCH_SIZE` | divided by the number of existing elements (zero weights count) |
+    | `MEAN` | divided by the sum of the weights |
+    | `SUM_BY_NONZERO_WEIGHTS` | divided by the number of elements whose weight is not zero |
+
+    Wherever a `Reduction` is taken, its text is taken too; `"auto"` is `SUM_OVER_BATCH_SIZE`.
+
+    >>> Reduction.of("auto")
+    Reduction.SUM_OVER_BATCH_SIZE
+    """
+
+    SUM = "sum"
+    SUM_OVER_BATCH_SIZE = "sum_over_batch_size"
+    MEAN = "mean"
+    SUM_BY_NONZERO_WEIGHTS = "sum_by_nonzero_weights"
+
+    def __repr__(self) -> str:
+        return f"Reduction.{self.name}"
+
+    @classmethod
+    def of(cls, value: "Reduction | str") -> "Reduction":
+        """The member that `value` is or names."""
+        if isinstance(value, cls):
+            return value
+        if value == "auto":
+            return cls.SUM_OVER_BATCH_SIZE
+        texts = [member.value for member in cls]
+        if value not in texts:
+            raise ValueError(
+                f"Invalid loss_reduction: {value!r}. Expected a jaxheads.Reduction or one of {['auto', *texts]}."
+            )
+        return cls(value)
+
+
+def divide(total: jax.Array, by: jax.Array) -> jax.Array:
+    """`total / by`, and 0 where `by` is 0: an empty batch is a harmless step, not a NaN."""
+    empty = by == 0
+    return jnp.where(empty, jnp.zeros_like(total), total / jnp.where(empty, jnp.ones_like(by), by))

@@ -1,0 +1,15 @@
+"""The strictest JAX there is, on eight CPU devices."""
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _clear_caches():
+    """Compiled programs of one file are of no use to the next, and they add up."""
+    yield
+    jax.clear_caches()

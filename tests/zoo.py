@@ -1,0 +1,265 @@
+"""The heads that every law is tested on: an instance, a label sampler and a float64 oracle each.
+
+A new head adds one `Entry`. Oracles are NumPy formulas that do not call the library.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxheads as jh
+from jaxheads.numerics import pairs, stable
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A head under test.
+
+    Attributes:
+        name: the test id.
+        head: the instance.
+        labels: `(rng, lead) -> labels`, legal ones, of the leading shape plus the last axis.
+        losses: `(labels, logits, params) -> float64 losses [..., 1 or d]`, the oracle.
+        metrics: `(labels, logits, weights, params) -> dict`, float64 values of the other metrics by name, from the
+            dense rows alone (`weights [..., 1]`, all positive); absent for what has no closed form.
+        count: `labels -> [..., 1 or d]`, the oracle of a term's own element count; None for one an element.
+        illegal: a label that must be refused, or None if every finite number is legal.
+    """
+
+    name: str
+    head: jh.Head
+    labels: Callable[[np.random.Generator, tuple[int, ...]], Any]
+    losses: Callable[[Any, np.ndarray, Any], np.ndarray]
+    metrics: Callable[[Any, np.ndarray, np.ndarray, Any], dict[str, float]] = lambda *_: {}
+    count: Callable[[Any], np.ndarray] | None = None
+    illegal: float | None = None
+
+    def params(self) -> dict[str, Any]:
+        """Learned and running fields together, as `params=` takes them."""
+        return {**self.head.init(jax.random.key(0)), **self.head.init_state()}
+
+    def logits(self, rng: np.random.Generator, lead: tuple[int, ...], scale: float = 2.0) -> np.ndarray:
+        return (scale * rng.standard_normal((*lead, self.head.logits_dimension))).astype(np.float32)
+
+
+class OrdinalHead(jh.Head):
+    """A cumulative-link head whose cut points are learned: proof that a head can have parameters."""
+
+    n_classes: int = 4
+    cuts: jax.Array = jh.learned(lambda head, key: jnp.linspace(-1.0, 1.0, head.n_classes - 1))
+
+    logits_dimension = 1
+
+    @property
+    def label_spec(self):
+        return jh.LabelSpec(1, "int", 0, self.n_classes - 1)
+
+    def _log_probability(self, k, z):
+        """ln P(y = k) = ln(F(c_k - z) - F(c_{k-1} - z)), where c_{-1} = -inf and the last c is inf."""
+        far = jnp.full((1,), 1e4)
+        cuts = jnp.concatenate([-far, self.cuts, far])
+        cuts = jnp.broadcast_to(jnp.expand_dims(cuts, tuple(range(z.ndim - 1))), (*z.shape[:-1], cuts.size))
+        high, low = stable.pick(cuts, k + 1) - z, stable.pick(cuts, k) - z
+        return -jax.nn.softplus(-high) - jax.nn.softplus(low) + jnp.log(-jnp.expm1(jnp.minimum(low - high, -1e-6)))
+
+    def losses(self, labels, logits):
+        return -self._log_probability(labels, logits)
+
+    def outputs(self, logits):
+        ids = jnp.sum((logits > jnp.expand_dims(self.cuts, tuple(range(logits.ndim - 1)))), -1, keepdims=True)
+        return {"logits": logits, "class_ids": ids.astype(jnp.int32)}
+
+    def observe(self, labels, logits):
+        ids = self.outputs(logits)["class_ids"]
+        return {"accuracy": jh.Mean(ids == labels), "mean_absolute_error": jh.Mean(jnp.abs(ids - labels))}
+
+
+class PriorCorrectedHead(jh.Head):
+    """Logistic loss around the log odds of a streaming label prior: proof that a head can have running state."""
+
+    counts: jax.Array = jh.running(lambda head: jnp.array([[1.0, 0.0], [2.0, 0.0]]))
+
+    logits_dimension = 1
+
+    @property
+    def label_spec(self):
+        return jh.LabelSpec(1, "float", 0, 1)
+
+    def _shifted(self, logits):
+        positive, total = self.counts[0, 0], self.counts[1, 0]
+        return logits + jnp.log(positive / (total - positive))
+
+    def losses(self, labels, logits):
+        z = self._shifted(logits)
+        return jax.nn.softplus(z) - labels * z
+
+    def outputs(self, logits):
+        return {"logistic": jax.nn.sigmoid(self._shifted(logits))}
+
+    def advance(self, labels, logits, weights, psum):
+        seen = psum(jnp.stack([jnp.sum(weights * labels), jnp.sum(weights)]))
+        return {"counts": pairs.add(self.counts, seen[:, None])}
+
+
+class SurvivalHead(jh.Head):
+    """Exponential survival from time and event: proof of structured labels and of a count of their own (events)."""
+
+    logits_dimension = 1
+
+    @property
+    def label_spec(self):
+        return {"time": jh.LabelSpec(1, "float", 0, None, 1.0), "event": jh.LabelSpec(1, "bool")}
+
+    def losses(self, labels, logits):
+        event = labels["event"].astype(jnp.float32)
+        return jh.Term(labels["time"] * jnp.exp(logits) - event * logits, event)
+
+    def outputs(self, logits):
+        return {"risk": lambda: jnp.exp(logits)}
+
+    def observe(self, labels, logits):
+        return {"event_rate": jh.Mean(labels["event"])}
+
+
+def hinge_per_element(labels, logits):
+    """A loss function of the user's own."""
+    return jnp.maximum(0.0, 1.0 - (2.0 * labels - 1.0) * logits)
+
+
+def sigmoid(z):
+    return np.exp(-np.logaddexp(0.0, -z))
+
+
+def cross_entropy(labels, logits, params):
+    return np.logaddexp(0.0, logits) - labels * logits
+
+
+def softmax_cross_entropy(labels, logits, params):
+    return np.logaddexp.reduce(logits, -1, keepdims=True) - np.take_along_axis(logits, labels, -1)
+
+
+def ordinal_losses(labels, logits, params):
+    edges = np.concatenate([[-np.inf], np.asarray(params["cuts"], np.float64), [np.inf]])
+    with np.errstate(divide="ignore"):
+        return -np.log(sigmoid(edges[labels + 1] - logits) - sigmoid(edges[labels] - logits))
+
+
+def prior_losses(labels, logits, params):
+    positive, total = np.asarray(params["counts"], np.float64).sum(-1)
+    return cross_entropy(labels, logits + np.log(positive / (total - positive)), None)
+
+
+def mean(values, weights):
+    weights = np.broadcast_to(weights, np.broadcast_shapes(np.shape(values), np.shape(weights)))
+    return float((values * weights).sum() / weights.sum())
+
+
+def regression_metrics(link):
+    def metrics(labels, logits, weights, params):
+        return {"prediction/mean": mean(link(logits), weights), "label/mean": mean(labels, weights)}
+
+    return metrics
+
+
+def binary_metrics(labels, logits, weights, params):
+    """By hand, from all pairs: the areas are those without bins, so they hold within what bins leave."""
+    y, z = (np.asarray(x, np.float64).ravel() for x in (labels, logits))
+    w = np.broadcast_to(weights, logits.shape).ravel()
+    positive, negative, decided = w * y, w * (1 - y), z > 0
+    tp, fp, fn, tn = (x.sum() for x in (positive[decided], negative[decided], positive[~decided], negative[~decided]))
+    order = (z[:, None] > z[None]) + 0.5 * (z[:, None] == z[None])
+    rate = positive.sum() / w.sum()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {
+            "accuracy": (tp + tn) / w.sum(),
+            "precision": tp / (tp + fp),
+            "recall": tp / (tp + fn),
+            "prediction/mean": mean(sigmoid(z), w),
+            "label/mean": rate,
+            "accuracy_baseline": max(rate, 1 - rate),
+            "auc": positive @ order @ negative / (positive.sum() * negative.sum()),
+        }
+
+
+def multi_class_metrics(labels, logits, weights, params):
+    return {"accuracy": mean(logits.argmax(-1, keepdims=True) == labels, weights)}
+
+
+def ordinal_metrics(labels, logits, weights, params):
+    ids = (logits > np.asarray(params["cuts"], np.float64)).sum(-1, keepdims=True)
+    return {"accuracy": mean(ids == labels, weights), "mean_absolute_error": mean(np.abs(ids - labels), weights)}
+
+
+def floats(dimension):
+    return lambda rng, lead: rng.normal(size=(*lead, dimension)).astype(np.float32)
+
+
+def bits(rng, lead):
+    return rng.integers(0, 2, (*lead, 1)).astype(np.int32)
+
+
+def soft(rng, lead):
+    return np.round(rng.random((*lead, 1)) * 8).astype(np.float32) / 8
+
+
+def ids(n):
+    return lambda rng, lead: rng.integers(0, n, (*lead, 1)).astype(np.int32)
+
+
+def times(rng, lead):
+    return {
+        "time": rng.exponential(size=(*lead, 1)).astype(np.float32),
+        "event": rng.integers(0, 2, (*lead, 1)).astype(bool),
+    }
+
+
+ZOO = (
+    Entry(
+        "regression",
+        jh.RegressionHead(),
+        floats(1),
+        lambda y, z, p: (z - y) ** 2,
+        regression_metrics(lambda z: z),
+        illegal=np.nan,
+    ),
+    Entry(
+        "regression_3_exp",
+        jh.RegressionHead(3, inverse_link_fn=jnp.exp, loss_reduction="mean", name="r"),
+        floats(3),
+        lambda y, z, p: (z - y) ** 2,
+        regression_metrics(np.exp),
+        illegal=np.nan,
+    ),
+    Entry("binary", jh.BinaryClassHead(thresholds=(0.3,)), bits, cross_entropy, binary_metrics, illegal=2),
+    Entry(
+        "binary_soft_grid",
+        jh.BinaryClassHead(bins=jh.ThresholdGrid(200), loss_reduction="sum"),
+        soft,
+        cross_entropy,
+        lambda *a: {k: v for k, v in binary_metrics(*a).items() if k != "auc"},
+        illegal=-0.5,
+    ),
+    Entry(
+        "binary_hinge",
+        jh.BinaryClassHead(loss_fn=hinge_per_element, loss_reduction="sum_by_nonzero_weights"),
+        bits,
+        lambda y, z, p: np.maximum(0, 1 - (2 * y - 1) * z),
+        binary_metrics,
+        illegal=2,
+    ),
+    Entry("multi_class", jh.MultiClassHead(5), ids(5), softmax_cross_entropy, multi_class_metrics, illegal=-1),
+    Entry("ordinal", OrdinalHead(4), ids(4), ordinal_losses, ordinal_metrics, illegal=4),
+    Entry("running_prior", PriorCorrectedHead(), bits, prior_losses, illegal=2),
+    Entry(
+        "survival",
+        SurvivalHead(loss_reduction="mean"),
+        times,
+        lambda y, z, p: y["time"] * np.exp(z) - y["event"] * z,
+        lambda y, z, w, p: {"event_rate": mean(y["event"], w)},
+        count=lambda y: y["event"].astype(np.float64),
+    ),
+)
