@@ -45,6 +45,54 @@ class Entry:
     def logits(self, rng: np.random.Generator, lead: tuple[int, ...], scale: float = 2.0) -> np.ndarray:
         return (scale * rng.standard_normal((*lead, self.head.logits_dimension))).astype(np.float32)
 
+    def _seen(self, labels: Any, logits: Any, weights: Any, where: Any, params: Any) -> tuple[Any, ...]:
+        """Of the rows that exist: all weights; and of those that weigh, labels, logits, weights, losses, counts."""
+        logits = np.asarray(logits, np.float64)
+        n = int(np.prod(logits.shape[:-1]))
+        weights = np.ones((n, 1)) if weights is None else np.asarray(weights, np.float64).reshape(n, -1)
+        exists = np.ones(n, bool) if where is None else np.asarray(where, bool).reshape(n)
+        live = exists & (weights > 0).any(-1)
+        labels = jax.tree.map(lambda x: np.asarray(x).reshape(n, -1)[live], labels)
+        logits = logits.reshape(n, -1)[live]
+        values = self.losses(labels, logits, self.params() if params is None else params)
+        counts = np.ones_like(values) if self.count is None else self.count(labels)
+        return weights[exists], labels, logits, weights[live], values, counts
+
+    def expected_loss(
+        self,
+        labels: Any,
+        logits: Any,
+        weights: Any = None,
+        where: Any = None,
+        params: Any = None,
+        reduction: Any = None,
+        normalizer: float | None = None,
+    ) -> float:
+        """The loss in float64: rows that are hidden are dropped, whatever is in them."""
+        existing, _, _, weights, values, counts = self._seen(labels, logits, weights, where, params)
+        total = np.where(weights > 0, values * weights, 0).sum()
+        reduction = jh.Reduction.of(self.head.loss_reduction if reduction is None else reduction)
+        if normalizer is None:
+            batch_size = len(existing) * values.shape[-1] if self.count is None else counts.sum()
+            normalizer = {
+                jh.Reduction.SUM: 1,
+                jh.Reduction.SUM_OVER_BATCH_SIZE: batch_size,
+                jh.Reduction.MEAN: (counts * weights).sum(),
+                jh.Reduction.SUM_BY_NONZERO_WEIGHTS: (counts * (weights > 0)).sum(),
+            }[reduction]
+        return float(total / normalizer) if normalizer else 0.0
+
+    def expected_metrics(
+        self, labels: Any, logits: Any, weights: Any = None, where: Any = None, params: Any = None
+    ) -> dict[str, float]:
+        """The metrics in float64, those that have a closed form, under their full names."""
+        _, labels, logits, weights, values, counts = self._seen(labels, logits, weights, where, params)
+        params = self.params() if params is None else params
+        with np.errstate(invalid="ignore", divide="ignore"):
+            average = (values * weights).sum() / (counts * weights).sum()
+            out = {"average_loss": float(average), **self.metrics(labels, logits, weights, params)}
+        return {f"{key}/{self.head.name}" if self.head.name else key: value for key, value in out.items()}
+
 
 class OrdinalHead(jh.Head):
     """A cumulative-link head whose cut points are learned: proof that a head can have parameters."""
@@ -144,8 +192,11 @@ def softmax_cross_entropy(labels, logits, params):
 
 def ordinal_losses(labels, logits, params):
     edges = np.concatenate([[-np.inf], np.asarray(params["cuts"], np.float64), [np.inf]])
-    with np.errstate(divide="ignore"):
-        return -np.log(sigmoid(edges[labels + 1] - logits) - sigmoid(edges[labels] - logits))
+    high, low = edges[labels + 1] - logits, edges[labels] - logits
+    # F(high) - F(low) is F(-low) - F(-high): taken on the side where F is small, nothing cancels.
+    high, low = np.where(low > 0, -low, high), np.where(low > 0, -high, low)
+    log_high, log_low = -np.logaddexp(0.0, -high), -np.logaddexp(0.0, -low)
+    return -log_high - np.log1p(-np.exp(log_low - log_high))
 
 
 def prior_losses(labels, logits, params):
@@ -166,12 +217,14 @@ def regression_metrics(link):
 
 
 def binary_metrics(labels, logits, weights, params):
-    """By hand, from all pairs: the areas are those without bins, so they hold within what bins leave."""
+    """By hand: the area is that without bins (pairs won, ties half), so it holds within what bins leave."""
     y, z = (np.asarray(x, np.float64).ravel() for x in (labels, logits))
     w = np.broadcast_to(weights, logits.shape).ravel()
     positive, negative, decided = w * y, w * (1 - y), z > 0
     tp, fp, fn, tn = (x.sum() for x in (positive[decided], negative[decided], positive[~decided], negative[~decided]))
-    order = (z[:, None] > z[None]) + 0.5 * (z[:, None] == z[None])
+    _, rank = np.unique(z, return_inverse=True)
+    by_score = np.bincount(rank, negative)
+    beaten = (np.cumsum(by_score) - by_score / 2)[rank]
     rate = positive.sum() / w.sum()
     with np.errstate(invalid="ignore", divide="ignore"):
         return {
@@ -181,7 +234,7 @@ def binary_metrics(labels, logits, weights, params):
             "prediction/mean": mean(sigmoid(z), w),
             "label/mean": rate,
             "accuracy_baseline": max(rate, 1 - rate),
-            "auc": positive @ order @ negative / (positive.sum() * negative.sum()),
+            "auc": positive @ beaten / (positive.sum() * negative.sum()),
         }
 
 

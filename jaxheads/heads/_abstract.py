@@ -27,7 +27,8 @@ def check_loss_fn(loss_fn: Any) -> None:
     known = [n for n in names if n not in ("labels", "logits", "features", "loss_reduction")]
     if unexpected or known:
         raise ValueError(
-            f"loss_fn has unexpected args: {unexpected or known}. It is called as loss_fn(labels=, logits=[, features=])."
+            f"loss_fn has unexpected args: {unexpected or known}. It is called as "
+            "loss_fn(labels=, logits=[, features=])."
         )
 
 
@@ -44,8 +45,8 @@ def call_loss_fn(loss_fn: Callable[..., Any], labels: Any, logits: jax.Array, fe
     if tuple(losses.shape) != expected:
         raise ValueError(
             f"loss_fn must return Tensor of shape [D0, D1, ... DN, {size}]: one unreduced loss an element. "
-            f"logits_shape: {tuple(logits.shape)}, expected loss_shape: {expected}, given loss_shape: {tuple(losses.shape)}. "
-            "Use keepdims=True in a sum or mean over the last axis."
+            f"logits_shape: {tuple(logits.shape)}, expected loss_shape: {expected}, given loss_shape: "
+            f"{tuple(losses.shape)}. Use keepdims=True in a sum or mean over the last axis."
         )
     return losses
 

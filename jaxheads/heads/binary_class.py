@@ -18,20 +18,21 @@ from jaxheads.numerics import stable, vocabulary
 class BinaryClassHead(Head):
     """Binary classification from one logit.
 
-    **Domain**: `labels` in [0, 1], `[D0, ..., DN, 1]` or `[D0, ..., DN]`; int, bool, soft labels, or (eagerly, or through
-    `encode_labels`) the names of a `label_vocabulary`. A soft label y counts as weight y positive and 1 - y negative in every
-    metric.
+    **Domain**: `labels` in [0, 1], `[D0, ..., DN, 1]` or `[D0, ..., DN]`; int, bool, soft labels, or (eagerly, or
+    through `encode_labels`) the names of a `label_vocabulary`. A soft label y counts as weight y positive and 1 - y
+    negative in every metric.
 
     **Link**: `P(y = 1) = sigmoid(z)`.
 
     **loss** = `softplus(z) - y z`, or `loss_fn`; `[..., 1]`.
 
-    **Predictions**: `logits [..., 1]`, `logistic [..., 1]`, `probabilities [..., 2]`, `class_ids [..., 1]` (int32, z > 0),
-    `all_class_ids [D0, 2]`; `decode_predictions` adds `classes` and `all_classes`.
+    **Predictions**: `logits [..., 1]`, `logistic [..., 1]`, `probabilities [..., 2]`, `class_ids [..., 1]` (int32, z
+    > 0), `all_class_ids [D0, 2]`; `decode_predictions` adds `classes` and `all_classes`.
     **Metrics**: `average_loss`, `accuracy`, `precision`, `recall` (positive: z > 0), `prediction/mean`, `label/mean`,
-    `accuracy_baseline` (of the more frequent class), `auc`, `auc_precision_recall` (interpolated as by Keras), for each threshold t
-    `accuracy|precision|recall/positive_threshold_t` (positive: p > t), and `regularization_loss` if one is given. All float32.
-    The areas come from a histogram with `bins`: `compute(bounds=True)` gives the interval that binning leaves.
+    `accuracy_baseline` (of the more frequent class), `auc`, `auc_precision_recall` (interpolated as by Keras), for
+    each threshold t `accuracy|precision|recall/positive_threshold_t` (positive: p > t), and `regularization_loss` if
+    one is given. All float32. The areas come from a histogram with `bins`: `compute(bounds=True)` gives the interval
+    that binning leaves.
 
     Args:
         weight_column: a key of `features`, or a function `features -> weights`.
@@ -43,8 +44,9 @@ class BinaryClassHead(Head):
         bins: `LogitGrid(...)` (default), or `ThresholdGrid(200)` for TensorFlow's numbers.
 
     Raises:
-        ValueError: thresholds outside (0, 1) or printing alike; a vocabulary that is not two names; a `loss_fn` with other
-            arguments or another result shape; labels outside [0, 1], or a name outside the vocabulary, in an unmasked row.
+        ValueError: thresholds outside (0, 1) or printing alike; a vocabulary that is not two names; a `loss_fn` with
+            other arguments or another result shape; labels outside [0, 1], or a name outside the vocabulary, in an
+            unmasked row.
 
     Source: `tf.estimator.BinaryClassHead` (TensorFlow 2.15).
 

@@ -17,15 +17,15 @@ from jaxheads.numerics import stable, vocabulary
 class MultiClassHead(Head):
     """Classification into one of `n_classes` classes.
 
-    **Domain**: `labels` integer class ids 0 ... n_classes - 1, `[D0, ..., DN, 1]` or `[D0, ..., DN]`, or (eagerly, or through
-    `encode_labels`) the names of a `label_vocabulary`. One-hot and float labels are refused.
+    **Domain**: `labels` integer class ids 0 ... n_classes - 1, `[D0, ..., DN, 1]` or `[D0, ..., DN]`, or (eagerly, or
+    through `encode_labels`) the names of a `label_vocabulary`. One-hot and float labels are refused.
 
     **Link**: `P(y = k) = softmax(z)_k`.
 
     **loss** = `logsumexp(z) - z_y`, or `loss_fn`; `[..., 1]`.
 
-    **Predictions**: `logits [..., n]`, `probabilities [..., n]`, `class_ids [..., 1]` (int32; the first of equal maxima),
-    `all_class_ids [D0, n]`; `decode_predictions` adds `classes` and `all_classes`.
+    **Predictions**: `logits [..., n]`, `probabilities [..., n]`, `class_ids [..., 1]` (int32; the first of equal
+    maxima), `all_class_ids [D0, n]`; `decode_predictions` adds `classes` and `all_classes`.
     **Metrics**: `average_loss`, `accuracy`, and `regularization_loss` if one is given. All float32.
 
     Args:
@@ -33,12 +33,14 @@ class MultiClassHead(Head):
         weight_column: a key of `features`, or a function `features -> weights`.
         label_vocabulary: the names of the classes.
         loss_reduction: a `Reduction` or its text.
-        loss_fn: `loss_fn(labels, logits[, features])` giving one loss an element, `[..., 1]`; labels are int32 `[..., 1]`.
+        loss_fn: `loss_fn(labels, logits[, features])` giving one loss an element, `[..., 1]`; labels are int32 `[...,
+            1]`.
         name: suffixes the metric keys.
 
     Raises:
-        ValueError: `n_classes` below 3; a vocabulary of another length; a `loss_fn` with other arguments or another result
-            shape; labels that are not integers; labels out of range, or a name outside the vocabulary, in an unmasked row.
+        ValueError: `n_classes` below 3; a vocabulary of another length; a `loss_fn` with other arguments or another
+            result shape; labels that are not integers; labels out of range, or a name outside the vocabulary, in an
+            unmasked row.
 
     Source: `tf.estimator.MultiClassHead` (TensorFlow 2.15).
 
@@ -65,7 +67,7 @@ class MultiClassHead(Head):
         _abstract.check_loss_fn(self.loss_fn)
 
     @property
-    def logits_dimension(self) -> int:
+    def logits_dimension(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # see Head
         return self.n_classes
 
     @property

@@ -15,16 +15,16 @@ from jaxheads.metrics import Mean, Observation
 class RegressionHead(Head):
     """Regression: squared error, or a loss of your own.
 
-    **Domain**: `labels` finite numbers (int and bool are cast), `[D0, ..., DN, label_dimension]`, or `[D0, ..., DN]` where
-    `label_dimension` is 1. `weights` may also have the shape of the logits.
+    **Domain**: `labels` finite numbers (int and bool are cast), `[D0, ..., DN, label_dimension]`, or `[D0, ..., DN]`
+    where `label_dimension` is 1. `weights` may also have the shape of the logits.
 
     **Link**: `predictions = inverse_link_fn(logits)`; the identity by default. The loss never sees the link.
 
     **loss** = `(z - y)^2` for each of the `label_dimension` logits (no half), or `loss_fn`.
 
     **Predictions**: `predictions [..., label_dimension]`; with an `inverse_link_fn` also `logits`.
-    **Metrics**: `average_loss`, `prediction/mean`, `label/mean`, and `regularization_loss` if one is given; weighted means over
-    all elements, the last axis included. All float32.
+    **Metrics**: `average_loss`, `prediction/mean`, `label/mean`, and `regularization_loss` if one is given; weighted
+    means over all elements, the last axis included. All float32.
 
     Args:
         label_dimension: the number of targets.
@@ -69,7 +69,7 @@ class RegressionHead(Head):
             )
 
     @property
-    def logits_dimension(self) -> int:
+    def logits_dimension(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # see Head
         return self.label_dimension
 
     @property

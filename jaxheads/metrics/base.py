@@ -14,7 +14,10 @@ import jax
 class Observation(abc.ABC):
     """Per-element values of one batch that reduce to `size` sums."""
 
-    size: Any
+    @property
+    @abc.abstractmethod
+    def size(self) -> int:
+        """How many sums it takes."""
 
     @abc.abstractmethod
     def reduce(self, weights: jax.Array) -> jax.Array:

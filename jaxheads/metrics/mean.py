@@ -1,7 +1,7 @@
 """The weighted mean: two sums."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,10 @@ class Mean(Observation):
 
     values: Any
     count: Any = None
-    size: ClassVar[int] = 2
+
+    @property
+    def size(self) -> int:
+        return 2
 
     def reduce(self, weights: jax.Array) -> jax.Array:
         """The two sums over this batch."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxheads.metrics.base import Observation
 from jaxheads.metrics.scores import Interval, ScoresView
@@ -52,7 +53,8 @@ class Metrics:
     """The metric state of a head: additive arrays, packed in one.
 
     `a + b` merges. The trailing axis of `state` is a compensated pair, or of size 1 for the plain float32 sums of a
-    single batch (`head.measure`). Any leading axis (devices, slices, replicas) passes through `+`, `psum` and `compute`.
+    single batch (`head.measure`). Any leading axis (devices, slices, replicas) passes through `+`, `psum` and
+    `compute`.
 
     Attributes:
         state: float32 `[..., slots, 1 or 2]`, a plain array to a checkpoint.
@@ -77,14 +79,15 @@ class Metrics:
         """The metrics of both sets of data."""
         if not isinstance(other, Metrics):
             return NotImplemented
-        self._same_kind(other)
+        self.check_same_kind(other)
         return dataclasses.replace(self, state=_add(self.state, other.state))
 
     def __radd__(self, other: Any) -> "Metrics":
         # sum(list_of_metrics) starts from the integer 0.
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
-    def _same_kind(self, other: "Metrics") -> None:
+    def check_same_kind(self, other: "Metrics") -> None:
+        """Refuses a state that does not add to this one, saying why."""
         if self.head != other.head:
             raise ValueError(
                 f"Metrics of different heads do not add.\n  One is of {self.head!r},\n  the other of {other.head!r}."
@@ -107,7 +110,7 @@ class Metrics:
 
     def _read(self, undefined: float) -> tuple[dict[str, Any], Any, Any, Any]:
         """Views by key; the bad count; the regularization; the array module in use."""
-        if isinstance(self.state, jax.core.Tracer):
+        if isinstance(self.state, Tracer):
             xp, pair = jnp, self.state
         else:
             # In float64 on the host: exact, one transfer, and nothing to compile.
@@ -182,7 +185,7 @@ class Metrics:
         return self._scores("reliability()").reliability(bins)
 
     def _scores(self, what: str) -> ScoresView:
-        if isinstance(self.state, jax.core.Tracer) or np.ndim(self.state) != 2:
+        if isinstance(self.state, Tracer) or np.ndim(self.state) != 2:
             raise ValueError(
                 f"{what} reads one concrete state, outside jit. Given {self!r}. Merge devices with .psum first, or "
                 "take one entry with jax.tree.map(lambda x: x[0], metrics)."
@@ -195,7 +198,7 @@ class Metrics:
     def __repr__(self) -> str:
         title = f"Metrics of {self.head!r}"
         state = self.state
-        if isinstance(state, jax.core.Tracer) or not hasattr(state, "shape") or np.ndim(state) != 2:
+        if isinstance(state, Tracer) or not hasattr(state, "shape") or np.ndim(state) != 2:
             kind = getattr(state, "dtype", type(state).__name__)
             return f"{title}: {kind}{list(getattr(state, 'shape', ()))}"
         if isinstance(state, jax.Array) and (state.is_deleted() or not _addressable(state)):
@@ -232,7 +235,7 @@ def _addressable(state: jax.Array) -> bool:
 def _on_host(state: Any) -> Any:
     if isinstance(state, jax.Array) and not _addressable(state):
         raise ValueError(
-            f"These metrics are spread over processes: state {state.shape} with sharding {state.sharding}. Merge them with "
-            ".psum(axis_name) inside the step, so that every process holds the total."
+            f"These metrics are spread over processes: state {state.shape} with sharding {state.sharding}. Merge them "
+            "with .psum(axis_name) inside the step, so that every process holds the total."
         )
     return state

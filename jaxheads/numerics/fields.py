@@ -4,11 +4,13 @@ The class decorator is applied by `Head.__init_subclass__`, so that writing a he
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 _KIND = "jaxheads_kind"
@@ -102,3 +104,107 @@ def register(cls: type) -> None:
         return head
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+
+
+def children(node: Any) -> dict[str, Any]:
+    """The heads inside a head, by the name under which their parameters nest."""
+    found: dict[str, Any] = {}
+    for field in of_kind(type(node), HEADS):
+        value = getattr(node, field.name)
+        if isinstance(value, tuple):
+            found.update({child.name or str(i): child for i, child in enumerate(value)})
+        elif value is not None:
+            found[field.name] = value
+    return found
+
+
+def with_values(node: Any, changes: Mapping[str, Any]) -> Any:
+    """`dataclasses.replace` that goes past `__init__` and reaches, by name, into tuples of heads."""
+    heads = {field.name for field in of_kind(type(node), HEADS)}
+    copy = object.__new__(type(node))
+    for field in dataclasses.fields(node):
+        value = changes.get(field.name, getattr(node, field.name))
+        if field.name in heads and isinstance(value, tuple):
+            value = tuple(changes.get(child.name or str(i), child) for i, child in enumerate(value))
+        object.__setattr__(copy, field.name, value)
+    return copy
+
+
+def init(node: Any, key: jax.Array) -> dict[str, Any]:
+    """The first values of the learned fields, nested by the names of the heads inside."""
+    learned_fields = of_kind(type(node), LEARNED)
+    values: dict[str, Any] = {
+        f.name: jnp.asarray(initializer(f)(node, jax.random.fold_in(key, i))) for i, f in enumerate(learned_fields)
+    }
+    for i, (name, child) in enumerate(children(node).items(), start=len(learned_fields)):
+        if inner := init(child, jax.random.fold_in(key, i)):
+            values[name] = inner
+    return values
+
+
+def init_state(node: Any) -> dict[str, Any]:
+    """The first values of the running fields, nested likewise."""
+    values: dict[str, Any] = {f.name: jnp.asarray(initializer(f)(node)) for f in of_kind(type(node), RUNNING)}
+    for name, child in children(node).items():
+        if inner := init_state(child):
+            values[name] = inner
+    return values
+
+
+@functools.lru_cache(maxsize=1024)
+def abstract(node: Any) -> dict[str, Any]:
+    """Shapes and dtypes of all learned and running fields of an unbound head."""
+    if not missing(node):
+        return {}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return merge(
+        jax.eval_shape(functools.partial(init, node), key), jax.eval_shape(functools.partial(init_state, node))
+    )
+
+
+def merge(params: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """Learned and running values in one tree: dicts under the same name are merged."""
+    both = {**params, **state}
+    for name in set(params) & set(state):
+        both[name] = merge(params[name], state[name])
+    return both
+
+
+def bind(node: Any, params: Mapping[str, Any]) -> Any:
+    """The same head with learned and running fields filled in."""
+    if not isinstance(params, Mapping):
+        raise ValueError(f"params must be a dict as head.init(key) makes it. Given {type(params).__name__}.")
+    shapes = abstract(unbound(node))
+    unknown = sorted(set(params) - set(shapes))
+    if unknown:
+        raise ValueError(
+            f"{type(node).__name__} has no learned or running field {unknown}. Given {sorted(params)}, expected "
+            f"{sorted(shapes) or 'none: this head learns nothing'}."
+        )
+    inside, held = children(node), {field.name for field in of_kind(type(node), RUNNING)}
+    changes: dict[str, Any] = {}
+    for name, value in params.items():
+        if name in inside:
+            changes[name] = bind(inside[name], value)
+            continue
+        if jnp.shape(value) != shapes[name].shape:
+            raise ValueError(
+                f"{type(node).__name__}.{name} must have shape {shapes[name].shape}, as head.init(key) makes it. Given "
+                f"{jnp.shape(value)}."
+            )
+        changes[name] = jax.lax.stop_gradient(value) if name in held else value
+    return with_values(node, changes)
+
+
+def unbound(node: Any) -> Any:
+    """The same head with learned and running fields emptied."""
+    if not jax.tree.leaves(node):
+        return node
+    changes: dict[str, Any] = {field.name: None for field in of_kind(type(node), LEARNED, RUNNING)}
+    return with_values(node, {**changes, **{name: unbound(child) for name, child in children(node).items()}})
+
+
+def missing(node: Any) -> list[str]:
+    """The learned and running fields that have no value."""
+    own = [f.name for f in of_kind(type(node), LEARNED, RUNNING) if getattr(node, f.name) is None]
+    return own + [f"{name}.{inner}" for name, child in children(node).items() for inner in missing(child)]

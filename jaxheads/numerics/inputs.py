@@ -10,16 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def is_traced(tree: Any) -> bool:
     """Whether any leaf is a tracer."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def is_readable(x: Any, check: bool | None) -> bool:
     """Whether the values of `x` may be looked at: host arrays always, device arrays on request."""
-    if isinstance(x, jax.core.Tracer) or check is False:
+    if isinstance(x, Tracer) or check is False:
         return False
     if isinstance(x, jax.Array):
         return bool(check) and x.is_fully_addressable

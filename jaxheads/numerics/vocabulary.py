@@ -40,8 +40,8 @@ def encode(labels: np.ndarray, vocabulary: tuple[str, ...] | None, where: np.nda
     if unknown.any():
         position = tuple(int(i) for i in np.argwhere(unknown)[0])
         raise ValueError(
-            f"label {_text(labels[position])!r} at index {position} is not in the label_vocabulary {vocabulary!r}. Add it "
-            "there, or leave the row out with where=False."
+            f"label {_text(labels[position])!r} at index {position} is not in the label_vocabulary {vocabulary!r}. "
+            "Add it there, or leave the row out with where=False."
         )
     return encoded
 
