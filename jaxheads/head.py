@@ -187,25 +187,11 @@ class Head(abc.ABC):
         """
         _check_mode(mode)
         head = self._ready(params)
-        elements = batches.clean(head.label_spec, head._gather(labels, logits, features, weights, where, check))
-        _debug_check(head, elements.bad)
-        values, count = head._term(elements)
-        # By multiplication: `where(bad, nan, loss)` would have gradient 0.
-        values = values * jnp.where(elements.bad, jnp.nan, jnp.ones_like(elements.weights))
-        total = jnp.sum(masking.weighted(values, elements.weights))
-        by = (
-            head._divisor(elements, values.shape, count) if normalizer is None else jnp.asarray(normalizer, jnp.float32)
-        )
-        if axis_name is not None:
-            # A normalizer is global already.
-            total, summed = jax.lax.psum(jnp.stack([total, by]), axis_name)
-            by = summed if normalizer is None else by
-        loss = total if head.loss_reduction is Reduction.SUM and normalizer is None else reduction.divide(total, by)
+        batch = head._gather(labels, logits, features, weights, where, check)
+        loss = head._reduced_loss(batch, normalizer, axis_name)
         return loss if regularization_losses is None else loss + _sum_scalars(_scalars(regularization_losses))
 
-    def predictions(
-        self, logits: Any, keys: Any = None, *, params: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def predictions(self, logits: Any, keys: Any = None, *, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Predictions by key; only those asked for are computed. An unknown key is refused with the valid ones."""
         head = self._ready(params)
         outputs: dict[str, Any] = dict(head.outputs(batches.dense(batches.check_logits(logits, head.logits_dimension))))
@@ -435,6 +421,29 @@ class Head(abc.ABC):
             raise ValueError(f"Feature {column} (the weight_column) is not in features. Given features: {given}.")
         return features[column], f"weight (features[{column!r}])"
 
+    def _reduced_loss(self, batch: dict[str, Any], normalizer: Any, axis_name: Any) -> jax.Array:
+        """The loss of a gathered batch, without regularization."""
+        elements = batches.clean(self.label_spec, batch)
+        _debug_check(self, elements.bad)
+        values, count = self._term(elements)
+        # By multiplication: `where(bad, nan, loss)` would have gradient 0.
+        values = values * jnp.where(elements.bad, jnp.nan, jnp.ones_like(elements.weights))
+        total = jnp.sum(masking.weighted(values, elements.weights))
+        by = self._divisor(elements, values.shape, count) if normalizer is None else jnp.float32(normalizer)
+        if axis_name is not None:
+            # A normalizer is global already.
+            total, summed = jax.lax.psum(jnp.stack([total, by]), axis_name)
+            by = summed if normalizer is None else by
+        return total if self.loss_reduction is Reduction.SUM and normalizer is None else reduction.divide(total, by)
+
+    def _sums(self, batch: dict[str, Any]) -> jax.Array:
+        """The packed sums `[slots]` of a gathered batch."""
+        elements = batches.clean(self.label_spec, batch)
+        observations = {"average_loss": Mean(*self._term(elements)), **self.observe(elements.labels, elements.logits)}
+        counted = _counted(elements)
+        parts = [jnp.sum(elements.bad.astype(jnp.float32))[None], *_regularization_sums(batch)]
+        return jnp.concatenate(parts + [observation.reduce(counted) for observation in observations.values()])
+
     def _term(self, elements: Elements) -> Term:
         """The per-element losses, checked."""
         arguments = [elements.labels, elements.logits]
@@ -467,7 +476,7 @@ def _measure(head: Head, batch: dict[str, Any]) -> jax.Array:
     logits = batch["logits"]
     rows = tiles.tile_rows(tuple(logits.shape)) if head.rowwise else None
     if rows is None or not tiles.is_local(batch):
-        return _sums(head, batch)[:, None]
+        return head._sums(batch)[:, None]
     lazy = isinstance(logits, LinearLogits)
     cut = {k: batch[k] for k in ("labels", "weights", "where")} | {"logits": logits.hidden if lazy else logits}
 
@@ -476,20 +485,12 @@ def _measure(head: Head, batch: dict[str, Any]) -> jax.Array:
             inner = dataclasses.replace(batch["logits"], hidden=tile["logits"]) if lazy else tile["logits"]
             fresh = jnp.broadcast_to(fresh.reshape(-1, *[1] * (len(inner.shape) - 1)), (*inner.shape[:-1], 1))
             exists = fresh if tile["where"] is None else tile["where"] & fresh
-            return _sums(head, {**batch, **tile, "where": exists, "logits": inner, "regularization": None})
+            return head._sums({**batch, **tile, "where": exists, "logits": inner, "regularization": None})
 
         total = tiles.sum_over_rows(sums, cut, logits.shape[0], rows)
         return jnp.concatenate([total[:1], *_regularization_sums(batch), total[1:]])
 
-    return jax.lax.platform_dependent(cut, batch, cpu=by_tiles, default=lambda _, batch: _sums(head, batch))[:, None]
-
-
-def _sums(head: Head, batch: dict[str, Any]) -> jax.Array:
-    elements = batches.clean(head.label_spec, batch)
-    observations = {"average_loss": Mean(*head._term(elements)), **head.observe(elements.labels, elements.logits)}
-    counted = _counted(elements)
-    parts = [jnp.sum(elements.bad.astype(jnp.float32))[None], *_regularization_sums(batch)]
-    return jnp.concatenate(parts + [observation.reduce(counted) for observation in observations.values()])
+    return jax.lax.platform_dependent(cut, batch, cpu=by_tiles, default=lambda _, batch: head._sums(batch))[:, None]
 
 
 def _counted(elements: Elements) -> jax.Array:

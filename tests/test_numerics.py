@@ -1,0 +1,211 @@
+"""Floor 0 against float64 NumPy, exact rationals and, for the edges, a plain search."""
+
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxheads as jh
+from jaxheads.metrics.grids import LogitGrid, ThresholdGrid
+from jaxheads.numerics import fields, pairs, stable, vocabulary
+from jaxheads.numerics.edges import Edges, histogram
+from jaxheads.numerics.linear import LinearLogits
+from jaxheads.numerics.reduction import Reduction, divide
+
+few = settings(max_examples=30, deadline=None, derandomize=True)
+huge = float(np.float32(1e30))
+finite = st.floats(-huge, huge, width=32, allow_subnormal=False)
+
+
+def exactly(x) -> Fraction:
+    return sum((Fraction(float(v)) for v in np.asarray(x, np.float64).ravel()), Fraction(0))
+
+
+@few
+@given(st.lists(st.integers(0, 2**31), min_size=2, max_size=30))
+def test_pairs_add_integers_exactly_to_2_48(values):
+    total = jnp.zeros((1, 2))
+    for value in values:
+        parts = np.array([[np.float32(value), np.float32(value - int(np.float32(value)))]], np.float32)
+        total = pairs.add(total, jnp.asarray(parts))
+    assert exactly(total) == sum(values)
+
+
+@few
+@given(st.lists(finite, min_size=2, max_size=40))
+def test_pairs_hold_any_sum_to_48_bits(values):
+    total = jnp.zeros((1, 2))
+    for value in values:
+        total = pairs.add(total, jnp.full((1, 1), value, jnp.float32))
+    scale = sum(abs(Fraction(float(np.float32(v)))) for v in values)
+    error = abs(exactly(total) - sum((Fraction(float(np.float32(v))) for v in values), Fraction(0)))
+    # Subnormal errors below 1e-38 are flushed to zero by XLA.
+    assert error <= scale * Fraction(len(values) * 3, 2**47) + Fraction(len(values), 10**37)
+
+
+def test_pairs_keep_infinities_and_nan():
+    inf, nan = jnp.full((1, 1), jnp.inf), jnp.full((1, 1), jnp.nan)
+    zero = jnp.zeros((1, 2))
+    np.testing.assert_array_equal(pairs.add(zero, inf), [[np.inf, 0]])
+    np.testing.assert_array_equal(pairs.add(pairs.add(zero, inf), jnp.ones((1, 1))), [[np.inf, 0]])
+    assert np.isnan(np.asarray(pairs.add(zero, nan)).sum())
+
+
+def awkward(edges: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Edges, their float32 neighbours, what lies between, and the far ends."""
+    above, below = (np.nextafter(edges, np.float32(side)) for side in (np.inf, -np.inf))
+    spread = rng.uniform(edges[0] - 1, edges[-1] + 1, 5000).astype(np.float32)
+    ends = np.array([0.0, -0.0, 2e-38, -2e-38, 1e38, -1e38, np.inf, -np.inf], np.float32)
+    return normal(np.concatenate([edges, above, below, spread, ends]))
+
+
+def normal(x: np.ndarray) -> np.ndarray:
+    """Without the subnormals, which XLA reads as zero."""
+    return x[(x == 0) | (np.abs(x) >= np.finfo(np.float32).tiny)]
+
+
+EDGE_SETS = {
+    "uniform": np.linspace(-20, 20, 2047),
+    "one": np.array([0.25]),
+    "crowded": np.concatenate([[-20.0, 20.0], 0.3 + np.arange(500) * 1e-7, np.arange(7) * 1e-30]),
+    "wide": np.array([-1e30, -1.0, 0.0, 1e-20, 1.0, 3.4e38]),
+    "thresholds": np.arange(1, 199) / 199,
+}
+
+
+@pytest.mark.parametrize("name", EDGE_SETS)
+def test_edges_locate_every_number_exactly(name):
+    edges = Edges(EDGE_SETS[name])
+    x = awkward(edges.values, np.random.default_rng(0))
+    expected = np.searchsorted(edges.values.astype(np.float64), x.astype(np.float64), side="left")
+    np.testing.assert_array_equal(jax.jit(edges.locate)(x), expected)
+    np.testing.assert_array_equal(edges.locate(x), expected)
+
+
+@few
+@given(
+    st.lists(st.floats(-50, 50, width=32, allow_subnormal=False), min_size=1, max_size=60),
+    st.lists(st.floats(width=32, allow_nan=False, allow_subnormal=False), min_size=50, max_size=50),
+)
+def test_edges_locate_among_any_edges(values, x):
+    edges, x = Edges(values), np.asarray(x, np.float32)
+    with jax.disable_jit():
+        found = edges.locate(jnp.asarray(x))
+    np.testing.assert_array_equal(found, np.searchsorted(edges.values, x, side="left"))
+
+
+def test_edges_put_nan_below_all():
+    assert int(Edges([0.0, 1.0]).locate(jnp.array(jnp.nan))) == 0
+
+
+def test_ten_thousand_edges_cost_a_few_steps():
+    grid = jh.LogitGrid()
+    thresholds = tuple(float(t) for t in np.arange(1, 10_001) / 10_001)
+    assert grid.layout(()).edges.steps <= 3
+    assert grid.layout(thresholds).edges.steps <= 6
+    assert jh.ThresholdGrid(200).layout(thresholds).edges.steps <= 6
+
+
+@pytest.mark.slow
+def test_every_float32_between_0_and_1_has_its_bucket():
+    """All 1,065,353,217 of them, through the compiled kernel, against comparisons with the edges around it."""
+    edges = ThresholdGrid(200).layout(()).edges
+    padded = np.concatenate([[-np.inf], edges.values, [np.inf]]).astype(np.float32)
+
+    @jax.jit
+    def wrong(start):
+        x = jax.lax.bitcast_convert_type(start + jnp.arange(2**22, dtype=jnp.int32), jnp.float32)
+        k = edges.locate(x)
+        table = jnp.asarray(padded)
+        right = (table[k] < x) & (x <= table[k + 1])
+        # Subnormals are zero to XLA: bucket 0 either way.
+        return jnp.sum(jnp.where(x <= 1, ~right & (x >= 2**-126), False))
+
+    last = int(np.float32(1.0).view(np.int32))
+    assert sum(int(wrong(jnp.int32(start))) for start in range(0, last + 1, 2**22)) == 0
+
+
+def test_histogram_sums_by_bucket():
+    rng = np.random.default_rng(0)
+    buckets, weights = rng.integers(0, 7, (5, 3)), rng.random((5, 3, 2)).astype(np.float32)
+    expected = np.zeros((7, 2))
+    np.add.at(expected, buckets, weights)
+    np.testing.assert_allclose(histogram(jnp.asarray(buckets, jnp.int32), jnp.asarray(weights), 7), expected, 1e-6)
+
+
+@pytest.mark.parametrize("grid", [LogitGrid(), LogitGrid(-3, 5, 100), ThresholdGrid(200), ThresholdGrid(3)])
+def test_user_thresholds_are_exact_edges(grid):
+    """Every bucket of a score above a threshold is above its edge, and no other, neighbours included."""
+    thresholds = (0.1, 0.3, 0.5, 1 / 3, 0.999, 1e-6)
+    layout = grid.layout(thresholds)
+    z = np.asarray([stable.log_odds(t) for t in thresholds], np.float32)
+    z = np.concatenate([z, np.nextafter(z, np.float32(9)), np.nextafter(z, np.float32(-9)), np.linspace(-15, 15, 999)])
+    z = normal(z.astype(np.float32))
+    buckets = np.asarray(grid.buckets(layout, jnp.asarray(z)))
+    np.testing.assert_array_equal(buckets > layout.zero, z > 0)
+    for t in thresholds:
+        if isinstance(grid, LogitGrid):
+            positive = z > np.float32(stable.log_odds(t))
+        else:
+            positive = np.asarray(jax.nn.sigmoid(z)) > np.float32(t)
+        np.testing.assert_array_equal(buckets > layout.position[t], positive, err_msg=str(t))
+
+
+def test_z_above_0_is_an_edge_of_its_own_where_p_is_exactly_one_half():
+    z = np.array([1e-9, -1e-9, 0.0, 1e-30], np.float32)
+    assert np.all(np.asarray(jax.nn.sigmoid(z)) == 0.5)
+    grid = ThresholdGrid(200)
+    layout = grid.layout((0.5,))
+    buckets = np.asarray(grid.buckets(layout, jnp.asarray(z)))
+    np.testing.assert_array_equal(buckets > layout.zero, [True, False, False, True])
+    assert not np.any(buckets > layout.position[0.5])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: LogitGrid(1, 1), "low < high"),
+        (lambda: LogitGrid(-np.inf, 1), "finite"),
+        (lambda: LogitGrid(n=2), "at least 3"),
+        (lambda: LogitGrid(1e8, 1e8 + 10, 2048), "narrower"),
+        (lambda: ThresholdGrid(2.5), "integer"),  # pyright: ignore[reportArgumentType]  # what is tested
+        (lambda: Edges([]), "at least one"),
+        (lambda: Edges([np.nan]), "finite"),
+        (lambda: Reduction.of("none"), "Invalid loss_reduction: 'none'"),
+        (lambda: LinearLogits(jnp.ones((2, 3)), jnp.ones((4, 1))).check(), r"hidden \(2, 3\), kernel \(4, 1\)"),
+        (lambda: LinearLogits(jnp.ones((2, 3)), jnp.ones((3, 1)), jnp.ones(2)).check(), r"Given \(2,\)"),
+        (lambda: fields.learned(3), "function"),  # pyright: ignore[reportArgumentType]  # what is tested
+    ],
+)
+def test_bad_configuration_is_refused_in_words(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_divide_by_nothing_is_zero_with_zero_gradient():
+    value, gradient = jax.value_and_grad(lambda x: divide(x, jnp.float32(0)))(jnp.float32(3))
+    assert (value, gradient) == (0, 0)
+
+
+def test_is_argmax_is_the_first_maximum():
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 4, (200, 5)).astype(np.float32)
+    ids = rng.integers(0, 5, (200, 1)).astype(np.int32)
+    expected = values.argmax(-1, keepdims=True) == ids
+    np.testing.assert_array_equal(stable.is_argmax(jnp.asarray(values), jnp.asarray(ids)), expected)
+    values[:, 2] = -np.inf
+    expected = values.argmax(-1, keepdims=True) == ids
+    np.testing.assert_array_equal(stable.is_argmax(jnp.asarray(values), jnp.asarray(ids)), expected)
+
+
+def test_vocabulary_encodes_text_and_bytes_and_names_the_stranger():
+    labels = np.array([["b"], [b"a"]], object)
+    np.testing.assert_array_equal(vocabulary.encode(labels, ("a", "b")), [[1], [0]])
+    with pytest.raises(ValueError, match=r"'c' at index \(1, 0\).*where=False"):
+        vocabulary.encode(np.array([["b"], ["c"]]), ("a", "b"))
+    kept = vocabulary.encode(np.array([["b"], ["c"]]), ("a", "b"), np.array([[True], [False]]))
+    np.testing.assert_array_equal(kept, [[1], [0]])
