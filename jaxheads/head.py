@@ -428,7 +428,7 @@ class Head(abc.ABC):
         values, count = self._term(elements)
         # By multiplication: `where(bad, nan, loss)` would have gradient 0.
         values = values * jnp.where(elements.bad, jnp.nan, jnp.ones_like(elements.weights))
-        total = jnp.sum(masking.weighted(values, elements.weights))
+        total = masking.total(masking.weighted(values, elements.weights))
         by = self._divisor(elements, values.shape, count) if normalizer is None else jnp.float32(normalizer)
         if axis_name is not None:
             # A normalizer is global already.
@@ -441,7 +441,7 @@ class Head(abc.ABC):
         elements = batches.clean(self.label_spec, batch)
         observations = {"average_loss": Mean(*self._term(elements)), **self.observe(elements.labels, elements.logits)}
         counted = _counted(elements)
-        parts = [jnp.sum(elements.bad.astype(jnp.float32))[None], *_regularization_sums(batch)]
+        parts = [masking.total(elements.bad.astype(jnp.float32))[None], *_regularization_sums(batch)]
         return jnp.concatenate(parts + [observation.reduce(counted) for observation in observations.values()])
 
     def _term(self, elements: Elements) -> Term:
@@ -468,7 +468,7 @@ class Head(abc.ABC):
             Reduction.SUM_BY_NONZERO_WEIGHTS: (elements.weights != 0).astype(jnp.float32),
         }[Reduction.of(self.loss_reduction)]
         multiplicity = jnp.broadcast_to(multiplicity, jnp.broadcast_shapes(shape, elements.weights.shape))
-        return jnp.sum(multiplicity if count is None else masking.weighted(count, multiplicity))
+        return masking.total(multiplicity if count is None else masking.weighted(count, multiplicity))
 
 
 def _measure(head: Head, batch: dict[str, Any]) -> jax.Array:

@@ -82,8 +82,8 @@ def test_edges_locate_every_number_exactly(name):
     edges = Edges(EDGE_SETS[name])
     x = awkward(edges.values, np.random.default_rng(0))
     expected = np.searchsorted(edges.values.astype(np.float64), x.astype(np.float64), side="left")
-    np.testing.assert_array_equal(jax.jit(edges.locate)(x), expected)
-    np.testing.assert_array_equal(edges.locate(x), expected)
+    np.testing.assert_array_equal(jax.jit(edges.locate)(jnp.asarray(x)), expected)
+    np.testing.assert_array_equal(edges.locate(jnp.asarray(x)), expected)
 
 
 @few
@@ -143,7 +143,14 @@ def test_user_thresholds_are_exact_edges(grid):
     thresholds = (0.1, 0.3, 0.5, 1 / 3, 0.999, 1e-6)
     layout = grid.layout(thresholds)
     z = np.asarray([stable.log_odds(t) for t in thresholds], np.float32)
-    z = np.concatenate([z, np.nextafter(z, np.float32(9)), np.nextafter(z, np.float32(-9)), np.linspace(-15, 15, 999)])
+    z = np.concatenate(
+        [
+            z,
+            np.nextafter(z, np.float32(9)),
+            np.nextafter(z, np.float32(-9)),
+            np.linspace(-15, 15, 999),
+        ]
+    )
     z = normal(z.astype(np.float32))
     buckets = np.asarray(grid.buckets(layout, jnp.asarray(z)))
     np.testing.assert_array_equal(buckets > layout.zero, z > 0)
@@ -176,8 +183,14 @@ def test_z_above_0_is_an_edge_of_its_own_where_p_is_exactly_one_half():
         (lambda: Edges([]), "at least one"),
         (lambda: Edges([np.nan]), "finite"),
         (lambda: Reduction.of("none"), "Invalid loss_reduction: 'none'"),
-        (lambda: LinearLogits(jnp.ones((2, 3)), jnp.ones((4, 1))).check(), r"hidden \(2, 3\), kernel \(4, 1\)"),
-        (lambda: LinearLogits(jnp.ones((2, 3)), jnp.ones((3, 1)), jnp.ones(2)).check(), r"Given \(2,\)"),
+        (
+            lambda: LinearLogits(jnp.ones((2, 3)), jnp.ones((4, 1))).check(),
+            r"hidden \(2, 3\), kernel \(4, 1\)",
+        ),
+        (
+            lambda: LinearLogits(jnp.ones((2, 3)), jnp.ones((3, 1)), jnp.ones(2)).check(),
+            r"Given \(2,\)",
+        ),
         (lambda: fields.learned(3), "function"),  # pyright: ignore[reportArgumentType]  # what is tested
     ],
 )

@@ -89,8 +89,9 @@ class Entry:
         _, labels, logits, weights, values, counts = self._seen(labels, logits, weights, where, params)
         params = self.params() if params is None else params
         with np.errstate(invalid="ignore", divide="ignore"):
-            average = (values * weights).sum() / (counts * weights).sum()
-            out = {"average_loss": float(average), **self.metrics(labels, logits, weights, params)}
+            weight = (np.broadcast_to(counts, values.shape) * weights).sum()
+            average = float((values * weights).sum() / weight) if weight else np.nan
+            out = {"average_loss": average, **self.metrics(labels, logits, weights, params)}
         return {f"{key}/{self.head.name}" if self.head.name else key: value for key, value in out.items()}
 
 
@@ -108,7 +109,7 @@ class OrdinalHead(jh.Head):
 
     def _log_probability(self, k, z):
         """ln P(y = k) = ln(F(c_k - z) - F(c_{k-1} - z)), where c_{-1} = -inf and the last c is inf."""
-        far = jnp.full((1,), 1e4)
+        far = jnp.full((1,), 1e30)
         cuts = jnp.concatenate([-far, self.cuts, far])
         cuts = jnp.broadcast_to(jnp.expand_dims(cuts, tuple(range(z.ndim - 1))), (*z.shape[:-1], cuts.size))
         high, low = stable.pick(cuts, k + 1) - z, stable.pick(cuts, k) - z
@@ -123,7 +124,10 @@ class OrdinalHead(jh.Head):
 
     def observe(self, labels, logits):
         ids = self.outputs(logits)["class_ids"]
-        return {"accuracy": jh.Mean(ids == labels), "mean_absolute_error": jh.Mean(jnp.abs(ids - labels))}
+        return {
+            "accuracy": jh.Mean(ids == labels),
+            "mean_absolute_error": jh.Mean(jnp.abs(ids - labels)),
+        }
 
 
 class PriorCorrectedHead(jh.Head):
@@ -171,6 +175,11 @@ class SurvivalHead(jh.Head):
 
     def observe(self, labels, logits):
         return {"event_rate": jh.Mean(labels["event"])}
+
+
+def exponential(logits):
+    """A link that pickles; `jnp.exp` does not."""
+    return jnp.exp(logits)
 
 
 def hinge_per_element(labels, logits):
@@ -244,7 +253,10 @@ def multi_class_metrics(labels, logits, weights, params):
 
 def ordinal_metrics(labels, logits, weights, params):
     ids = (logits > np.asarray(params["cuts"], np.float64)).sum(-1, keepdims=True)
-    return {"accuracy": mean(ids == labels, weights), "mean_absolute_error": mean(np.abs(ids - labels), weights)}
+    return {
+        "accuracy": mean(ids == labels, weights),
+        "mean_absolute_error": mean(np.abs(ids - labels), weights),
+    }
 
 
 def floats(dimension):
@@ -281,13 +293,20 @@ ZOO = (
     ),
     Entry(
         "regression_3_exp",
-        jh.RegressionHead(3, inverse_link_fn=jnp.exp, loss_reduction="mean", name="r"),
+        jh.RegressionHead(3, inverse_link_fn=exponential, loss_reduction="mean", name="r"),
         floats(3),
         lambda y, z, p: (z - y) ** 2,
         regression_metrics(np.exp),
         illegal=np.nan,
     ),
-    Entry("binary", jh.BinaryClassHead(thresholds=(0.3,)), bits, cross_entropy, binary_metrics, illegal=2),
+    Entry(
+        "binary",
+        jh.BinaryClassHead(thresholds=(0.3,)),
+        bits,
+        cross_entropy,
+        binary_metrics,
+        illegal=2,
+    ),
     Entry(
         "binary_soft_grid",
         jh.BinaryClassHead(bins=jh.ThresholdGrid(200), loss_reduction="sum"),
@@ -304,7 +323,14 @@ ZOO = (
         binary_metrics,
         illegal=2,
     ),
-    Entry("multi_class", jh.MultiClassHead(5), ids(5), softmax_cross_entropy, multi_class_metrics, illegal=-1),
+    Entry(
+        "multi_class",
+        jh.MultiClassHead(5),
+        ids(5),
+        softmax_cross_entropy,
+        multi_class_metrics,
+        illegal=-1,
+    ),
     Entry("ordinal", OrdinalHead(4), ids(4), ordinal_losses, ordinal_metrics, illegal=4),
     Entry("running_prior", PriorCorrectedHead(), bits, prior_losses, illegal=2),
     Entry(

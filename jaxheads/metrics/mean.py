@@ -25,6 +25,7 @@ class Mean(Observation):
 
     @property
     def size(self) -> int:
+        """The weighted sum and the weight."""
         return 2
 
     def reduce(self, weights: jax.Array) -> jax.Array:
@@ -33,7 +34,7 @@ class Mean(Observation):
         shape = jnp.broadcast_shapes(values.shape, weights.shape)
         weights = jnp.broadcast_to(weights, shape)
         count = weights if self.count is None else masking.weighted(self.count, weights)
-        return jnp.stack([jnp.sum(masking.weighted(values, weights)), jnp.sum(count)])
+        return jnp.stack([masking.total(masking.weighted(values, weights)), masking.total(count)])
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "MeanView":
         """What the sums tell."""

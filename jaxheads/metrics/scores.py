@@ -34,10 +34,12 @@ class Scores(Observation):
 
     @property
     def layout(self) -> Layout:
+        """The edges of the histogram."""
         return self.grid.layout(self.thresholds)
 
     @property
     def size(self) -> int:
+        """Two sums a bucket."""
         return 2 * self.layout.n_buckets
 
     def reduce(self, weights: jax.Array) -> jax.Array:

@@ -234,10 +234,9 @@ def check_label_values(labels: np.ndarray, spec: LabelSpec, live: np.ndarray, wh
 def clean(specs: Specs, batch: Mapping[str, Any]) -> Elements:
     """The elements of a gathered batch."""
     logits = batch["logits"]
-    lead = tuple(logits.shape)[:-1]
     where, weights = batch["where"], batch["weights"]
-    exists = jnp.ones((*lead, 1), bool) if where is None else jnp.asarray(where)
-    weights = jnp.ones((*lead, 1), jnp.float32) if weights is None else jnp.asarray(weights)
+    exists = _all_true(logits) if where is None else jnp.asarray(where)
+    weights = jnp.ones_like(exists, jnp.float32) if weights is None else jnp.asarray(weights)
     live = exists & (weights != 0)
     row = jnp.any(live, -1, keepdims=True)
 
@@ -260,6 +259,12 @@ def clean(specs: Specs, batch: Mapping[str, Any]) -> Elements:
     weights = jnp.where(live, jnp.where(bad, jnp.ones_like(weights), weights), jnp.zeros_like(weights))
     features = {k: masking.keep_rows(row, jnp.asarray(v), 1) for k, v in batch.get("features", {}).items()}
     return Elements(labels, _masked_logits(logits, live, row), weights, exists, bad, features)
+
+
+def _all_true(logits: Any) -> jax.Array:
+    """True `[..., 1]`, laid out over a mesh as the logits are: a plain `jnp.ones` would be replicated under `set_mesh`."""
+    rows = logits.hidden if isinstance(logits, LinearLogits) else logits
+    return jnp.all(jnp.ones_like(rows, bool), axis=-1, keepdims=True)
 
 
 def _masked_logits(logits: Any, live: jax.Array, row: jax.Array) -> jax.Array:

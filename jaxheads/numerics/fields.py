@@ -192,6 +192,9 @@ def bind(node: Any, params: Mapping[str, Any]) -> Any:
                 f"{type(node).__name__}.{name} must have shape {shapes[name].shape}, as head.init(key) makes it. Given "
                 f"{jnp.shape(value)}."
             )
+        # In the dtype of the first value, float32 for any float, as the logits are: a bfloat16 tree trains the same head.
+        dtype = jnp.float32 if jnp.issubdtype(shapes[name].dtype, jnp.floating) else shapes[name].dtype
+        value = jnp.asarray(value, dtype)
         changes[name] = jax.lax.stop_gradient(value) if name in held else value
     return with_values(node, changes)
 
