@@ -484,7 +484,7 @@ def _measure(head: Head, batch: dict[str, Any]) -> jax.Array:
         def sums(tile, fresh):
             inner = dataclasses.replace(batch["logits"], hidden=tile["logits"]) if lazy else tile["logits"]
             fresh = jnp.broadcast_to(fresh.reshape(-1, *[1] * (len(inner.shape) - 1)), (*inner.shape[:-1], 1))
-            exists = fresh if tile["where"] is None else tile["where"] & fresh
+            exists = fresh if tile["where"] is None else masking.keep(fresh, tile["where"], 0)
             return head._sums({**batch, **tile, "where": exists, "logits": inner, "regularization": None})
 
         total = tiles.sum_over_rows(sums, cut, logits.shape[0], rows)

@@ -48,7 +48,7 @@ class LabelSpec:
     def illegal(self, labels: Any, xp: Any) -> Any:
         """Bool like `labels`: outside the range, or not a finite number."""
         if self.kind == "bool":
-            return xp.zeros(labels.shape, bool)
+            return (labels != 0) & (labels != 1)
         legal = xp.isfinite(labels)
         if self.low is not None:
             legal = legal & (labels >= self.low)
@@ -235,14 +235,17 @@ def clean(specs: Specs, batch: Mapping[str, Any]) -> Elements:
     """The elements of a gathered batch."""
     logits = batch["logits"]
     where, weights = batch["where"], batch["weights"]
-    exists = _all_true(logits) if where is None else jnp.asarray(where)
+    where = _all_true(logits) if where is None else jnp.asarray(where)
+    exists = where.astype(jnp.bool_)
     weights = jnp.ones_like(exists, jnp.float32) if weights is None else jnp.asarray(weights)
     live = exists & (weights != 0)
     row = jnp.any(live, -1, keepdims=True)
 
     def find_illegal(spec: LabelSpec, labels: Any, _: str) -> jax.Array:
-        # In their own dtype: a cast may turn an illegal value into a legal one.
+        # In their own dtype or a wider one: a narrower one may turn an illegal value into a legal one.
         labels = jnp.asarray(labels)
+        if labels.dtype.itemsize < 4 or (spec.kind == "float" and not jnp.issubdtype(labels.dtype, jnp.floating)):
+            labels = labels.astype(jnp.float32 if spec.kind == "float" else jnp.int32)
         mask = live if live.shape[-1] in (1, spec.size) else row
         return jnp.broadcast_to(mask, labels.shape) & spec.illegal(labels, jnp)
 
@@ -256,13 +259,15 @@ def clean(specs: Specs, batch: Mapping[str, Any]) -> Elements:
     each = [x if x.shape[-1] == live.shape[-1] else jnp.any(x, -1, keepdims=True) for x in jax.tree.leaves(illegal)]
     bad = functools.reduce(jnp.logical_or, each) & live
     bad = bad | (live & ~((weights > 0) & jnp.isfinite(weights)))
+    if where.dtype != jnp.bool_:
+        bad = bad | (live & (where != 1))
     weights = jnp.where(live, jnp.where(bad, jnp.ones_like(weights), weights), jnp.zeros_like(weights))
     features = {k: masking.keep_rows(row, jnp.asarray(v), 1) for k, v in batch.get("features", {}).items()}
     return Elements(labels, _masked_logits(logits, live, row), weights, exists, bad, features)
 
 
 def _all_true(logits: Any) -> jax.Array:
-    """True `[..., 1]`, laid out over a mesh as the logits are: a plain `jnp.ones` would be replicated under `set_mesh`."""
+    """True `[..., 1]`, laid out over a mesh as the logits are; `jnp.ones` would be replicated under `set_mesh`."""
     rows = logits.hidden if isinstance(logits, LinearLogits) else logits
     return jnp.all(jnp.ones_like(rows, bool), axis=-1, keepdims=True)
 

@@ -192,7 +192,7 @@ def bind(node: Any, params: Mapping[str, Any]) -> Any:
                 f"{type(node).__name__}.{name} must have shape {shapes[name].shape}, as head.init(key) makes it. Given "
                 f"{jnp.shape(value)}."
             )
-        # In the dtype of the first value, float32 for any float, as the logits are: a bfloat16 tree trains the same head.
+        # Floats in float32, as the logits are: a head trains the same in a bfloat16 parameter tree.
         dtype = jnp.float32 if jnp.issubdtype(shapes[name].dtype, jnp.floating) else shapes[name].dtype
         value = jnp.asarray(value, dtype)
         changes[name] = jax.lax.stop_gradient(value) if name in held else value

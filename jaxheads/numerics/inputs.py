@@ -118,7 +118,7 @@ def as_weights(x: Any, lead: tuple[int, ...], sizes: tuple[int, ...], what: str)
 
 
 def as_where(x: Any, lead: tuple[int, ...], check: bool | None) -> Any:
-    """Bool `lead + [1]` from bool or 0/1."""
+    """Bool or 0/1 `lead + [1]`; bool if it comes from the host."""
     array = as_array(x, "where")
     if dtype_kind(array) == "other":
         raise ValueError(f"where must be bool, or 0 and 1. Given dtype {array.dtype}.")
@@ -130,7 +130,7 @@ def as_where(x: Any, lead: tuple[int, ...], check: bool | None) -> Any:
                 f"where says which elements exist: bool, or 0 and 1. Given other values, e.g. "
                 f"{values[~np.isin(values, (0, 1))][0]}. Pass multiplicities as weights=."
             )
-    return cast(array, jnp.bool_) if isinstance(array, np.ndarray) else array.astype(jnp.bool_)
+    return cast(array, jnp.bool_) if isinstance(array, np.ndarray) else array
 
 
 def numeric_columns(features: Any) -> dict[str, Any]:
