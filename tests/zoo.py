@@ -110,8 +110,8 @@ class OrdinalHead(jh.Head):
     def _log_probability(self, k, z):
         """ln P(y = k) = ln(F(c_k - z) - F(c_{k-1} - z)), where c_{-1} = -inf and the last c is inf."""
         far = jnp.full((1,), 1e30)
-        cuts = jnp.concatenate([-far, self.cuts, far])
-        cuts = jnp.broadcast_to(jnp.expand_dims(cuts, tuple(range(z.ndim - 1))), (*z.shape[:-1], cuts.size))
+        # [1, n], not broadcast to the batch: on an Explicit mesh that would be laid out unlike the ids.
+        cuts = jnp.expand_dims(jnp.concatenate([-far, self.cuts, far]), tuple(range(z.ndim - 1)))
         high, low = stable.pick(cuts, k + 1) - z, stable.pick(cuts, k) - z
         return -jax.nn.softplus(-high) - jax.nn.softplus(low) + jnp.log(-jnp.expm1(jnp.minimum(low - high, -1e-6)))
 

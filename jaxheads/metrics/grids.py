@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ class Layout:
     Attributes:
         edges: the sorted edges in the space that is compared (logits or probabilities).
         probabilities: the probability at each edge; `n_buckets - 1` of them.
+        logits: the logit at each edge.
         curve: the positions of the edges that are points of the curves.
         zero: the position of the edge that says z > 0.
         position: the position of the edge of each user threshold.
@@ -27,6 +29,7 @@ class Layout:
 
     edges: Edges
     probabilities: np.ndarray
+    logits: np.ndarray
     curve: np.ndarray
     zero: int
     position: dict[float, int]
@@ -98,9 +101,12 @@ class LogitGrid(AbstractGrid):
         return layout.edges.locate(logits)
 
     def finer(self, low: float, high: float) -> str:
-        margin = 0.05 * max(high - low, abs(high), abs(low), 1e-30)
-        low, high = (float(f"{v:.2g}") for v in (low - margin, high + margin))
-        return f"jh.LogitGrid({low:g}, {high:g}, {max(self.n, 2048)})"
+        # Rounded outwards to two digits of the span, and no more bins than float32 has numbers there.
+        unit = 10.0 ** (math.floor(math.log10(high - low)) - 1)
+        low, high = (math.floor(low / unit) - 1) * unit, (math.ceil(high / unit) + 1) * unit
+        spacing = float(np.spacing(np.float32(max(abs(low), abs(high)))))
+        n = min(max(self.n, 2048), max(3, int((high - low) / (2 * spacing))))
+        return f"jh.LogitGrid({low:.9g}, {high:.9g}, {n})"
 
 
 @functools.lru_cache(maxsize=256)
@@ -114,6 +120,7 @@ def _logit_layout(grid: LogitGrid, thresholds: tuple[float, ...]) -> Layout:
     return Layout(
         edges=edges_of(tuple(values.tolist())),
         probabilities=_sigmoid(z),
+        logits=z,
         curve=np.arange(len(values)),
         zero=int(np.searchsorted(values, np.float32(0))),
         position=dict(zip(thresholds, position.tolist(), strict=True)),
@@ -160,6 +167,7 @@ def _threshold_layout(grid: ThresholdGrid, thresholds: tuple[float, ...]) -> Lay
     return Layout(
         edges=edges_of(tuple(values.tolist())),
         probabilities=p,
+        logits=np.log(p) - np.log1p(-p),
         curve=shifted[np.searchsorted(values, inner)],
         zero=zero,
         position=dict(zip(thresholds, shifted[np.searchsorted(values, user)].tolist(), strict=True)),

@@ -218,12 +218,9 @@ class ScoresView(View):
     def advice(self) -> str:
         """The grid to use instead, from where the scores of a single state were seen."""
         seen = np.flatnonzero(np.asarray(self.positive + self.negative) > 0)
-        p = np.concatenate([[0.0], self.layout.probabilities, [1.0]])
-        with np.errstate(divide="ignore"):
-            z = np.log(p) - np.log1p(-p)
-        low, high = z[seen[0]], z[seen[-1] + 1]
-        inner = z[1:-1]
-        span = max(float(inner[-1] - inner[0]), 1.0)
+        z = self.layout.logits
         # An open bin says only that scores lie beyond the last edge: reach out as far again.
-        low, high = (v if np.isfinite(v) else s for v, s in ((low, inner[0] - span), (high, inner[-1] + span)))
+        span = max(z[-1] - z[0], 1.0)
+        z = np.concatenate([[z[0] - span], z, [z[-1] + span]])
+        low, high = z[seen[0]], z[seen[-1] + 1]
         return self.grid.finer(float(low), float(high))

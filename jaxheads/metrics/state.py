@@ -198,7 +198,8 @@ class Metrics:
     def __repr__(self) -> str:
         title = f"Metrics of {self.head!r}"
         state = self.state
-        if isinstance(state, Tracer) or not hasattr(state, "shape") or np.ndim(state) != 2:
+        concrete = isinstance(state, (jax.Array, np.ndarray)) and not isinstance(state, Tracer)
+        if not concrete or state.ndim != 2:
             kind = getattr(state, "dtype", type(state).__name__)
             return f"{title}: {kind}{list(getattr(state, 'shape', ()))}"
         if isinstance(state, jax.Array) and (state.is_deleted() or not _addressable(state)):
@@ -220,7 +221,10 @@ class Metrics:
         ]
         if wide:
             advice = self._scores("repr").advice()
-            lines.append(f"  The grid is too coarse for these scores: {', '.join(wide)}. Mend it with bins={advice}.")
+            lines.append(
+                f"  The grid is too coarse for these scores: {', '.join(wide)}. "
+                f"Mend it with bins={advice}; scores that are equal no grid can tell apart."
+            )
         return "\n".join(lines)
 
 

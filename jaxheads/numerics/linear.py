@@ -50,12 +50,9 @@ class LinearLogits:
 
     def multiply(self) -> jax.Array:
         """The logits as float32, accumulated in float32 whatever the dtype of the factors."""
-        dtype = jnp.promote_types(jnp.result_type(self.hidden), jnp.result_type(self.kernel))
-        logits = jnp.matmul(
-            jnp.asarray(self.hidden, dtype),
-            jnp.asarray(self.kernel, dtype),
-            preferred_element_type=jnp.promote_types(dtype, jnp.float32),
-        ).astype(jnp.float32)
+        hidden, kernel = jnp.asarray(self.hidden), jnp.asarray(self.kernel)
+        dtype = hidden.dtype if hidden.dtype == kernel.dtype and hidden.dtype.itemsize < 4 else jnp.float32
+        logits = jnp.matmul(hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
         if self.bias is None:
             return logits
         bias = jnp.asarray(self.bias, jnp.float32)

@@ -36,7 +36,6 @@ def sum_over_rows(sums: Callable[[Any, jax.Array], jax.Array], batch: Any, n: in
 
     The last tile overlaps the one before it; `fresh [rows]` is False for the rows that were counted already.
     """
-    varying = frozenset().union(*(getattr(jax.typeof(x), "vma", frozenset()) for x in jax.tree.leaves(batch)))
 
     def body(i, carry):
         total, lost = carry
@@ -48,7 +47,8 @@ def sum_over_rows(sums: Callable[[Any, jax.Array], jax.Array], batch: Any, n: in
 
     size = jax.eval_shape(sums, jax.tree.map(lambda x: x[:rows], batch), jnp.ones(rows, bool)).shape
     zero = jnp.zeros(size, jnp.float32)
-    if varying:
-        zero = jax.lax.pcast(zero, tuple(varying), to="varying")
+    for leaf in jax.tree.leaves(batch):
+        # Inside shard_map the carry must be typed as varying over the axes that its data vary over.
+        zero = jnp.where(False, leaf[(0,) * leaf.ndim].astype(jnp.float32), zero)
     total, lost = jax.lax.fori_loop(0, -(-n // rows), body, (zero, zero))
     return jnp.where(jnp.isfinite(total), total + lost, total)
