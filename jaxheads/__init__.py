@@ -13,8 +13,8 @@ A head computes loss, predictions and metrics from logits. It is frozen configur
 np.float32(1.0)
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import typing as _typing
 
 from jaxheads.head import Head as Head
 from jaxheads.head import LabelSpec as LabelSpec
@@ -34,7 +34,7 @@ from jaxheads.metrics import ThresholdGrid as ThresholdGrid
 from jaxheads.numerics.linear import LinearLogits as LinearLogits
 from jaxheads.numerics.reduction import Reduction as Reduction
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from jaxheads.compose import binary_or_multi_class_head as binary_or_multi_class_head
 
 __version__ = "0.1.0"
@@ -43,10 +43,10 @@ __version__ = "0.1.0"
 _LAZY = {"binary_or_multi_class_head": "jaxheads.compose"}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _typing.Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'jaxheads' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
+    value = getattr(_importlib.import_module(_LAZY[name]), name)
     globals()[name] = value
     return value
 

@@ -1,7 +1,7 @@
 """Two classes, one logit."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,8 +62,8 @@ class BinaryClassHead(Head):
     """
 
     _: dataclasses.KW_ONLY
-    thresholds: tuple[float, ...] | None = None
-    label_vocabulary: tuple[str, ...] | None = None
+    thresholds: Sequence[float] | None = None
+    label_vocabulary: Sequence[str] | None = None
     loss_fn: Callable[..., Any] | None = None
     bins: AbstractGrid = LogitGrid()
 
@@ -129,4 +129,4 @@ class BinaryClassHead(Head):
         return out
 
     def class_names(self) -> tuple[str, ...]:
-        return self.label_vocabulary or tuple(map(str, range(2)))
+        return tuple(self.label_vocabulary or ()) or tuple(map(str, range(2)))

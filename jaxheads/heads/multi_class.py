@@ -1,7 +1,7 @@
 """One of n classes."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,7 +56,7 @@ class MultiClassHead(Head):
 
     n_classes: int
     _: dataclasses.KW_ONLY
-    label_vocabulary: tuple[str, ...] | None = None
+    label_vocabulary: Sequence[str] | None = None
     loss_fn: Callable[..., Any] | None = None
 
     def validate(self) -> None:
@@ -99,4 +99,4 @@ class MultiClassHead(Head):
         return {"accuracy": Mean(stable.is_argmax(logits, labels))}
 
     def class_names(self) -> tuple[str, ...]:
-        return self.label_vocabulary or tuple(map(str, range(self.n_classes)))
+        return tuple(self.label_vocabulary or ()) or tuple(map(str, range(self.n_classes)))
