@@ -16,7 +16,7 @@ from jaxheads.numerics.edges import histogram
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scores(Observation):
-    """A histogram of logits by label, `[buckets, 2]`.
+    """A histogram of logits by label, `[2, buckets]`.
 
     A soft label y counts as weight y positive and 1 - y negative.
 
@@ -43,20 +43,20 @@ class Scores(Observation):
         return 2 * self.layout.n_buckets
 
     def reduce(self, weights: jax.Array) -> jax.Array:
-        """One pass: the bucket of each element, then one scatter of its two weights."""
+        """One pass: the bucket of each element, then its two weights."""
         layout = self.layout
         labels = jnp.asarray(self.labels, jnp.float32)
         weights = jnp.broadcast_to(weights, labels.shape)
         # A NaN score has no bucket; it must show, so it makes a NaN of the histogram.
         weights = jnp.where(jnp.isnan(self.logits), jnp.full_like(weights, jnp.nan), weights)
-        both = jnp.stack([weights * (1 - labels), weights * labels], axis=-1)
         buckets = self.grid.buckets(layout, self.logits)
-        return histogram(buckets, both, layout.n_buckets).reshape(-1)
+        both = (weights * (1 - labels), weights * labels)
+        return jnp.concatenate([histogram(buckets, each, layout.n_buckets) for each in both])
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "ScoresView":
         """The histogram, with the metrics that it tells."""
-        counts = sums.reshape(*sums.shape[:-1], self.layout.n_buckets, 2)
-        return ScoresView(xp, undefined, self.grid, self.layout, counts[..., 0], counts[..., 1])
+        n = self.layout.n_buckets
+        return ScoresView(xp, undefined, self.grid, self.layout, sums[..., :n], sums[..., n:])
 
 
 class Interval(NamedTuple):

@@ -69,8 +69,9 @@ def take(table: np.ndarray, index: jax.Array) -> jax.Array:
 
 
 def histogram(buckets: jax.Array, weights: jax.Array, n: int) -> jax.Array:
-    """Sums the columns of `weights [..., k]` by `buckets [...]`: float32 `[n, k]`."""
+    """Sums `weights` by `buckets`, of any one shape: float32 `[n]`."""
     mesh = explicit_mesh(buckets)
-    replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec(None, None))
-    zero = jnp.zeros((n, weights.shape[-1]), jnp.float32)
-    return zero.at[buckets].add(weights, mode="promise_in_bounds", out_sharding=replicated)
+    replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec(None))
+    if buckets.ndim > 1 and buckets.shape[-1] == 1:
+        buckets, weights = buckets[..., 0], weights[..., 0]
+    return jnp.zeros(n, jnp.float32).at[buckets].add(weights, mode="promise_in_bounds", out_sharding=replicated)

@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 
 from jaxheads.numerics import pairs
 
-MAX_ROWS, MAX_ELEMENTS = 4096, 2**18
+MAX_ROWS, MAX_ELEMENTS = 8192, 2**18
 
 
 def is_local(tree: Any) -> bool:
