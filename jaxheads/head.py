@@ -41,7 +41,7 @@ from jax.core import Tracer
 from jaxheads.metrics import Mean, MeanView, Metrics, Observation
 from jaxheads.metrics.state import slots
 from jaxheads.numerics import batch as batches
-from jaxheads.numerics import fields, inputs, masking, pairs, reduction, tiles, vocabulary
+from jaxheads.numerics import fields, inputs, masking, meshes, pairs, reduction, tiles, vocabulary
 from jaxheads.numerics.batch import Elements
 from jaxheads.numerics.batch import LabelSpec as LabelSpec
 from jaxheads.numerics.fields import learned, running, subheads
@@ -188,7 +188,10 @@ class Head(abc.ABC):
         _check_mode(mode)
         head = self._ready(params)
         batch = head._gather(labels, logits, features, weights, where, check)
-        loss = head._reduced_loss(batch, normalizer, axis_name)
+        if axis_name is not None or inputs.is_traced((head, batch, normalizer)):
+            loss = head._reduced_loss(batch, normalizer, axis_name)
+        else:
+            loss = _loss_compiled(head, batch, normalizer)
         return loss if regularization_losses is None else loss + _sum_scalars(_scalars(regularization_losses))
 
     def predictions(self, logits: Any, keys: Any = None, *, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -475,7 +478,7 @@ def _measure(head: Head, batch: dict[str, Any]) -> jax.Array:
     """The packed sums `[slots, 1]` of one batch."""
     logits = batch["logits"]
     rows = tiles.tile_rows(tuple(logits.shape)) if head.rowwise else None
-    if rows is None or not tiles.is_local(batch):
+    if rows is None or not meshes.is_local(batch):
         return head._sums(batch)[:, None]
     lazy = isinstance(logits, LinearLogits)
     cut = {k: batch[k] for k in ("labels", "weights", "where")} | {"logits": logits.hidden if lazy else logits}
@@ -508,6 +511,7 @@ def _update(state: jax.Array, head: Head, batch: dict[str, Any]) -> jax.Array:
     return pairs.add(state, _measure(head, batch))
 
 
+_loss_compiled = jax.jit(lambda head, batch, normalizer: head._reduced_loss(batch, normalizer, None))
 _measure_compiled = jax.jit(_measure)
 _update_compiled = jax.jit(_update)
 

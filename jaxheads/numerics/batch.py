@@ -49,7 +49,8 @@ class LabelSpec:
         """Bool like `labels`: outside the range, or not a finite number."""
         if self.kind == "bool":
             return (labels != 0) & (labels != 1)
-        legal = xp.isfinite(labels)
+        # Only floats can be NaN or infinite; NaN is out of every range.
+        legal = xp.isfinite(labels) if jnp.issubdtype(labels.dtype, jnp.floating) else labels == labels
         if self.low is not None:
             legal = legal & (labels >= self.low)
         if self.high is not None:

@@ -5,7 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxheads.numerics.meshes import explicit_mesh
 
 
 class Edges:
@@ -51,15 +53,6 @@ class Edges:
 def edges_of(values: tuple[float, ...]) -> Edges:
     """`Edges(values)`, built once for equal values."""
     return Edges(values)
-
-
-def explicit_mesh(x: jax.Array):
-    """The mesh over which `x` is sharded if that mesh has Explicit axes, else None.
-
-    On such a mesh a gather and a scatter must be told how their result is laid out.
-    """
-    mesh = jax.typeof(x).sharding.mesh
-    return mesh if not mesh.empty and AxisType.Explicit in mesh.axis_types else None
 
 
 def take(table: np.ndarray, index: jax.Array) -> jax.Array:

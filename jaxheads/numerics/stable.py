@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxheads.numerics import meshes
+
 
 def log_odds(probability: float) -> float:
     """`ln(p / (1 - p))` in float64, on the host."""
@@ -23,8 +25,8 @@ def pick(values: jax.Array, ids: jax.Array) -> jax.Array:
     By selection, not by gather: a gather's gradient is a scatter, which an Explicit mesh refuses and a TPU runs
     slowly, and the selection fuses with its neighbours.
     """
-    columns = jax.lax.broadcasted_iota(ids.dtype, values.shape, values.ndim - 1)
-    return jnp.sum(jnp.where(columns == ids, values, jnp.zeros_like(values)), -1, keepdims=True)
+    chosen = meshes.columns(values, ids.dtype) == ids
+    return jnp.sum(jnp.where(chosen, values, jnp.zeros_like(values)), -1, keepdims=True)
 
 
 def is_argmax(values: jax.Array, ids: jax.Array) -> jax.Array:
@@ -33,7 +35,7 @@ def is_argmax(values: jax.Array, ids: jax.Array) -> jax.Array:
     By counting who comes before it, which is one fused pass; an argmax is not. A row with a NaN has no maximum.
     """
     mine = pick(values, ids)
-    columns = jax.lax.broadcasted_iota(ids.dtype, values.shape, values.ndim - 1)
+    columns = meshes.columns(values, ids.dtype)
     ahead = (values > mine) | ((values == mine) & (columns < ids)) | jnp.isnan(values)
     return ~jnp.any(ahead, axis=-1, keepdims=True)
 

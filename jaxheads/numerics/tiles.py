@@ -10,17 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from jaxheads.numerics import pairs
 
 MAX_ROWS, MAX_ELEMENTS = 8192, 2**18
-
-
-def is_local(tree: Any) -> bool:
-    """Whether every leaf is known to live on one device: no mesh, or one whose axes are all mapped by hand."""
-    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree)]
-    return all(mesh.empty or set(mesh.axis_types) == {AxisType.Manual} for mesh in meshes)
 
 
 def tile_rows(shape: tuple[Any, ...]) -> int | None:
