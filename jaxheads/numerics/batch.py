@@ -27,7 +27,8 @@ class LabelSpec:
         kind: `"float"` (any number is taken), `"int"` or `"bool"`.
         low: the smallest legal value; None for no limit.
         high: the largest legal value; None for no limit. Labels must be finite in any case.
-        fill: the legal value that masked rows are given before a formula sees them.
+        fill: the legal value that masked rows are given before a formula sees them; their logits become 0. A formula
+            with learned fields must be smooth there, for the gradient of those fields passes through every row.
     """
 
     size: int = 1
@@ -274,9 +275,13 @@ def _all_true(logits: Any) -> jax.Array:
 
 
 def _masked_logits(logits: Any, live: jax.Array, row: jax.Array) -> jax.Array:
-    """Float32 logits, 0 where masked; of lazy ones, the rows of the hidden layer are masked."""
+    """Float32 logits, 0 where masked.
+
+    Of lazy ones the rows of the hidden layer are masked, and the product again: a NaN gradient of a formula at the fill
+    would reach the kernel through the zeros of the hidden layer.
+    """
     if isinstance(logits, LinearLogits):
         hidden = jnp.asarray(logits.hidden)
-        return dataclasses.replace(logits, hidden=masking.keep(row, hidden, 0)).multiply()
+        logits = dataclasses.replace(logits, hidden=masking.keep(row, hidden, 0)).multiply()
     mask = live if live.shape[-1] == logits.shape[-1] else row
     return masking.keep(mask, jnp.asarray(logits, jnp.float32), 0)

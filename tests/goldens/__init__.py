@@ -1,0 +1,1 @@
+"""Golden cases made by TensorFlow's own heads, and what reads them."""
