@@ -138,8 +138,8 @@ class Head(abc.ABC):
 
     @property
     def reads_features(self) -> bool:
-        """Whether `losses` takes the numeric columns of `features`."""
-        return False
+        """Whether `losses` needs the numeric columns of `features`: by default, if it has an argument of that name."""
+        return _takes_features(type(self))
 
     @property
     def rowwise(self) -> bool:

@@ -13,3 +13,12 @@ def _clear_caches():
     """Compiled programs of one file are of no use to the next, and they add up."""
     yield
     jax.clear_caches()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many golden cases passed, at the end of every run that holds any."""
+    from goldens import loader
+
+    passed = [report.nodeid for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
+    if line := loader.golden_summary(passed):
+        terminalreporter.write_line(line)

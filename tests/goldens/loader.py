@@ -130,9 +130,7 @@ class Case:
         encoded = self.raw["batches"] if "batches" in self.raw else [self.raw["batch"]]
         return [
             Batch(
-                None
-                if batch["features"] is None
-                else {key: decode(value) for key, value in batch["features"].items()},
+                None if batch["features"] is None else {key: decode(value) for key, value in batch["features"].items()},
                 decode(batch["labels"]),
                 decode(batch["logits"]),
                 batch["regularization_losses"],
@@ -147,9 +145,7 @@ class Case:
             return False
         labels = [decode(batch["labels"]) for batch in self.raw["batches"]]
         arrays = [array for array in labels if isinstance(array, np.ndarray)]
-        return any(
-            array.dtype.kind == "f" and bool(np.any((array > 0) & (array < 1))) for array in arrays
-        )
+        return any(array.dtype.kind == "f" and bool(np.any((array > 0) & (array < 1))) for array in arrays)
 
 
 @functools.cache
@@ -216,9 +212,7 @@ def excused_ids() -> set[str]:
     return {
         case.id
         for case in all_cases()
-        if "accident" in case.tags
-        or case.soft
-        or any(fnmatch.fnmatchcase(case.id, pattern) for pattern in patterns)
+        if "accident" in case.tags or case.soft or any(fnmatch.fnmatchcase(case.id, pattern) for pattern in patterns)
     }
 
 
@@ -227,14 +221,13 @@ def golden_summary(passed: Iterable[str] | None = None) -> str:
 
     Empty when `passed` holds no golden test at all.
     """
-    required = [case for case in all_cases() if case.required]
-    good = required
+    counted = required = [case for case in all_cases() if case.required]
+    of = ""
     if passed is not None:
         names = {node.rpartition("::")[2] for node in passed if "test_goldens.py::" in node}
         if not names:
             return ""
-        good = [case for case in required if f"{case.test}[{case.id}]" in names]
-    parts = ", ".join(
-        f"{family} {sum(case.family == family for case in good)}" for family in FAMILIES
-    )
-    return f"goldens: {len(good)} of {len(required)} required cases ({parts}); {len(DIFFERS)} differ on purpose"
+        counted = [case for case in required if f"{case.test}[{case.id}]" in names]
+        of = f"{len(counted)} of "
+    parts = ", ".join(f"{family} {sum(case.family == family for case in counted)}" for family in FAMILIES)
+    return f"goldens: {of}{len(required)} required cases ({parts}); {len(DIFFERS)} differ on purpose"

@@ -8,9 +8,7 @@ import numpy as np
 def ratio(numerator, denominator) -> np.ndarray:
     """With TensorFlow's 0 where there is nothing to divide by."""
     numerator, denominator = np.broadcast_arrays(numerator, denominator)
-    return np.divide(
-        numerator, denominator, out=np.zeros(numerator.shape), where=np.abs(denominator) > 1e-12
-    )
+    return np.divide(numerator, denominator, out=np.zeros(numerator.shape), where=np.abs(denominator) > 1e-12)
 
 
 def at_decision(labels, weights, positive) -> tuple[float, float, float]:
@@ -55,9 +53,7 @@ def areas(labels, scores, weights) -> tuple[float, float]:
 
 def counting_metrics(labels, logits, weights, thresholds) -> dict[str, float]:
     """Every metric of a `BinaryClassHead` that counts, by its name."""
-    labels, logits, weights = (
-        np.asarray(array, np.float64).ravel() for array in (labels, logits, weights)
-    )
+    labels, logits, weights = (np.asarray(array, np.float64).ravel() for array in (labels, logits, weights))
     # Probabilities are compared as float32; a class id is 1 where the logit is positive.
     half = np.exp(-np.abs(logits))
     scores = (np.where(logits >= 0, 1.0, half) / (1 + half)).astype(np.float32)
