@@ -322,7 +322,7 @@ class Head(abc.ABC):
             raise ValueError(f"name must be a string or None. Given {self.name!r}.")
         if not (self.weight_column is None or isinstance(self.weight_column, str) or callable(self.weight_column)):
             raise ValueError(
-                "Weight column must be a key of features or a function features -> weights. Given type: "
+                "weight_column must be a key of features or a function features -> weights. Given type: "
                 f"{type(self.weight_column).__name__}."
             )
         self.validate()

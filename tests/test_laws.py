@@ -1003,19 +1003,20 @@ def test_eager_equals_jit(entry):
 
 @each
 def test_leading_shapes_do_not_matter(entry):
+    """Nor does it matter whether labels, weights and masks keep a last axis of size 1."""
     labels, logits = draw(entry, 22)
     head, params = entry.head, entry.params()
     weights, where = np.linspace(0, 2, N, dtype=np.float32)[:, None], (np.arange(N) != 4)[:, None]
     flat = step(head)(labels, logits, weights, where, params)
     tall = jax.tree.map(lambda x: x.reshape(2, 2, 2, -1), (labels, logits, weights, where))
-    # The last axis of labels, weights and masks may be left out.
     short = jax.tree.map(lambda x: x[..., 0] if x.shape[-1] == 1 else x, tall)
-    for batch in (tall, (short[0], tall[1], short[2], short[3])):
-        loss, gradient, to_params, measured = step(head)(*batch, params)
-        np.testing.assert_allclose(loss, flat[0], rtol=1e-6)
-        np.testing.assert_allclose(gradient.reshape(logits.shape), flat[1], rtol=1e-5, atol=1e-7)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), to_params, flat[2])
-        assert_same_values(measured, flat[3])
+    loss, gradient, to_params, measured = step(head)(short[0], tall[1], *short[2:], params)
+    np.testing.assert_allclose(loss, flat[0], rtol=1e-6)
+    np.testing.assert_allclose(gradient.reshape(logits.shape), flat[1], rtol=1e-5, atol=1e-7)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), to_params, flat[2])
+    assert_same_values(measured, flat[3])
+    updated = head.update_metrics(head.metrics(), None, tall[1], tall[0], weights=tall[2], where=tall[3], params=params)
+    assert_same_values(updated, flat[3])
 
 
 @each
@@ -1105,15 +1106,11 @@ def test_bound_heads_carry_their_parameters(entry):
         head.bind(dict(params)),
         dataclasses.replace(bound),
     )
+    loss = jax.jit(lambda copy: copy.loss(labels, logits))
     for copy in copies:
         jax.tree.map(np.testing.assert_array_equal, copy, bound)
         assert jax.tree.structure(copy) == jax.tree.structure(bound)
-        np.testing.assert_allclose(
-            jax.jit(lambda copy: copy.loss(labels, logits))(copy),
-            entry.expected_loss(labels, logits),
-            rtol=2e-6,
-            atol=2e-6,
-        )
+        np.testing.assert_allclose(loss(copy), entry.expected_loss(labels, logits), rtol=2e-6, atol=2e-6)
     assert dataclasses.replace(bound, name="n").name == "n"
     if params:
         for forbidden in (lambda: hash(bound), lambda: bound == head.bind(params)):
@@ -1282,7 +1279,7 @@ def test_features_of_hidden_rows_do_not_reach_learned_fields():
             def loss(params, batch=shaped, features=features):
                 return head.loss(batch[0], batch[1], features, where=batch[2], params=params)
 
-            gradient = jax.grad(loss)({"rate": np.ones(1, np.float32)})
+            gradient = jax.jit(jax.grad(loss))({"rate": np.ones(1, np.float32)})
             np.testing.assert_allclose(gradient["rate"][0], slope, rtol=1e-5)
 
 
@@ -1335,8 +1332,6 @@ def test_large_batches(entry):
         entry.head.metrics(), None, logits, labels, weights=weights, where=where, params=params
     )
     assert_values(eager.compute(bounds=True), expected)
-    plain = entry.head.measure(labels, logits, params=params)
-    assert_values(plain.compute(bounds=True), entry.expected_metrics(labels, logits))
 
 
 @each_refusing
@@ -1536,7 +1531,7 @@ def test_ties_count_half():
 
 
 @pytest.mark.parametrize("sd", [0.02, 0.001])
-@pytest.mark.parametrize("center", [0.0, -10.0, 25.0])
+@pytest.mark.parametrize("center", [-10.0, 25.0])
 def test_a_coarse_grid_says_so_and_names_the_mend(sd, center):
     labels, logits = scores(40, 5000, 0.3, center, sd)
     head = jh.BinaryClassHead()

@@ -215,8 +215,8 @@ def _check_weight_values(weights: np.ndarray, live: np.ndarray, what: str) -> No
     if bad.any():
         position = tuple(int(i) for i in np.argwhere(bad)[0])
         raise ValueError(
-            f"{what} must be finite and not negative. Given {weights[position]} at index {position}. Use 0 to hide an "
-            "element, where=False to leave it out."
+            f"{what} must be finite and not negative. Given {weights[position]!s} at index {position}. Use 0 to hide "
+            "an element, where=False to leave it out."
         )
 
 
@@ -228,8 +228,8 @@ def check_label_values(labels: np.ndarray, spec: LabelSpec, live: np.ndarray, wh
     if bad.any():
         position = tuple(int(i) for i in np.argwhere(bad)[0])
         raise ValueError(
-            f"{what} must be {spec.describe()}. Given {labels[position]} at index {position}, {int(bad.sum())} illegal "
-            "in all. Mend the labels, or leave those rows out with where=False."
+            f"{what} must be {spec.describe()}. Given {labels[position]!s} at index {position}, {int(bad.sum())} "
+            "illegal in all. Mend the labels, or leave those rows out with where=False."
         )
 
 

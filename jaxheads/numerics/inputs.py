@@ -42,8 +42,9 @@ def as_array(x: Any, what: str) -> np.ndarray | jax.Array:
         ) from error
     if array.dtype.kind == "O" and not (array.size and is_text(array)):
         raise ValueError(
-            f"{what} must be a dense array of numbers, or of strings where a label_vocabulary is given. "
-            f"Given a {type(x).__name__}, which NumPy reads as an object array of shape {array.shape}. Sparse "
+            f"{what} must be a dense array of numbers"
+            + (", or of strings where a label_vocabulary is given. " if what.startswith("labels") else ". ")
+            + f"Given a {type(x).__name__}, which NumPy reads as an object array of shape {array.shape}. Sparse "
             "and ragged containers are not supported: pass a dense array, or rows of equal length."
         )
     return array
@@ -78,7 +79,8 @@ def as_numbers(x: Any, what: str, *, kinds: tuple[str, ...] = ("bool", "int", "f
     """`x` as float32, refusing what is not a number."""
     array = as_array(x, what)
     if dtype_kind(array) not in kinds:
-        raise ValueError(f"{what} must have a dtype of {' or '.join(kinds)}. Given dtype {array.dtype}.")
+        given = f"strings (dtype {array.dtype})" if is_text(array) else f"dtype {array.dtype}"
+        raise ValueError(f"{what} must have a dtype of {' or '.join(kinds)}. Given {given}.")
     return cast(array, jnp.float32)
 
 

@@ -16,7 +16,8 @@ def check(vocabulary: Any, n: int, head: str) -> None:
         )
     if len(vocabulary) != n:
         raise ValueError(
-            f"label_vocabulary must name each of the {n} classes of this {head} once. Given {len(vocabulary)} names: "
+            f"label_vocabulary must name each of the {n} classes of this {head} once (n_classes={n}). "
+            f"Given {len(vocabulary)} names: "
             f"{vocabulary!r}."
         )
     if len(set(vocabulary)) != n:

@@ -60,7 +60,7 @@ REFUSALS = {
     "weight_per_class": ("features['w']", "(2, 3)"),
     "weight_scalar": ("features['w']", "()"),
     "weight_sparse": ("features['w']", "sparse"),
-    "weight_column_not_str": ("weight column", "int"),
+    "weight_column_not_str": ("weight_column", "int"),
     "update_metrics_labels_wrong_batch": ("labels", "(3, 1)", "(2, 1)"),
     "update_metrics_bad_labels": ("labels", "2"),
 }
