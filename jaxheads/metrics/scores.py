@@ -66,6 +66,10 @@ class Interval(NamedTuple):
     lower: Any
     upper: Any
 
+    def is_wide(self) -> bool:
+        """Whether the bins leave more than 1e-2 open (of a single value)."""
+        return bool(self.upper - self.lower > 1e-2)
+
 
 @dataclasses.dataclass(frozen=True)
 class Confusion(View):
@@ -214,6 +218,10 @@ class ScoresView(View):
         )
         predicted, observed, weight = sums[:, sums[2] > 0]
         return predicted / weight, observed / weight, weight
+
+    def is_coarse(self) -> bool:
+        """Whether the bins are too coarse for the scores of this single state."""
+        return self.roc_auc().is_wide() or self.pr_auc().is_wide()
 
     def advice(self) -> str:
         """The grid to use instead, from where the scores of a single state were seen."""

@@ -190,10 +190,15 @@ class Metrics:
                 f"{what} reads one concrete state, outside jit. Given {self!r}. Merge devices with .psum first, or "
                 "take one entry with jax.tree.map(lambda x: x[0], metrics)."
             )
-        views = [v for v in self._read(np.nan)[0].values() if isinstance(v, ScoresView)]
+        views = self._histograms()
         if len(views) != 1:
-            raise ValueError(f"{what} needs a head that keeps a score histogram. Given {self.head!r}.")
+            raise ValueError(
+                f"{what} needs a head that keeps one score histogram. Given {self.head!r}, which keeps {len(views)}."
+            )
         return views[0]
+
+    def _histograms(self) -> list[ScoresView]:
+        return [view for view in self._read(np.nan)[0].values() if isinstance(view, ScoresView)]
 
     def __repr__(self) -> str:
         title = f"Metrics of {self.head!r}"
@@ -217,10 +222,10 @@ class Metrics:
         wide = [
             f"{key + suffix} in [{value.lower:.4g}, {value.upper:.4g}]"
             for key, value in values.items()
-            if isinstance(value, Interval) and value.upper - value.lower > 1e-2
+            if isinstance(value, Interval) and value.is_wide()
         ]
         if wide:
-            advice = self._scores("repr").advice()
+            advice = next((view.advice() for view in self._histograms() if view.is_coarse()), "a finer grid")
             lines.append(
                 f"  The grid is too coarse for these scores: {', '.join(wide)}. "
                 f"Mend it with bins={advice}; scores that are equal no grid can tell apart."
