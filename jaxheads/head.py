@@ -31,44 +31,33 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from jaxheads.metrics import Mean, MeanView, Metrics, Observation
+from jaxheads.losses import terms
+from jaxheads.losses.terms import Term as Term
+from jaxheads.metrics import Mean, MeanView, Metrics, Observation, ScoresView
 from jaxheads.metrics.state import slots
 from jaxheads.numerics import batch as batches
-from jaxheads.numerics import fields, inputs, masking, meshes, pairs, reduction, tiles, vocabulary
+from jaxheads.numerics import columns, fields, inputs, masking, pairs, tiles
 from jaxheads.numerics.batch import Elements
 from jaxheads.numerics.batch import LabelSpec as LabelSpec
-from jaxheads.numerics.fields import learned, running, subheads
-from jaxheads.numerics.linear import LinearLogits
+from jaxheads.numerics.configuration import Configuration
+from jaxheads.numerics.fields import learned as learned
+from jaxheads.numerics.fields import running as running
+from jaxheads.numerics.fields import subheads as subheads
+from jaxheads.numerics.linear import LinearLogits as LinearLogits
 from jaxheads.numerics.reduction import Reduction
 
 WeightColumn: TypeAlias = str | Callable[[Any], Any] | None
 MODES = (None, "train", "eval", "infer")
+AVERAGE_LOSS = "average_loss"
 
 
-class Term(NamedTuple):
-    """Per-element losses with an element count of their own (pairs, events, conditional tasks).
-
-    Attributes:
-        values: `[..., 1]` or `[..., d]`.
-        count: what stands in the place of 1 for each element in every denominator; the same shape.
-    """
-
-    values: Any
-    count: Any = None
-
-
-@dataclass_transform(
-    frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field, learned, running, subheads)
-)
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Head(abc.ABC):
+class Head(Configuration, abc.ABC):
     """A head: loss, predictions and metrics from logits. Subclass it to write one.
 
     Authors override `logits_dimension` and `losses`, and where needed `label_spec`, `outputs`, `observe`, `summarize`,
@@ -115,16 +104,27 @@ class Head(abc.ABC):
         return {}
 
     def summarize(self, seen: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Metrics by name from what was observed; by default each mean under its own key."""
-        return {k: view.mean for k, view in seen.items() if isinstance(view, MeanView) and k != "average_loss"}
+        """Metrics by name from what was observed.
 
-    def validate(self) -> None:  # noqa: B027  (a hook that most heads leave alone)
-        """Refuses bad configuration. Static fields are frozen already; runs once, at construction."""
+        By default each mean under its own key, and of a score histogram the areas, `KEY/auc` and
+        `KEY/auc_precision_recall`.
+        """
+        out: dict[str, Any] = {}
+        for key, view in seen.items():
+            if isinstance(view, MeanView) and key != AVERAGE_LOSS:
+                out[key] = view.mean
+            elif isinstance(view, ScoresView):
+                out |= {f"{key}/auc": view.roc_auc(), f"{key}/auc_precision_recall": view.pr_auc()}
+        return out
 
     def advance(
         self, labels: Any, logits: jax.Array, weights: jax.Array, psum: Callable[[Any], Any]
     ) -> Mapping[str, Any]:
-        """The next values of the running fields, from a batch; `psum` sums over devices."""
+        """The next values of the running fields, from a batch; `psum` sums over devices.
+
+        Weights are 0 where an element is masked or bad. A head with heads inside passes on what they need:
+        `{"inner": self.inner.advance(labels, logits, weights, psum)}`.
+        """
         return {}
 
     def class_names(self) -> tuple[str, ...] | None:
@@ -174,7 +174,7 @@ class Head(abc.ABC):
             weights: float, `[...]` or `[..., 1]`; multiplicities, fractions included. 0 hides the values.
             where: bool or 0/1, `[...]` or `[..., 1]`; False is absence.
             params: the learned (and running) fields, as `bind` takes them.
-            normalizer: replaces the divisor; a global number, never summed over devices.
+            normalizer: replaces the divisor; one global number, not negative, never summed over devices.
             axis_name: sum numerator and denominator over this mapped axis; then `pmean` the gradients.
             check: True looks at the values of device arrays too (and waits for them); False at none.
 
@@ -188,11 +188,13 @@ class Head(abc.ABC):
         _check_mode(mode)
         head = self._ready(params)
         batch = head._gather(labels, logits, features, weights, where, check)
+        normalizer = inputs.as_normalizer(normalizer)
         if axis_name is not None or inputs.is_traced((head, batch, normalizer)):
             loss = head._reduced_loss(batch, normalizer, axis_name)
         else:
             loss = _loss_compiled(head, batch, normalizer)
-        return loss if regularization_losses is None else loss + _sum_scalars(_scalars(regularization_losses))
+        regularization = inputs.as_scalars(regularization_losses)
+        return loss if regularization is None else loss + inputs.add_scalars(regularization)
 
     def predictions(self, logits: Any, keys: Any = None, *, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Predictions by key; only those asked for are computed. An unknown key is refused with the valid ones."""
@@ -229,7 +231,7 @@ class Head(abc.ABC):
             raise ValueError(f"eval_metrics must be what head.metrics() gives. Given {type(eval_metrics).__name__}.")
         head = self._ready(params)
         batch = head._gather(labels, logits, features, weights, where, check)
-        batch["regularization"] = _scalars(regularization_losses)
+        batch["regularization"] = inputs.as_scalars(regularization_losses)
         eval_metrics.check_same_kind(Metrics(None, fields.unbound(self), regularization_losses is not None))
         update = _update if inputs.is_traced((eval_metrics, head, batch)) else _update_compiled
         return dataclasses.replace(eval_metrics, state=update(eval_metrics.state, head, batch))
@@ -249,21 +251,19 @@ class Head(abc.ABC):
         """The metrics of this batch alone, as plain float32 sums; a notebook cell prints their values."""
         head = self._ready(params)
         batch = head._gather(labels, logits, features, weights, where, check)
-        batch["regularization"] = _scalars(regularization_losses)
+        batch["regularization"] = inputs.as_scalars(regularization_losses)
         measure = _measure if inputs.is_traced((head, batch)) else _measure_compiled
         return Metrics(measure(head, batch), fields.unbound(self), regularization_losses is not None)
 
-    def encode_labels(self, labels: Any) -> Any:
-        """Class names as the ids that a jitted step takes; legal numbers pass through. Host side."""
-        if isinstance(labels, Tracer):
+    def encode_labels(self, labels: Any, where: Any = None) -> Any:
+        """Class names as the ids that a jitted step takes, and legal numbers in its dtype. Host side.
+
+        Refuses what an eager loss refuses. Rows where `where` is False may hold anything; they stay illegal (an unknown
+        name is -1), which the step accepts under the same `where` and shows without it.
+        """
+        if inputs.is_traced((labels, where)):
             raise ValueError("encode_labels works on the host: call it before the jitted step.")
-        array = inputs.as_array(labels, "labels")
-        if inputs.is_text(array):
-            return vocabulary.encode(np.asarray(array), self._vocabulary)
-        spec = self.label_spec
-        if isinstance(spec, LabelSpec):
-            batches.check_label_values(np.asarray(array), spec, np.asarray(True))
-        return np.asarray(array)
+        return batches.encode(self.label_spec, labels, where, self._vocabulary)
 
     def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Predictions as NumPy arrays, with `classes` (where `class_ids` is there) and `all_classes` `[D0, n]`."""
@@ -298,25 +298,21 @@ class Head(abc.ABC):
         axis_name: Any = None,
     ) -> dict[str, Any]:
         """The running fields after a training batch; the same on all devices of `axis_name`."""
+        fields.check_state(self, state, "state", "as head.init_state() makes it")
         head = self._ready(fields.merge(params or {}, state))
-        elements = batches.clean(head.label_spec, head._gather(labels, logits, features, weights, where, None))
+        batch = head._gather(labels, logits, features, weights, where, None)
         psum = (lambda x: x) if axis_name is None else functools.partial(jax.lax.psum, axis_name=axis_name)
-        new = head.advance(elements.labels, elements.logits, _counted(elements), psum)
-        return jax.tree.map(jax.lax.stop_gradient, {**state, **new})
+        new = fields.carry(self, state, head._advance(batch, psum))
+        fields.check_state(self, new, f"{type(self).__name__}.advance", "those of the heads inside it included")
+        return jax.tree.map(jax.lax.stop_gradient, new)
 
     def bind(self, params: Mapping[str, Any]) -> "Head":
         """The same head with learned and running fields filled in from dicts as `init` and `init_state` make them."""
         return fields.bind(self, params)
 
-    # Identity.
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        fields.register(cls)
+    # Machinery. A head made of heads overrides `_gather`, `_reduced_loss`, `_sums`, `_advance`, `observed` and `read`.
 
     def __post_init__(self):
-        for field in fields.of_kind(type(self), fields.STATIC, fields.HEADS):
-            object.__setattr__(self, field.name, fields.freeze(field.name, getattr(self, field.name)))
         object.__setattr__(self, "loss_reduction", Reduction.of(self.loss_reduction))
         if self.name is not None and not isinstance(self.name, str):
             raise ValueError(f"name must be a string or None. Given {self.name!r}.")
@@ -325,38 +321,7 @@ class Head(abc.ABC):
                 "weight_column must be a key of features or a function features -> weights. Given type: "
                 f"{type(self.weight_column).__name__}."
             )
-        self.validate()
-
-    def _identity(self) -> tuple[Any, ...]:
-        if jax.tree.leaves(self):
-            raise ValueError(
-                f"{self!r} is bound to parameters: only unbound heads are compared and hashed. Keep the head and its "
-                "parameters apart and pass params=."
-            )
-        return tuple(getattr(self, f.name) for f in fields.of_kind(type(self), fields.STATIC, fields.HEADS))
-
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        if not isinstance(other, Head) or type(self) is not type(other):
-            return NotImplemented
-        return self._identity() == other._identity()
-
-    def __hash__(self) -> int:
-        return hash((type(self), self._identity()))
-
-    def __repr__(self) -> str:
-        inherited = {f.name for f in dataclasses.fields(Head)}
-        parts = []
-        for field in sorted(dataclasses.fields(self), key=lambda f: f.name in inherited):
-            value = getattr(self, field.name)
-            if isinstance(value, (jax.Array, np.ndarray)):
-                parts.append(f"{field.name}=<{value.dtype}{list(value.shape)}>")
-            elif field.init and value is not field.default and value != field.default:
-                parts.append(f"{field.name}={value!r}")
-        return f"{type(self).__name__}({', '.join(parts)})"
-
-    # Machinery.
+        super().__post_init__()
 
     def observed(self) -> dict[str, Observation]:
         """The observations of this head, without data: the layout of its metric state."""
@@ -369,12 +334,17 @@ class Head(abc.ABC):
         keys: list[str] = []
 
         def observe(params, labels, logits):
-            observations = {"average_loss": Mean(logits), **self.bind(params).observe(labels, logits)}
+            observations = {AVERAGE_LOSS: Mean(logits), **self.bind(params)._observations(labels, logits)}
             keys[:] = observations  # a pytree would sort them
             return tuple(observations.values())
 
         found = jax.eval_shape(observe, fields.abstract(self), labels, logits)
         return dict(zip(keys, found, strict=True))
+
+    def read(self, seen: Mapping[str, Any]) -> dict[tuple[str, str | None], Any]:
+        """All metrics from views of what was observed, by key and the name that is appended to it."""
+        values = {AVERAGE_LOSS: seen[AVERAGE_LOSS].mean, **self.summarize(seen)}
+        return {(key, self.name): value for key, value in values.items()}
 
     @property
     def _vocabulary(self) -> tuple[str, ...] | None:
@@ -406,7 +376,7 @@ class Head(abc.ABC):
             label_vocabulary=self._vocabulary,
             check=check,
         )
-        batch["features"] = inputs.numeric_columns(features) if self.reads_features else {}
+        batch["features"] = columns.numeric_columns(features) if self.reads_features else {}
         return batch
 
     def _weights(self, weights: Any, features: Any) -> tuple[Any, str]:
@@ -419,92 +389,63 @@ class Head(abc.ABC):
             )
         if not isinstance(column, str):
             return column(features), "weights"
-        if not isinstance(features, Mapping) or column not in features:
-            given = sorted(map(str, features)) if isinstance(features, Mapping) else features
+        table = columns.table(features)
+        if table is None or column not in table:
+            given = features if table is None else sorted(map(str, table))
             raise ValueError(f"Feature {column} (the weight_column) is not in features. Given features: {given}.")
-        return features[column], f"weight (features[{column!r}])"
+        return table[column], f"weight (features[{column!r}])"
 
     def _reduced_loss(self, batch: dict[str, Any], normalizer: Any, axis_name: Any) -> jax.Array:
         """The loss of a gathered batch, without regularization."""
         elements = batches.clean(self.label_spec, batch)
-        _debug_check(self, elements.bad)
-        values, count = self._term(elements)
-        # By multiplication: `where(bad, nan, loss)` would have gradient 0.
-        values = values * jnp.where(elements.bad, jnp.nan, jnp.ones_like(elements.weights))
-        total = masking.total(masking.weighted(values, elements.weights))
-        by = self._divisor(elements, values.shape, count) if normalizer is None else jnp.float32(normalizer)
-        if axis_name is not None:
-            # A normalizer is global already.
-            total, summed = jax.lax.psum(jnp.stack([total, by]), axis_name)
-            by = summed if normalizer is None else by
-        return total if self.loss_reduction is Reduction.SUM and normalizer is None else reduction.divide(total, by)
+        batches.debug_check(elements, type(self).__name__)
+        how = Reduction.of(self.loss_reduction)
+        return terms.reduced(self._term(elements), elements, how, normalizer, axis_name)
 
     def _sums(self, batch: dict[str, Any]) -> jax.Array:
-        """The packed sums `[slots]` of a gathered batch."""
+        """The packed sums `[slots]` of a gathered batch: the bad elements, then what the head observes."""
         elements = batches.clean(self.label_spec, batch)
-        observations = {"average_loss": Mean(*self._term(elements)), **self.observe(elements.labels, elements.logits)}
-        counted = _counted(elements)
-        parts = [masking.total(elements.bad.astype(jnp.float32))[None], *_regularization_sums(batch)]
-        return jnp.concatenate(parts + [observation.reduce(counted) for observation in observations.values()])
+        observations = {
+            AVERAGE_LOSS: Mean(*self._term(elements)),
+            **self._observations(elements.labels, elements.logits),
+        }
+        bad = masking.total(elements.bad.astype(jnp.float32))
+        return jnp.concatenate([bad[None], *(x.reduce(elements.counted) for x in observations.values())])
+
+    def _advance(self, batch: dict[str, Any], psum: Callable[[Any], Any]) -> Mapping[str, Any]:
+        """The new running state from a gathered batch."""
+        elements = batches.clean(self.label_spec, batch)
+        return self.advance(elements.labels, elements.logits, elements.counted, psum)
 
     def _term(self, elements: Elements) -> Term:
         """The per-element losses, checked."""
-        arguments = [elements.labels, elements.logits]
-        if _takes_features(type(self)):
-            arguments.append(elements.features)
-        values = self.losses(*arguments)
-        term = values if isinstance(values, Term) else Term(values)
+        features = (elements.features,) if _takes_features(type(self)) else ()
+        losses = self.losses(elements.labels, elements.logits, *features)
         lead = tuple(elements.logits.shape)[:-1]
-        for part in (part for part in term if part is not None):
-            if jnp.shape(part)[:-1] != lead or jnp.ndim(part) != len(lead) + 1:
-                raise ValueError(
-                    f"{type(self).__name__}.losses must return per-element losses of shape {(*lead, 1)} or "
-                    f"{(*lead, self.logits_dimension)}. Given {jnp.shape(part)}."
-                )
-        return Term(jnp.asarray(term.values, jnp.float32), term.count)
+        return terms.as_term(losses, lead, self.logits_dimension, type(self).__name__)
 
-    def _divisor(self, elements: Elements, shape: tuple[int, ...], count: Any) -> jax.Array:
-        multiplicity = {
-            Reduction.SUM: jnp.ones_like(elements.weights),
-            Reduction.SUM_OVER_BATCH_SIZE: elements.exists.astype(jnp.float32),
-            Reduction.MEAN: elements.weights,
-            Reduction.SUM_BY_NONZERO_WEIGHTS: (elements.weights != 0).astype(jnp.float32),
-        }[Reduction.of(self.loss_reduction)]
-        multiplicity = jnp.broadcast_to(multiplicity, jnp.broadcast_shapes(shape, elements.weights.shape))
-        return masking.total(multiplicity if count is None else masking.weighted(count, multiplicity))
+    def _observations(self, labels: Any, logits: jax.Array) -> Mapping[str, Observation]:
+        """What `observe` gives, checked."""
+        observations = self.observe(labels, logits)
+        for key, observation in observations.items():
+            what = f"{type(self).__name__}.observe: {key!r}"
+            if not isinstance(observation, Observation):
+                raise ValueError(
+                    f"{what} must be an observation such as jh.Mean(values). Given a {type(observation).__name__}."
+                )
+            if key == AVERAGE_LOSS:
+                raise ValueError(f"{what} is kept by every head already. Use another key.")
+            observation.check(what, tuple(logits.shape)[:-1])
+        return observations
 
 
 def _measure(head: Head, batch: dict[str, Any]) -> jax.Array:
-    """The packed sums `[slots, 1]` of one batch."""
-    logits = batch["logits"]
-    rows = tiles.tile_rows(tuple(logits.shape)) if head.rowwise else None
-    if rows is None or not meshes.is_local(batch):
-        return head._sums(batch)[:, None]
-    lazy = isinstance(logits, LinearLogits)
-    cut = {k: batch[k] for k in ("labels", "weights", "where")} | {"logits": logits.hidden if lazy else logits}
-
-    def by_tiles(cut, batch):
-        def sums(tile, fresh):
-            inner = dataclasses.replace(batch["logits"], hidden=tile["logits"]) if lazy else tile["logits"]
-            fresh = jnp.broadcast_to(fresh.reshape(-1, *[1] * (len(inner.shape) - 1)), (*inner.shape[:-1], 1))
-            exists = fresh if tile["where"] is None else masking.keep(fresh, tile["where"], 0)
-            return head._sums({**batch, **tile, "where": exists, "logits": inner, "regularization": None})
-
-        total = tiles.sum_over_rows(sums, cut, logits.shape[0], rows)
-        return jnp.concatenate([total[:1], *_regularization_sums(batch), total[1:]])
-
-    return jax.lax.platform_dependent(cut, batch, cpu=by_tiles, default=lambda _, batch: head._sums(batch))[:, None]
-
-
-def _counted(elements: Elements) -> jax.Array:
-    """The weights that metrics count with: bad elements are left out."""
-    return jnp.where(elements.bad, jnp.zeros_like(elements.weights), elements.weights)
-
-
-def _regularization_sums(batch: dict[str, Any]) -> list[jax.Array]:
-    """The two sums of the regularization's mean over updates, if it is kept."""
+    """The packed sums `[slots, 1]` of one batch, with the regularization after the first, if it is kept."""
+    head, batch = jax.lax.stop_gradient((head, batch))
     losses = batch["regularization"]
-    return [] if losses is None else [jnp.stack([_sum_scalars(losses), jnp.float32(1)])]
+    sums = tiles.summed(head._sums, batch) if head.rowwise else head._sums(batch)
+    kept = [] if losses is None else [jnp.stack([inputs.add_scalars(losses), jnp.float32(1)])]
+    return jnp.concatenate([sums[:1], *kept, sums[1:]])[:, None]
 
 
 def _update(state: jax.Array, head: Head, batch: dict[str, Any]) -> jax.Array:
@@ -524,28 +465,3 @@ def _takes_features(cls: type[Head]) -> bool:
 def _check_mode(mode: Any) -> None:
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} unrecognized. Expected one of {MODES}.")
-
-
-def _scalars(losses: Any) -> list[Any] | None:
-    if losses is None:
-        return None
-    if not isinstance(losses, (list, tuple)):
-        given = type(losses).__name__
-        raise ValueError(f"regularization_losses must be a list of scalars. Given {given}: wrap it, [x].")
-    for value in losses:
-        if jnp.shape(value) != ():
-            raise ValueError(f"regularization_losses must be scalars. Given one of shape {jnp.shape(value)}.")
-    return [jnp.asarray(value, jnp.float32) for value in losses]
-
-
-def _sum_scalars(losses: Any) -> jax.Array:
-    return functools.reduce(jnp.add, losses, jnp.float32(0))
-
-
-def _debug_check(head: Head, bad: jax.Array) -> None:
-    """A message under `checkify`; nothing at all in a program compiled without it."""
-    if isinstance(bad, Tracer):
-        from jax.experimental import checkify
-
-        message = "{n} unmasked elements have an illegal label or weight for " + type(head).__name__
-        checkify.debug_check(~jnp.any(bad), message, n=jnp.sum(bad.astype(jnp.int32)))

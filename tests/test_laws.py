@@ -537,14 +537,15 @@ def test_counters_go_on(entry):
     """After 2^24 and after 2^31 rows, ten thousand more, one at a time."""
     labels, logits = draw(entry, 9, (N + 1,))
     head, params, extra = entry.head, entry.params(), 10_000
-    first = head.measure(jax.tree.map(lambda x: x[:N], labels), logits[:N], params=params)
+    each_weight = np.resize(f32([0.1, 0.3]), (N + 1, 1))
+    first = head.measure(jax.tree.map(lambda x: x[:N], labels), logits[:N], params=params, weights=each_weight[:N])
     last = jax.tree.map(lambda x: x[N:], labels)
-    one = np.asarray(head.measure(last, logits[N:], params=params).state, np.float64)[:, 0]
+    one = np.asarray(head.measure(last, logits[N:], params=params, weights=each_weight[N:]).state, np.float64)[:, 0]
 
     @jax.jit
     def evaluate(metrics):
         def body(_, metrics):
-            return head.update_metrics(metrics, None, logits[N:], last, params=params)
+            return head.update_metrics(metrics, None, logits[N:], last, params=params, weights=each_weight[N:])
 
         return jax.lax.fori_loop(0, extra, body, metrics)
 
@@ -553,7 +554,7 @@ def test_counters_go_on(entry):
         metrics = evaluate(dataclasses.replace(first, state=state))
         exact = np.asarray(first.state, np.float64)[:, 0] * times + extra * one
         np.testing.assert_allclose(np.asarray(metrics.state, np.float64).sum(-1), exact, rtol=1e-10)
-        weights = np.append(np.full(N, times), extra)[:, None]
+        weights = np.append(np.full(N, times), extra)[:, None] * each_weight
         assert_values(metrics.compute(bounds=True), entry.expected_metrics(labels, logits, weights))
 
 
@@ -661,9 +662,9 @@ def test_parameters_of_any_dtype(entry):
     """A parameter tree may be cast as a whole; the formula still sees float32."""
     labels, logits = draw(entry, 12)
     for dtype in (jnp.bfloat16, np.float64):
-        params = {name: np.asarray(value).astype(dtype) for name, value in entry.params().items()}
+        params = jax.tree.map(lambda value, dtype=dtype: np.asarray(value).astype(dtype), entry.params())
         loss, *_, measured = step(entry.head)(labels, logits, ONES, ALL, params)
-        exact = {name: value.astype(np.float64) for name, value in params.items()}
+        exact = jax.tree.map(lambda value: value.astype(np.float64), params)
         np.testing.assert_allclose(loss, entry.expected_loss(labels, logits, params=exact), rtol=2e-6, atol=2e-6)
         assert_values(measured.compute(bounds=True), entry.expected_metrics(labels, logits, params=exact))
 
@@ -1099,7 +1100,7 @@ def test_bound_heads_carry_their_parameters(entry):
     head, params = entry.head, entry.params()
     labels, logits = draw(entry, 25)
     bound = head.bind(params)
-    assert len(jax.tree.leaves(bound)) == len(params)
+    assert len(jax.tree.leaves(bound)) == len(jax.tree.leaves(params))
     copies = (
         pickle.loads(pickle.dumps(bound)),
         jax.tree.map(lambda x: x, bound),
@@ -1146,7 +1147,7 @@ def test_optax_moves_what_is_learned_and_nothing_else(entry):
     ):
         assert_values(metrics.compute(bounds=True), expected)
     for name in state:
-        np.testing.assert_array_equal(gradients[name], 0)
+        jax.tree.map(lambda gradient: np.testing.assert_array_equal(gradient, 0), gradients[name])
 
 
 @each
@@ -1158,7 +1159,11 @@ def test_running_fields(entry):
     new = jax.jit(lambda state: head.update_state(state, labels, logits, params=head.init(jax.random.key(0))))(state)
     assert jax.tree.structure(new) == jax.tree.structure(state)
     assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
-    assert bool(state) == (entry.name == "running_prior")
+    assert bool(state) == (entry.name in ("running_prior", "nested"))
+    assert any(np.any(new != old) for new, old in zip(*map(jax.tree.leaves, (new, state)), strict=True)) == bool(state)
+    for wrong in [{**state, "stranger": jnp.zeros(())}, *([dict.fromkeys(state, jnp.zeros(7)), {}] if state else [])]:
+        with pytest.raises(ValueError, match="running state of"):
+            head.update_state(wrong, labels, logits, params=head.init(jax.random.key(0)))
 
 
 def test_running_prior_counts_what_is_seen():
@@ -1314,7 +1319,7 @@ def test_large_batches(entry):
     """Rows enough to be cut in tiles, the last of them partial: in weights, masks, garbage and areas as any batch."""
     rng = np.random.default_rng(30)
     labels, logits = draw(entry, 30, (LARGE,))
-    weights = rng.choice(f32([0, 0.5, 1, 3]), (LARGE, 1))
+    weights = rng.choice(f32([0, 0.1, 0.3, 3]), (LARGE, 1))
     where = rng.random((LARGE, 1)) < 0.9
     spoiled = poison(entry, labels, logits, ~where | (weights == 0))
     rest = {"weights": weights, "where": where, "params": entry.params()}

@@ -207,8 +207,9 @@ def test_one_and_four_devices(entry):
 @each
 @each_axes
 def test_an_update_is_one_all_reduce(entry, axes):
+    """On rows enough to be cut in tiles, were they on one device: slicing a sharded batch would gather it."""
     head, params = entry.head, entry.params()
-    batch = draw(entry)
+    batch = draw(entry, 40_016)
 
     @jax.jit
     def update(metrics, batch):

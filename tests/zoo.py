@@ -177,6 +177,39 @@ class SurvivalHead(jh.Head):
         return {"event_rate": jh.Mean(labels["event"])}
 
 
+class TemperatureHead(jh.Head):
+    """Another head on logits divided by a learned temperature: proof that heads nest, what they learn and keep too."""
+
+    inner: jh.Head = jh.subheads()
+    log_temperature: jax.Array = jh.learned(lambda head, key: jnp.full((1,), 0.25))
+
+    @property
+    def logits_dimension(self):  # pyright: ignore[reportIncompatibleVariableOverride]  # see Head
+        return self.inner.logits_dimension
+
+    @property
+    def label_spec(self):
+        return self.inner.label_spec
+
+    def _cooled(self, logits):
+        return logits * jnp.expand_dims(jnp.exp(-self.log_temperature), tuple(range(logits.ndim - 1)))
+
+    def losses(self, labels, logits):
+        return self.inner.losses(labels, self._cooled(logits))
+
+    def outputs(self, logits):
+        return self.inner.outputs(self._cooled(logits))
+
+    def observe(self, labels, logits):
+        return self.inner.observe(labels, self._cooled(logits))
+
+    def summarize(self, seen):
+        return self.inner.summarize(seen)
+
+    def advance(self, labels, logits, weights, psum):
+        return {"inner": self.inner.advance(labels, self._cooled(logits), weights, psum)}
+
+
 def exponential(logits):
     """A link that pickles; `jnp.exp` does not."""
     return jnp.exp(logits)
@@ -211,6 +244,11 @@ def ordinal_losses(labels, logits, params):
 def prior_losses(labels, logits, params):
     positive, total = np.asarray(params["counts"], np.float64).sum(-1)
     return cross_entropy(labels, logits + np.log(positive / (total - positive)), None)
+
+
+def nested_losses(labels, logits, params):
+    z = logits * np.exp(-np.asarray(params["log_temperature"], np.float64))
+    return prior_losses(labels, z, params["inner"])
 
 
 def mean(values, weights):
@@ -333,6 +371,7 @@ ZOO = (
     ),
     Entry("ordinal", OrdinalHead(4), ids(4), ordinal_losses, ordinal_metrics, illegal=4),
     Entry("running_prior", PriorCorrectedHead(), bits, prior_losses, illegal=2),
+    Entry("nested", TemperatureHead(PriorCorrectedHead(name="inner"), name="t"), bits, nested_losses, illegal=2),
     Entry(
         "survival",
         SurvivalHead(loss_reduction="mean"),

@@ -1,5 +1,6 @@
 """What several heads share."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -9,32 +10,52 @@ import jax.numpy as jnp
 
 from jaxheads.numerics import stable
 
+CALLED = ("labels", "logits", "features")
+
 
 def check_loss_fn(loss_fn: Any) -> None:
-    """Refuses a loss function that does not take `labels, logits[, features]`."""
+    """Refuses a loss function that does not take `labels, logits[, features]`.
+
+    Other arguments must be keyword-only with a default, as `functools.partial` makes those that it binds. A plain one
+    is refused even with a default, as in the original: it may be a misspelt `features`.
+    """
     if loss_fn is None:
         return
     if not callable(loss_fn):
         raise ValueError(f"loss_fn must be a function loss_fn(labels, logits[, features]). Given {loss_fn!r}.")
-    parameters = inspect.signature(loss_fn).parameters.values()
-    names = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    for needed in ("labels", "logits"):
-        if needed not in names:
-            raise ValueError(f"loss_fn must contain argument: {needed}. Given arguments: {tuple(names)}.")
-    # The original knew the argument `loss_reduction` and never passed it: with a default it does no harm.
-    optional = [p.name for p in parameters if p.default is not p.empty]
-    unexpected = [n for n in names if n not in ("labels", "logits", "features") and n not in optional]
-    known = [n for n in names if n not in ("labels", "logits", "features", "loss_reduction")]
-    if unexpected or known:
+    try:
+        parameters = inspect.signature(loss_fn).parameters.values()
+    except (TypeError, ValueError) as error:
         raise ValueError(
-            f"loss_fn has unexpected args: {unexpected or known}. It is called as "
-            "loss_fn(labels=, logits=[, features=])."
-        )
+            f"loss_fn must be a function loss_fn(labels, logits[, features]). Given {loss_fn!r}, whose arguments "
+            "Python cannot tell (a builtin?). Wrap it: lambda labels, logits: f(...)."
+        ) from error
+    names = tuple(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+    by_keyword = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    called = (
+        "It is called as loss_fn(labels=, logits=[, features=]). Bind other arguments, functools.partial(f, x=value); "
+        "make them keyword-only with a default; or wrap the function, lambda labels, logits: f(logits, labels)."
+    )
+    for needed in ("labels", "logits"):
+        if needed not in by_keyword:
+            raise ValueError(f"loss_fn must contain argument: {needed}, by keyword. Given arguments: {names}. {called}")
+
+    def expected(p: inspect.Parameter) -> bool:
+        if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) or (p.name in CALLED and p.name in by_keyword):
+            return True
+        # The original knew the argument `loss_reduction` and never passed it: with a default it does no harm.
+        return p.default is not p.empty and (p.kind is p.KEYWORD_ONLY or p.name == "loss_reduction")
+
+    if unexpected := [p.name for p in parameters if not expected(p)]:
+        raise ValueError(f"loss_fn has unexpected args: {unexpected}. Given arguments: {names}. {called}")
 
 
 def takes_features(loss_fn: Callable[..., Any] | None) -> bool:
-    """Whether a loss function asks for the features."""
-    return loss_fn is not None and "features" in inspect.signature(loss_fn).parameters
+    """Whether a loss function asks for the features, and nobody has bound them already."""
+    if loss_fn is None or (isinstance(loss_fn, functools.partial) and "features" in loss_fn.keywords):
+        return False
+    found = inspect.signature(loss_fn).parameters.get("features")
+    return found is not None and found.kind in (found.POSITIONAL_OR_KEYWORD, found.KEYWORD_ONLY)
 
 
 def call_loss_fn(loss_fn: Callable[..., Any], labels: Any, logits: jax.Array, features: Any, size: int) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxheads import losses
-from jaxheads.head import Head, LabelSpec
+from jaxheads.head import Head, LabelSpec, WeightColumn
 from jaxheads.heads import _abstract
 from jaxheads.metrics import LogitGrid, Mean, Observation, Scores
 from jaxheads.metrics.grids import AbstractGrid
@@ -39,7 +39,8 @@ class BinaryClassHead(Head):
         thresholds: numbers in (0, 1).
         label_vocabulary: the names of the two classes.
         loss_reduction: a `Reduction` or its text.
-        loss_fn: `loss_fn(labels, logits[, features])` giving one loss an element, `[..., 1]`.
+        loss_fn: `loss_fn(labels, logits[, features])` giving one loss an element, `[..., 1]`; other arguments
+            keyword-only with a default, or bound by `functools.partial`.
         name: suffixes the metric keys.
         bins: `LogitGrid(...)` (default), or `ThresholdGrid(200)` for TensorFlow's numbers.
 
@@ -61,6 +62,7 @@ class BinaryClassHead(Head):
     (np.float32(0.75), np.float32(1.0))
     """
 
+    weight_column: WeightColumn = None  # the original's first argument: here by position too
     _: dataclasses.KW_ONLY
     thresholds: Sequence[float] | None = None
     label_vocabulary: Sequence[str] | None = None

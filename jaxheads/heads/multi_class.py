@@ -34,7 +34,7 @@ class MultiClassHead(Head):
         label_vocabulary: the names of the classes.
         loss_reduction: a `Reduction` or its text.
         loss_fn: `loss_fn(labels, logits[, features])` giving one loss an element, `[..., 1]`; labels are int32 `[...,
-            1]`.
+            1]`; other arguments keyword-only with a default, or bound by `functools.partial`.
         name: suffixes the metric keys.
 
     Raises:

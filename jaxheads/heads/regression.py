@@ -29,7 +29,8 @@ class RegressionHead(Head):
     Args:
         label_dimension: the number of targets.
         weight_column: a key of `features`, or a function `features -> weights`.
-        loss_fn: `loss_fn(labels, logits[, features])` giving one loss an element, `[..., label_dimension]`.
+        loss_fn: `loss_fn(labels, logits[, features])` giving one loss an element, `[..., label_dimension]`; other
+            arguments keyword-only with a default, or bound by `functools.partial`.
         inverse_link_fn: from logits to predictions.
         loss_reduction: a `Reduction` or its text.
         name: suffixes the metric keys.

@@ -4,6 +4,7 @@ optax is imported where it is used, so that `import jaxheads` does not pay for i
 """
 
 import jax
+import jax.numpy as jnp
 
 from jaxheads.numerics import stable
 
@@ -16,10 +17,12 @@ def squared_error(labels: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def sigmoid_cross_entropy(labels: jax.Array, logits: jax.Array) -> jax.Array:
-    """`softplus(z) - y z`, for hard and soft labels."""
+    """`softplus(z) - y z`, for hard and soft labels; at an infinite z its limit."""
     import optax
 
-    return optax.sigmoid_binary_cross_entropy(logits, labels)
+    losses = optax.sigmoid_binary_cross_entropy(logits, labels)
+    # Infinitely sure and right: 0 * inf there, where limit and gradient are 0.
+    return jnp.where(jnp.isnan(losses) & jnp.isinf(logits), jnp.zeros_like(losses), losses)
 
 
 def softmax_cross_entropy(labels: jax.Array, logits: jax.Array) -> jax.Array:

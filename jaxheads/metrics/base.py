@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 class Observation(abc.ABC):
@@ -18,6 +19,16 @@ class Observation(abc.ABC):
     @abc.abstractmethod
     def size(self) -> int:
         """How many sums it takes."""
+
+    def check(self, what: str, lead: tuple[int, ...]) -> None:
+        """Refuses arrays that are not `lead + [k]`: one of shape `[N]` would broadcast to `[N, N]`."""
+        for x in jax.tree.leaves(self):
+            if jnp.ndim(x) != len(lead) + 1 or jnp.shape(x)[:-1] != lead:
+                raise ValueError(
+                    f"{what} must hold one value for each element, {(*lead, 1)} or {(*lead, 'd')}. Given "
+                    f"{type(self).__name__} of shape {jnp.shape(x)}. Use keepdims=True, or x[..., None]; masks and "
+                    "weights are applied afterwards."
+                )
 
     @abc.abstractmethod
     def reduce(self, weights: jax.Array) -> jax.Array:

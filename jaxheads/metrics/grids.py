@@ -56,9 +56,10 @@ class AbstractGrid(abc.ABC):
         """The grid to use where scores between two logits share too few bins, as text."""
 
 
-def _grid_checks(grid: Any, n: int, least: int) -> None:
-    if isinstance(n, bool) or not isinstance(n, int) or n < least:
+def _grid_checks(grid: Any, n: Any, least: int) -> None:
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < least:
         raise ValueError(f"{type(grid).__name__} needs an integer n of at least {least}. Given {n!r}.")
+    object.__setattr__(grid, "n", int(n))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +85,10 @@ class LogitGrid(AbstractGrid):
         _grid_checks(self, self.n, 3)
         object.__setattr__(self, "low", float(self.low))
         object.__setattr__(self, "high", float(self.high))
-        if not (np.isfinite(self.low) and np.isfinite(self.high) and np.float32(self.low) < np.float32(self.high)):
-            raise ValueError(f"LogitGrid needs finite low < high. Given low={self.low}, high={self.high}.")
+        if not -1e37 < self.low < self.high < 1e37 or np.float32(self.low) == np.float32(self.high):
+            raise ValueError(
+                f"LogitGrid needs low < high, finite and below 1e37 in size. Given low={self.low}, high={self.high}."
+            )
         if np.unique(self._edges()).size != self.n - 1:
             raise ValueError(
                 f"{self!r} has bins narrower than float32 can tell apart: fewer bins, or a range nearer to 0."
@@ -101,7 +104,10 @@ class LogitGrid(AbstractGrid):
         return layout.edges.locate(logits)
 
     def finer(self, low: float, high: float) -> str:
-        # Rounded outwards to two digits of the span, and no more bins than float32 has numbers there.
+        # Rounded outwards to two digits of the span, and no more bins than float32 has numbers there. Scores in one bin
+        # of no width (|z| < 1e-7, whose float32 probability is 0.5) are given some.
+        room = 1e-6 * max(1.0, abs(high)) if high <= low else 0.0
+        low, high = low - room, high + room
         unit = 10.0 ** (math.floor(math.log10(high - low)) - 1)
         low, high = (math.floor(low / unit) - 1) * unit, (math.ceil(high / unit) + 1) * unit
         spacing = float(np.spacing(np.float32(max(abs(low), abs(high)))))

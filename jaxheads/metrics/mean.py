@@ -31,8 +31,8 @@ class Mean(Observation):
     def reduce(self, weights: jax.Array) -> jax.Array:
         """The two sums over this batch."""
         values = jnp.asarray(self.values, jnp.float32)
-        shape = jnp.broadcast_shapes(values.shape, weights.shape)
-        weights = jnp.broadcast_to(weights, shape)
+        # By multiplication: a broadcast would be laid out unlike values whose last axis is sharded.
+        weights = weights * jnp.ones_like(values)
         count = weights if self.count is None else masking.weighted(self.count, weights)
         return jnp.stack([masking.total(masking.weighted(values, weights)), masking.total(count)])
 

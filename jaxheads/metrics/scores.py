@@ -46,9 +46,9 @@ class Scores(Observation):
         """One pass: the bucket of each element, then its two weights."""
         layout = self.layout
         labels = jnp.asarray(self.labels, jnp.float32)
-        weights = jnp.broadcast_to(weights, labels.shape)
+        weights = weights * jnp.ones_like(labels)
         # A NaN score has no bucket; it must show, so it makes a NaN of the histogram.
-        weights = jnp.where(jnp.isnan(self.logits), jnp.full_like(weights, jnp.nan), weights)
+        weights = jnp.where(jnp.isnan(self.logits) & (weights != 0), self.logits, weights)
         buckets = self.grid.buckets(layout, self.logits)
         both = (weights * (1 - labels), weights * labels)
         return jnp.concatenate([histogram(buckets, each, layout.n_buckets) for each in both])
@@ -148,15 +148,30 @@ class ScoresView(View):
         fp, tp = self._above
         return fp[..., index], tp[..., index]
 
+    def _bins(self) -> tuple[Any, ...]:
+        """Of each bin between two points of the curve: false and true positives above it, and those within.
+
+        What lies within is added up by itself: the difference of two neighbouring points loses it in float32.
+        """
+        starts = np.concatenate([[0], self.layout.curve + 1])
+        bins = np.repeat(np.arange(len(starts)), np.diff(starts, append=self.layout.n_buckets))
+
+        def within(x):
+            if self.xp is np:
+                return np.add.reduceat(x, starts, axis=-1)
+            return jnp.zeros((*x.shape[:-1], len(starts)), x.dtype).at[..., bins].add(x)
+
+        fp, tp = self._points()
+        return fp[..., 1:], tp[..., 1:], within(self.negative), within(self.positive)
+
     def roc_auc(self) -> Interval:
         """Area under the ROC curve; pairs that share a bin count half, and span the interval."""
-        fp, tp = self._points()
+        _, tp, more_fp, more_tp = self._bins()
         one = self.xp.ones_like(self.positives)
         defined = (self.positives > 0) & (self.negatives > 0)
-        tpr = tp / self.xp.where(defined, self.positives, one)[..., None]
-        fpr = fp / self.xp.where(defined, self.negatives, one)[..., None]
-        step = fpr[..., :-1] - fpr[..., 1:]
-        lower, upper = (step * tpr[..., 1:]).sum(-1), (step * tpr[..., :-1]).sum(-1)
+        positives = self.xp.where(defined, self.positives, one)[..., None]
+        step = more_fp / self.xp.where(defined, self.negatives, one)[..., None]
+        lower, upper = (step * (tp / positives)).sum(-1), (step * ((tp + more_tp) / positives)).sum(-1)
         return self._interval(defined, (lower + upper) / 2, lower, upper)
 
     def pr_auc(self) -> Interval:
@@ -166,27 +181,26 @@ class ScoresView(View):
         bounds are the paths that take all positives of the bin first, or all negatives.
         """
         xp = self.xp
-        fp, tp = self._points()
         defined = self.positives > 0
         scale = xp.where(defined, self.positives, xp.ones_like(self.positives))[..., None]
-        fp, tp = fp / scale, tp / scale
-        fp_low, fp_high, tp_low, tp_high = fp[..., 1:], fp[..., :-1], tp[..., 1:], tp[..., :-1]
-        gain = tp_high - tp_low
+        fp, tp, more_fp, more_tp = (x / scale for x in self._bins())
 
-        def quotient(a, b, otherwise):
-            return xp.where(b > 0, a / xp.where(b > 0, b, xp.ones_like(b)), xp.full_like(a, otherwise))
+        def quotient(a, b):
+            return xp.where(b > 0, a / xp.where(b > 0, b, xp.ones_like(b)), xp.zeros_like(a))
 
-        slope = quotient(gain, gain + (fp_high - fp_low), 0)
-        offset = tp_low - slope * (tp_low + fp_low)
-        value = slope * (gain + offset * xp.log(quotient(tp_high + fp_high, tp_low + fp_low, 1)))
+        slope = quotient(more_tp, more_tp + more_fp)
+        offset = tp - slope * (tp + fp)
+        value = slope * (more_tp + offset * xp.log1p(quotient(more_tp + more_fp, tp + fp)))
 
         def at(fp):
-            return gain - fp * xp.log(quotient(tp_high + fp, tp_low + fp, 1))
+            return more_tp - fp * xp.log1p(quotient(more_tp, tp + fp))
 
-        return self._interval(defined, *(x.sum(-1) for x in (value, at(fp_high), at(fp_low))))
+        return self._interval(defined, *(x.sum(-1) for x in (value, at(fp + more_fp), at(fp))))
 
     def _interval(self, defined: Any, *values: Any) -> Interval:
-        return Interval(*(self.xp.where(defined, v, self.xp.full_like(v, self.undefined)) for v in values))
+        # Inside jit an area of 1 may come out as 1.0000002.
+        areas = (self.xp.clip(v, 0, 1) for v in values)
+        return Interval(*(self.xp.where(defined, v, self.xp.full_like(v, self.undefined)) for v in areas))
 
     def roc_curve(self) -> tuple[Any, Any, Any]:
         """`fpr, tpr, thresholds`, thresholds falling from 1 to 0."""

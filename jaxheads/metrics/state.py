@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxheads.metrics.base import Observation
+from jaxheads.metrics.base import Observation, View
 from jaxheads.metrics.scores import Interval, ScoresView
 from jaxheads.numerics import pairs
 
@@ -28,7 +28,7 @@ class Reader(Protocol):
 
     def observed(self) -> Mapping[str, Observation]: ...
 
-    def summarize(self, seen: Mapping[str, Any]) -> Mapping[str, Any]: ...
+    def read(self, seen: Mapping[str, Any]) -> Mapping[tuple[str, str | None], Any]: ...
 
 
 @functools.lru_cache(maxsize=1024)
@@ -80,6 +80,12 @@ class Metrics:
         if not isinstance(other, Metrics):
             return NotImplemented
         self.check_same_kind(other)
+        a, b = jnp.shape(self.state)[:-2], jnp.shape(other.state)[:-2]
+        if a and b and a != b:
+            raise ValueError(
+                f"Metrics add if their leading axes are equal, or one of them has none. Given leading axes {a} and {b} "
+                f"of {self.head!r}."
+            )
         return dataclasses.replace(self, state=_add(self.state, other.state))
 
     def __radd__(self, other: Any) -> "Metrics":
@@ -89,9 +95,12 @@ class Metrics:
     def check_same_kind(self, other: "Metrics") -> None:
         """Refuses a state that does not add to this one, saying why."""
         if self.head != other.head:
+            one, another = repr(self.head), repr(other.head)
+            alike = one == another
             raise ValueError(
-                f"Metrics of different heads do not add.\n  One is of {self.head!r},\n  the other of {other.head!r}."
-                "\nBuild the head once and use it for every batch."
+                f"Metrics of different heads do not add.\n  One is of {one},\n  the other of {another}.\n"
+                + ("Their reprs are equal: they hold two functions or classes of the same name. " if alike else "")
+                + "Build the head once (in a notebook: in a cell of its own) and use it for every batch."
             )
         if self.regularized != other.regularized:
             has, lacks = ("left", "right") if self.regularized else ("right", "left")
@@ -108,7 +117,7 @@ class Metrics:
         """The same values, typed as differing over `axis_name`: the first carry of a scan inside `shard_map`."""
         return dataclasses.replace(self, state=jax.lax.pcast(self.state, axis_name, to="varying"))
 
-    def _read(self, undefined: float) -> tuple[dict[str, Any], Any, Any, Any]:
+    def _views(self, undefined: float) -> tuple[dict[str, Any], Any, Any, Any]:
         """Views by key; the bad count; the regularization; the array module in use."""
         if isinstance(self.state, Tracer):
             xp, pair = jnp, self.state
@@ -143,38 +152,38 @@ class Metrics:
                 BadInputWarning,
                 stacklevel=2,
             )
-        suffix = f"/{self.head.name}" if self.head.name else ""
         out = {}
         for key, value in values.items():
             interval = value if isinstance(value, Interval) else Interval(value, None, None)
-            out[key + suffix] = _float32(interval.value, xp)
+            out[_name(*key)] = _float32(interval.value, xp)
             if bounds and interval.lower is not None:
-                out[f"{key}/lower{suffix}"] = _float32(interval.lower, xp)
-                out[f"{key}/upper{suffix}"] = _float32(interval.upper, xp)
+                out[_name(key[0], "lower", key[1])] = _float32(interval.lower, xp)
+                out[_name(key[0], "upper", key[1])] = _float32(interval.upper, xp)
         return out
 
-    def _values(self, undefined: float) -> tuple[dict[str, Any], Any, Any]:
-        """Values and intervals by key without the head's name; the bad count; the array module in use."""
-        seen, bad, regularization, xp = self._read(undefined)
-        loss = seen["average_loss"]
-        values = {"average_loss": loss.mean, **self.head.summarize(seen)}
+    def _values(self, undefined: float) -> tuple[dict[tuple[str, str | None], Any], Any, Any]:
+        """Values and intervals by key and name of the head; the bad count; the array module in use."""
+        seen, bad, regularization, xp = self._views(undefined)
+        values = dict(self.head.read(seen))
         if regularization is not None:
-            values["regularization_loss"] = loss.ratio(regularization[..., 0], regularization[..., 1])
+            mean = View(xp, undefined).ratio(regularization[..., 0], regularization[..., 1])
+            values["regularization_loss", self.head.name] = mean
         return values, bad, xp
 
-    def curve(self, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def curve(self, kind: str, key: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The points of a curve, on the host.
 
         Args:
             kind: `"roc"` for `fpr, tpr, thresholds`; `"pr"` for `precision, recall, thresholds`. Thresholds are
                 probabilities.
+            key: under which the head observes the scores, where it keeps several histograms.
         """
         if kind not in ("roc", "pr"):
             raise ValueError(f'curve() knows "roc" and "pr". Given {kind!r}.')
-        view = self._scores("curve()")
+        view = self._scores("curve()", key)
         return view.roc_curve() if kind == "roc" else view.pr_curve()
 
-    def reliability(self, bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def reliability(self, bins: int = 10, key: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`predicted, observed, weight`: mean predicted probability against observed frequency.
 
         Probabilities are those of the histogram's bins (their middles), grouped in `bins` equal steps; steps without
@@ -182,23 +191,25 @@ class Metrics:
         """
         if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
             raise ValueError(f"reliability() needs a positive integer number of bins. Given {bins!r}.")
-        return self._scores("reliability()").reliability(bins)
+        return self._scores("reliability()", key).reliability(bins)
 
-    def _scores(self, what: str) -> ScoresView:
+    def _scores(self, what: str, key: str | None) -> ScoresView:
         if isinstance(self.state, Tracer) or np.ndim(self.state) != 2:
             raise ValueError(
                 f"{what} reads one concrete state, outside jit. Given {self!r}. Merge devices with .psum first, or "
                 "take one entry with jax.tree.map(lambda x: x[0], metrics)."
             )
         views = self._histograms()
-        if len(views) != 1:
+        if key in views:
+            return views[key]
+        if key is not None or len(views) != 1:
             raise ValueError(
-                f"{what} needs a head that keeps one score histogram. Given {self.head!r}, which keeps {len(views)}."
+                f"{what} reads one score histogram. {self.head!r} keeps {len(views)}: {list(views)}. Given key={key!r}."
             )
-        return views[0]
+        return next(iter(views.values()))
 
-    def _histograms(self) -> list[ScoresView]:
-        return [view for view in self._read(np.nan)[0].values() if isinstance(view, ScoresView)]
+    def _histograms(self) -> dict[str, ScoresView]:
+        return {key: view for key, view in self._views(np.nan)[0].items() if isinstance(view, ScoresView)}
 
     def __repr__(self) -> str:
         title = f"Metrics of {self.head!r}"
@@ -207,30 +218,35 @@ class Metrics:
         if not concrete or state.ndim != 2:
             kind = getattr(state, "dtype", type(state).__name__)
             return f"{title}: {kind}{list(getattr(state, 'shape', ()))}"
-        if isinstance(state, jax.Array) and (state.is_deleted() or not _addressable(state)):
+        if isinstance(state, jax.Array) and state.is_deleted():
+            return f"{title}: {state.dtype}{list(state.shape)}, deleted (it was donated to a compiled function)"
+        if isinstance(state, jax.Array) and not _addressable(state):
             return f"{title}: {state.dtype}{list(state.shape)}, not addressable from here"
         with np.errstate(all="ignore"):
             values, bad, _ = self._values(np.nan)
-        suffix = f"/{self.head.name}" if self.head.name else ""
-        width = max(map(len, values)) + len(suffix)
+        width = max(len(_name(*key)) for key in values)
         lines = [title]
         for key, value in values.items():
             middle = value.value if isinstance(value, Interval) else value
-            lines.append(f"  {key + suffix:<{width}}  {middle:.6g}")
+            lines.append(f"  {_name(*key):<{width}}  {middle:.6g}")
         if bad > 0:
             lines.append(f"  {int(bad)} elements had an illegal label or weight and were left out.")
         wide = [
-            f"{key + suffix} in [{value.lower:.4g}, {value.upper:.4g}]"
+            f"{_name(*key)} in [{value.lower:.4g}, {value.upper:.4g}]"
             for key, value in values.items()
             if isinstance(value, Interval) and value.is_wide()
         ]
         if wide:
-            advice = next((view.advice() for view in self._histograms() if view.is_coarse()), "a finer grid")
+            advice = next((view.advice() for view in self._histograms().values() if view.is_coarse()), "a finer grid")
             lines.append(
                 f"  The grid is too coarse for these scores: {', '.join(wide)}. "
                 f"Mend it with bins={advice}; scores that are equal no grid can tell apart."
             )
         return "\n".join(lines)
+
+
+def _name(*parts: str | None) -> str:
+    return "/".join(part for part in parts if part)
 
 
 def _float32(value: Any, xp: Any) -> Any:

@@ -50,8 +50,9 @@ def _field(kind: str, initializer: Callable[..., Any]) -> Any:
 
 
 def of_kind(cls: type, *kinds: str) -> tuple[dataclasses.Field, ...]:
-    """The fields of a head class that are of one of `kinds`."""
-    return tuple(f for f in dataclasses.fields(cls) if f.metadata.get(_KIND, (STATIC, None))[0] in kinds)
+    """The fields of a head class, those of `kinds` if any are named."""
+    every = dataclasses.fields(cls)
+    return tuple(f for f in every if not kinds or f.metadata.get(_KIND, (STATIC, None))[0] in kinds)
 
 
 def initializer(field: dataclasses.Field) -> Callable[..., Any]:
@@ -166,6 +167,11 @@ def merge(params: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]
     """Learned and running values in one tree: dicts under the same name are merged."""
     both = {**params, **state}
     for name in set(params) & set(state):
+        if not (isinstance(params[name], Mapping) and isinstance(state[name], Mapping)):
+            raise ValueError(
+                f"{name!r} is given twice, in the parameters and in the state. params holds what head.init(key) made, "
+                "state what head.init_state() made."
+            )
         both[name] = merge(params[name], state[name])
     return both
 
@@ -211,3 +217,25 @@ def missing(node: Any) -> list[str]:
     """The learned and running fields that have no value."""
     own = [f.name for f in of_kind(type(node), LEARNED, RUNNING) if getattr(node, f.name) is None]
     return own + [f"{name}.{inner}" for name, child in children(node).items() for inner in missing(child)]
+
+
+def carry(node: Any, state: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The new state with the fields that it does not mention left as they were; a head inside it must mention."""
+    inside = children(node)
+    kept = {name: value for name, value in state.items() if name not in inside}
+    both = {k: carry(inside[k], state[k], v) if k in inside and k in state else v for k, v in new.items()}
+    return {**kept, **both}
+
+
+def check_state(node: Any, state: Mapping[str, Any], what: str, fix: str) -> None:
+    """Refuses a running state of other keys, shapes or dtypes than `init_state` makes."""
+    expected = jax.eval_shape(functools.partial(init_state, unbound(node)))
+
+    def kinds(tree: Any) -> dict[str, str]:
+        leaves = jax.tree.leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): f"{jnp.result_type(x)}{list(jnp.shape(x))}" for path, x in leaves}
+
+    if (given := kinds(dict(state))) != (wanted := kinds(expected)):
+        raise ValueError(
+            f"{what} must give the running state of {type(node).__name__}, {fix}. Given {given}, expected {wanted}."
+        )

@@ -4,7 +4,7 @@ Shapes and dtypes are checked whenever a head is called, traced or not. Values c
 waiting for a device array would stall the device, and a tracer has no values.
 """
 
-import numbers
+import functools
 from typing import Any
 
 import jax
@@ -27,8 +27,8 @@ def is_readable(x: Any, check: bool | None) -> bool:
     return True
 
 
-def as_array(x: Any, what: str) -> np.ndarray | jax.Array:
-    """`x` as a NumPy array, or as it is if it is a JAX array."""
+def as_array(x: Any, what: str, *, names: bool = False) -> np.ndarray | jax.Array:
+    """`x` as a NumPy array, or as it is if it is a JAX array. With `names`, objects may stand among strings."""
     if isinstance(x, (jax.Array, np.ndarray)):
         return x
     if hasattr(x, "__jax_array__"):
@@ -40,7 +40,7 @@ def as_array(x: Any, what: str) -> np.ndarray | jax.Array:
             f"{what} must be an array. Given a {type(x).__name__} that NumPy cannot convert ({error}). "
             "Pass rows of equal length."
         ) from error
-    if array.dtype.kind == "O" and not (array.size and is_text(array)):
+    if array.dtype.kind == "O" and not (is_text(array) or (array.ndim and (names or not array.size))):
         raise ValueError(
             f"{what} must be a dense array of numbers"
             + (", or of strings where a label_vocabulary is given. " if what.startswith("labels") else ". ")
@@ -51,12 +51,10 @@ def as_array(x: Any, what: str) -> np.ndarray | jax.Array:
 
 
 def is_text(x: Any) -> bool:
-    """Whether `x` is a NumPy array of strings or bytes."""
+    """Whether `x` is a NumPy array of strings or bytes, or of objects with some among them."""
     if not isinstance(x, np.ndarray):
         return False
-    if x.dtype.kind in "UST":
-        return True
-    return x.dtype.kind == "O" and all(isinstance(v, (str, bytes)) for v in x.flat)
+    return x.dtype.kind in "UST" or (x.dtype.kind == "O" and any(isinstance(v, (str, bytes)) for v in x.flat))
 
 
 def dtype_kind(x: Any) -> str:
@@ -135,12 +133,37 @@ def as_where(x: Any, lead: tuple[int, ...], check: bool | None) -> Any:
     return cast(array, jnp.bool_) if isinstance(array, np.ndarray) else array
 
 
-def numeric_columns(features: Any) -> dict[str, Any]:
-    """The columns of `features` that compiled code can hold: numbers with at least one axis."""
-    columns = {}
-    for key, value in dict(features or {}).items():
-        if isinstance(value, (list, tuple)) and value and isinstance(value[0], (list, tuple, numbers.Number)):
-            value = as_array(value, f"features[{key!r}]")
-        if isinstance(value, (np.ndarray, jax.Array)) and dtype_kind(value) != "other" and value.ndim:
-            columns[key] = value
-    return columns
+def as_normalizer(x: Any) -> Any:
+    """A divisor: one number, float32 if it comes from the host. Of device arrays only the shape is looked at."""
+    if x is None:
+        return None
+    array = as_array(x, "normalizer")
+    if dtype_kind(array) == "other" or tuple(array.shape) != ():
+        raise ValueError(
+            "normalizer must be one number, the divisor of the global batch. Given "
+            f"{f'shape {tuple(array.shape)}' if array.shape else f'dtype {array.dtype}'}. Sum it up first."
+        )
+    if not isinstance(array, np.ndarray):
+        return array
+    value = cast(array, jnp.float32)
+    if not (np.isfinite(value) and value >= 0):
+        raise ValueError(f"normalizer must be finite and not negative (0 gives a loss of 0). Given {x!r}.")
+    return value
+
+
+def as_scalars(losses: Any) -> list[Any] | None:
+    """Regularization losses as float32 scalars."""
+    if losses is None:
+        return None
+    if not isinstance(losses, (list, tuple)):
+        given = type(losses).__name__
+        raise ValueError(f"regularization_losses must be a list of scalars. Given {given}: wrap it, [x].")
+    for value in losses:
+        if jnp.shape(value) != ():
+            raise ValueError(f"regularization_losses must be scalars. Given one of shape {jnp.shape(value)}.")
+    return [jnp.asarray(value, jnp.float32) for value in losses]
+
+
+def add_scalars(losses: Any) -> jax.Array:
+    """Their sum, 0 if there are none."""
+    return functools.reduce(jnp.add, losses or [], jnp.float32(0))

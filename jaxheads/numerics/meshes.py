@@ -1,8 +1,10 @@
 """Where arrays lie, as far as their types tell."""
 
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
 
 
@@ -23,5 +25,15 @@ def is_local(tree: Any) -> bool:
 
 def columns(x: jax.Array, dtype: Any) -> jax.Array:
     """The index of the last axis at every entry of `x`, laid out like `x`."""
+    return _index(x, x.ndim - 1, dtype)
+
+
+def flat_index(x: jax.Array) -> jax.Array:
+    """The row-major position, int32, of every entry of `x`, laid out like `x`."""
+    steps = [math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim)]
+    return sum((_index(x, axis, jnp.int32) * step for axis, step in enumerate(steps)), jnp.int32(0))
+
+
+def _index(x: jax.Array, axis: int, dtype: Any) -> jax.Array:
     out_sharding = None if explicit_mesh(x) is None else jax.typeof(x).sharding
-    return jax.lax.broadcasted_iota(dtype, x.shape, x.ndim - 1, out_sharding=out_sharding)
+    return jax.lax.broadcasted_iota(dtype, x.shape, axis, out_sharding=out_sharding)

@@ -8,6 +8,8 @@ A trailing axis of size 1 is a plain float32 array, which is what one batch cont
 any two gives a pair, so that a `lax.scan` that starts from zero pairs never changes type.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -25,6 +27,8 @@ def _split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def add(a: jax.Array, b: jax.Array) -> jax.Array:
     """The sum of two states `[..., 1 or 2]` as a pair `[..., 2]`."""
+    rank = max(a.ndim, b.ndim)
+    a, b = (jnp.expand_dims(x, tuple(range(rank - x.ndim))) for x in (a, b))
     (a_sum, a_error), (b_sum, b_error) = _split(a), _split(b)
     s, e = two_sum(a_sum, b_sum)
     t, f = two_sum(a_error, b_error)
@@ -47,9 +51,13 @@ def psum(x: jax.Array, axis_name) -> jax.Array:
     n = jax.lax.axis_size(axis_name)
     slots = jnp.zeros((n, *x.shape), x.dtype).at[jax.lax.axis_index(axis_name)].set(x)
     slots = jax.lax.psum(slots, axis_name)
-    while n > 1:
+    return fold(slots, add)
+
+
+def fold(x: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+    """The entries of the first axis combined pairwise, in about log2(n) rounds: rounding errors grow no faster."""
+    while (n := x.shape[0]) > 1:
         half = n // 2
-        merged = add(slots[:half], slots[half : 2 * half])
-        slots = jnp.concatenate([merged, slots[2 * half :]]) if n % 2 else merged
-        n = half + n % 2
-    return slots[0]
+        merged = combine(x[:half], x[half : 2 * half])
+        x = jnp.concatenate([merged, x[2 * half :]]) if n % 2 else merged
+    return x[0]

@@ -4,6 +4,7 @@ On a CPU that is faster too, for a tile stays in the cache. An accelerator wants
 the partitioner of a sharded batch.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxheads.numerics import pairs
+from jaxheads.numerics import masking, meshes, pairs
+from jaxheads.numerics.linear import LinearLogits
 
 MAX_ROWS, MAX_ELEMENTS = 8192, 2**18
 
@@ -22,6 +24,30 @@ def tile_rows(shape: tuple[Any, ...]) -> int | None:
         return None
     rows = max(1, min(MAX_ROWS, MAX_ELEMENTS // max(1, math.prod(shape[1:]))))
     return rows if shape[0] >= 2 * rows else None
+
+
+def summed(sums: Callable[[dict[str, Any]], jax.Array], batch: dict[str, Any]) -> jax.Array:
+    """`sums(batch)` of a gathered batch whose rows do not depend on each other: tile by tile, where that pays.
+
+    Feature columns may have any shape, so a batch that carries some is not cut.
+    """
+    logits = batch["logits"]
+    rows = tile_rows(tuple(logits.shape))
+    if rows is None or batch["features"] or not meshes.is_local(batch):
+        return sums(batch)
+    lazy = isinstance(logits, LinearLogits)
+    cut = {k: batch[k] for k in ("labels", "weights", "where")} | {"logits": logits.hidden if lazy else logits}
+
+    def by_tiles(cut, batch):
+        def of_tile(tile, fresh):
+            inner = dataclasses.replace(batch["logits"], hidden=tile["logits"]) if lazy else tile["logits"]
+            fresh = jnp.broadcast_to(fresh.reshape(-1, *[1] * (len(inner.shape) - 1)), (*inner.shape[:-1], 1))
+            exists = fresh if tile["where"] is None else masking.keep(fresh, tile["where"], 0)
+            return sums({**batch, **tile, "where": exists, "logits": inner})
+
+        return sum_over_rows(of_tile, cut, logits.shape[0], rows)
+
+    return jax.lax.platform_dependent(cut, batch, cpu=by_tiles, default=lambda _, batch: sums(batch))
 
 
 def sum_over_rows(sums: Callable[[Any, jax.Array], jax.Array], batch: Any, n: int, rows: int) -> jax.Array:

@@ -1,0 +1,61 @@
+"""From per-element losses to one number."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxheads.numerics import masking, reduction
+from jaxheads.numerics.batch import Elements
+from jaxheads.numerics.reduction import Reduction
+
+
+class Term(NamedTuple):
+    """Per-element losses with an element count of their own (pairs, events, conditional tasks).
+
+    Attributes:
+        values: `[..., 1]` or `[..., d]`.
+        count: what stands in the place of 1 for each element in every denominator; `[..., 1]` or the same shape.
+    """
+
+    values: Any
+    count: Any = None
+
+
+def as_term(losses: Any, lead: tuple[int, ...], dimension: int, who: str) -> Term:
+    """What a head's `losses` returned, as a term with float32 values; refused if it is not one value an element."""
+    term = losses if isinstance(losses, Term) else Term(losses)
+    for part in (part for part in term if part is not None):
+        if jnp.shape(part) not in ((*lead, 1), (*lead, dimension)):
+            raise ValueError(
+                f"{who}.losses must return per-element losses of shape {(*lead, 1)}"
+                + (f" or {(*lead, dimension)}" if dimension != 1 else "")
+                + f". Given {jnp.shape(part)}. Use keepdims=True in a sum or mean over the last axis."
+            )
+    return Term(jnp.asarray(term.values, jnp.float32), term.count)
+
+
+def reduced(term: Term, elements: Elements, how: Reduction, normalizer: Any, axis_name: Any) -> jax.Array:
+    """The loss: the weighted sum of a term's values, divided as `how` or the normalizer says."""
+    # By multiplication: `where(bad, nan, loss)` would have gradient 0.
+    values = term.values * jnp.where(elements.bad, jnp.nan, jnp.ones_like(elements.weights))
+    total = masking.total(masking.weighted(values, elements.weights))
+    by = divisor(term, elements, how) if normalizer is None else jnp.asarray(normalizer, jnp.float32)
+    if axis_name is not None:
+        # A normalizer is global already.
+        total, summed = jax.lax.psum(jnp.stack([total, by]), axis_name)
+        by = summed if normalizer is None else by
+    return total if how is Reduction.SUM and normalizer is None else reduction.divide(total, by)
+
+
+def divisor(term: Term, elements: Elements, how: Reduction) -> jax.Array:
+    """By what the weighted sum is divided."""
+    multiplicity = {
+        Reduction.SUM: jnp.ones_like(elements.weights),
+        Reduction.SUM_OVER_BATCH_SIZE: elements.exists.astype(jnp.float32),
+        Reduction.MEAN: elements.weights,
+        Reduction.SUM_BY_NONZERO_WEIGHTS: (elements.weights != 0).astype(jnp.float32),
+    }[how]
+    # By multiplication: a broadcast would be laid out unlike values whose last axis is sharded.
+    multiplicity = multiplicity * jnp.ones_like(term.values)
+    return masking.total(multiplicity if term.count is None else masking.weighted(term.count, multiplicity))

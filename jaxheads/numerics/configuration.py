@@ -1,0 +1,77 @@
+"""Frozen configuration that is a pytree: what makes a head equal by value, hashable, picklable and printable."""
+
+import dataclasses
+from typing import Any, dataclass_transform
+
+import jax
+import numpy as np
+
+from jaxheads.numerics import fields
+from jaxheads.numerics.fields import learned, running, subheads
+
+
+@dataclass_transform(
+    frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field, learned, running, subheads)
+)
+class Configuration:
+    """A base class whose subclasses become frozen dataclasses and pytrees by being defined."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        fields.register(cls)
+
+    def validate(self) -> None:
+        """Refuses bad configuration. Static fields are frozen already; runs once, at construction."""
+
+    def __post_init__(self):
+        for field in fields.of_kind(type(self), fields.STATIC):
+            object.__setattr__(self, field.name, fields.freeze(field.name, getattr(self, field.name)))
+        for field in fields.of_kind(type(self), fields.HEADS):
+            object.__setattr__(self, field.name, _nested(field.name, getattr(self, field.name)))
+        self.validate()
+
+    def _identity(self) -> tuple[Any, ...]:
+        if jax.tree.leaves(self):
+            raise ValueError(
+                f"{self!r} is bound to parameters: only unbound heads are compared and hashed. Keep the head and its "
+                "parameters apart and pass params=."
+            )
+        return tuple(getattr(self, f.name) for f in fields.of_kind(type(self), fields.STATIC, fields.HEADS))
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Configuration) or type(self) is not type(other):
+            return NotImplemented
+        return self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._identity()))
+
+    def __repr__(self) -> str:
+        """The arguments that differ from their defaults, those of the class itself before those of its bases."""
+        inherited = getattr(type(self).__mro__[1], "__dataclass_fields__", {})
+        parts = []
+        for field in sorted(fields.of_kind(type(self)), key=lambda f: f.name in inherited):
+            value = getattr(self, field.name)
+            if isinstance(value, (jax.Array, np.ndarray)):
+                parts.append(f"{field.name}=<{value.dtype}{list(value.shape)}>")
+            elif field.init and not _is_default(value, field.default):
+                parts.append(f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _nested(name: str, value: Any) -> Any:
+    """A head, a tuple of heads, or None."""
+    value = tuple(value) if isinstance(value, list) else value
+    inside = value if isinstance(value, tuple) else () if value is None else (value,)
+    for head in inside:
+        if not isinstance(head, Configuration):
+            raise ValueError(f"{name} holds heads: a head, or a list of heads. Given {head!r}.")
+    return value
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    # A bound head cannot be compared, and is no default.
+    bound = any(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(value))
+    return value is default or (not bound and type(value) is type(default) and value == default)
