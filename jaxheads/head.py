@@ -43,12 +43,13 @@ from jaxheads.metrics import Mean, MeanView, Metrics, Observation, ScoresView
 from jaxheads.metrics.state import slots
 from jaxheads.numerics import batch as batches
 from jaxheads.numerics import columns, fields, inputs, masking, pairs, tiles
+from jaxheads.numerics import labels as rules
 from jaxheads.numerics.batch import Elements
-from jaxheads.numerics.batch import LabelSpec as LabelSpec
 from jaxheads.numerics.configuration import Configuration
 from jaxheads.numerics.fields import learned as learned
 from jaxheads.numerics.fields import running as running
 from jaxheads.numerics.fields import subheads as subheads
+from jaxheads.numerics.labels import LabelSpec as LabelSpec
 from jaxheads.numerics.linear import LinearLogits as LinearLogits
 from jaxheads.numerics.reduction import Reduction
 
@@ -87,7 +88,7 @@ class Head(Configuration, abc.ABC):
             """The size of the last axis of the logits."""
 
     @property
-    def label_spec(self) -> batches.Specs:
+    def label_spec(self) -> rules.Specs:
         """What labels are legal; a dict of specs for structured labels (time and event; a list with its mask)."""
         return LabelSpec(self.logits_dimension)
 
@@ -263,7 +264,7 @@ class Head(Configuration, abc.ABC):
         """
         if inputs.is_traced((labels, where)):
             raise ValueError("encode_labels works on the host: call it before the jitted step.")
-        return batches.encode(self.label_spec, labels, where, self._vocabulary)
+        return rules.encode(self.label_spec, labels, where, self._vocabulary)
 
     def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Predictions as NumPy arrays, with `classes` (where `class_ids` is there) and `all_classes` `[D0, n]`."""
@@ -329,7 +330,7 @@ class Head(Configuration, abc.ABC):
         def label(spec: LabelSpec, _: str) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((1, spec.size), spec.dtype)
 
-        labels = batches.per_label(self.label_spec, label)
+        labels = rules.per_label(self.label_spec, label)
         logits = jax.ShapeDtypeStruct((1, self.logits_dimension), jnp.float32)
         keys: list[str] = []
 

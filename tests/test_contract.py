@@ -1,12 +1,13 @@
 """What authors of heads rely on, beyond the laws: heads inside heads, running state, features, structure."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from zoo import OrdinalHead, PriorCorrectedHead, TemperatureHead
+from zoo import OrdinalHead, PriorCorrectedHead, SurvivalHead, TemperatureHead
 
 import jaxheads as jh
 
@@ -43,10 +44,10 @@ LABELS, LOGITS = np.array([1.0, 0.0, 1.0], np.float32), np.array([[0.5], [-1.0],
 
 
 def test_bound_heads_nest():
-    inner = OrdinalHead(4).bind({"cuts": jnp.array([-1.0, 0.0, 1.0])})
+    inner: Any = OrdinalHead(4).bind({"cuts": jnp.array([-1.0, 0.0, 1.0])})
     head = TemperatureHead(inner)
     assert "cuts=<float32[3]>" in repr(head)
-    renamed = dataclasses.replace(head, name="n")
+    renamed: Any = dataclasses.replace(head, name="n")
     np.testing.assert_array_equal(renamed.inner.cuts, inner.cuts)
     assert jax.tree.structure(head.bind({"log_temperature": jnp.zeros(1)})).num_leaves == 2
     params = {"log_temperature": jnp.zeros(1), "inner": {"cuts": inner.cuts}}
@@ -124,9 +125,9 @@ def test_advance_gives_what_init_state_made(new):
 def test_features_of_any_shape_reach_large_batches(rows):
     class ScaledHead(jh.Head):
         logits_dimension = 1
-        rowwise = True
+        rowwise = True  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]  # as the README shows
 
-        def losses(self, labels, logits, features):
+        def losses(self, labels, logits, features):  # pyright: ignore[reportIncompatibleMethodOverride]  # a third
             table = features["table"][features["city"]]
             return features["scale"][:, None] * table[:, None] * (labels - logits) ** 2
 
@@ -137,3 +138,16 @@ def test_features_of_any_shape_reach_large_batches(rows):
     expected = features["scale"] * features["table"][features["city"]] * ((labels - logits) ** 2)[:, 0]
     measured = ScaledHead().measure(labels, logits, features)
     np.testing.assert_allclose(measured.compute()["average_loss"], expected.mean(dtype=np.float64), rtol=1e-6)
+
+
+def test_a_bad_row_shows_even_where_nothing_is_counted():
+    """The only event is illegal, so the count is 0; an empty batch would have loss 0."""
+    head = SurvivalHead(loss_reduction="mean")
+    labels = {"time": jnp.ones((1, 1)), "event": jnp.array([[2]])}
+    loss, gradient = jax.value_and_grad(lambda z: head.loss(labels, z))(jnp.zeros((1, 1)))
+    assert np.isnan(loss)
+    assert np.isnan(gradient).all()
+
+
+def test_the_factory_takes_numpy_integers():
+    assert jh.binary_or_multi_class_head(np.int64(3)) == jh.MultiClassHead(3)  # pyright: ignore[reportArgumentType]

@@ -221,4 +221,4 @@ def test_vocabulary_encodes_text_and_bytes_and_names_the_stranger():
     with pytest.raises(ValueError, match=r"'c' at index \(1, 0\).*where=False"):
         vocabulary.encode(np.array([["b"], ["c"]]), ("a", "b"))
     kept = vocabulary.encode(np.array([["b"], ["c"]]), ("a", "b"), np.array([[True], [False]]))
-    np.testing.assert_array_equal(kept, [[1], [0]])
+    np.testing.assert_array_equal(kept, [[1], [-1]])

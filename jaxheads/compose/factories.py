@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from jaxheads.head import Head
 from jaxheads.heads import BinaryClassHead, MultiClassHead
 
@@ -16,6 +18,6 @@ def binary_or_multi_class_head(n_classes: int, **kwargs: Any) -> Head:
     >>> binary_or_multi_class_head(2, name="late"), binary_or_multi_class_head(3)
     (BinaryClassHead(name='late'), MultiClassHead(n_classes=3))
     """
-    if isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 2:
+    if isinstance(n_classes, bool) or not isinstance(n_classes, (int, np.integer)) or n_classes < 2:
         raise ValueError(f"n_classes must be an integer of at least 2. Given: {n_classes!r}.")
     return BinaryClassHead(**kwargs) if n_classes == 2 else MultiClassHead(n_classes, **kwargs)

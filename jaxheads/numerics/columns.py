@@ -22,11 +22,10 @@ class Columns(dict):
     left_out: Mapping[Any, str] = MappingProxyType({})
 
     def __missing__(self, key: Any) -> Any:
-        entered = ", ".join(f"{k!r}: {describe(v)}" for k, v in self.items())
         left_out = ", ".join(f"{k!r}: {why}" for k, why in self.left_out.items())
         raise ValueError(
-            f"features[{key!r}] is not among the numeric columns that a loss can read. Columns: {{{entered}}}. Left "
-            f"out, for they hold no numbers: {{{left_out}}}."
+            f"features[{key!r}] is not among the numeric columns that a loss can read. Columns: {describe(self)}. "
+            f"Left out, for they hold no numbers: {{{left_out}}}."
         )
 
 
@@ -52,7 +51,9 @@ jax.tree_util.register_pytree_with_keys(Columns, _flatten_columns, _unflatten_co
 
 def describe(x: Any) -> str:
     """The dtype and shape of a column in a few letters."""
-    return repr(dict(x)) if isinstance(x, Mapping) else f"{x.dtype}{list(x.shape)}"
+    if isinstance(x, Mapping):
+        return "{" + ", ".join(f"{key!r}: {describe(value)}" for key, value in x.items()) + "}"
+    return f"{x.dtype}{list(x.shape)}"
 
 
 def table(features: Any) -> Mapping[Any, Any] | None:

@@ -99,8 +99,8 @@ def _multiples(weights: jax.Array, rows: int) -> jax.Array:
         return weights
     bound = jnp.minimum(jnp.sum(weights), rows * jnp.max(weights))
     exponent = jnp.frexp(bound)[1]
-    # A sum below 2^e in multiples of 2^(e - 23) has 23 bits; a float32 holds 24. Where the rest would be subnormal, which
-    # XLA takes for 0, and where the sum is no number, the quantum is so large that all is rest.
+    # A sum below 2^e in multiples of 2^(e - 23) has 23 bits; a float32 holds 24. Where the rest would be subnormal, and
+    # so 0 to XLA, and where the sum is no number, the quantum is so large that all is rest.
     usual = jnp.isfinite(bound) & (exponent > -80)
     quantum = jnp.ldexp(jnp.float32(1), jnp.where(usual, exponent - 23, 127))
     return jnp.floor(weights / quantum) * quantum

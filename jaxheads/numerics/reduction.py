@@ -46,6 +46,7 @@ class Reduction(enum.Enum):
 
 
 def divide(total: jax.Array, by: jax.Array) -> jax.Array:
-    """`total / by`, and 0 where `by` is 0: an empty batch is a harmless step, not a NaN."""
+    """`total / by`, and 0 where `by` is 0: an empty batch is a harmless step, not a NaN. A NaN total stays NaN."""
     empty = by == 0
-    return jnp.where(empty, jnp.zeros_like(total), total / jnp.where(empty, jnp.ones_like(by), by))
+    nothing = jnp.where(jnp.isnan(total), total, jnp.zeros_like(total))
+    return jnp.where(empty, nothing, total / jnp.where(empty, jnp.ones_like(by), by))

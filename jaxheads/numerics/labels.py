@@ -1,0 +1,226 @@
+"""What labels are legal: as a spec, in checks that name the first that is not, in arrays a compiled step takes."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxheads.numerics import inputs, vocabulary
+
+INT32 = np.iinfo(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelSpec:
+    """What labels are legal: read by the checks, the masks and the tests' samplers.
+
+    Attributes:
+        size: the last axis.
+        kind: `"float"` (any number is taken), `"int"` or `"bool"`.
+        low: the smallest legal value; None for no limit.
+        high: the largest legal value; None for no limit. Labels must be finite in any case.
+        fill: the legal value that masked rows are given before a formula sees them; their logits become 0. A formula
+            with learned fields must be smooth there, for the gradient of those fields passes through every row.
+    """
+
+    size: int = 1
+    kind: str = "float"
+    low: float | None = None
+    high: float | None = None
+    fill: float = 0
+
+    def __post_init__(self):
+        if self.kind not in ("float", "int", "bool"):
+            raise ValueError(f'A label is of kind "float", "int" or "bool". Given {self.kind!r}.')
+        for name in ("low", "high", "fill"):
+            # NumPy's scalars have a dtype of their own, which strict promotion would refuse to compare.
+            if isinstance(value := getattr(self, name), np.generic):
+                object.__setattr__(self, name, value.item())
+        if self.low is not None and self.high is not None and not self.low <= self.high:
+            raise ValueError(f"A label's low must not be above its high. Given low={self.low!r}, high={self.high!r}.")
+        if self.illegal(np.asarray(self.fill), np).any():
+            raise ValueError(
+                f"A label's fill must be legal, for formulas are given it in masked rows. Given fill={self.fill!r}, "
+                f"expected one of {self.describe()}. Pass fill= to the LabelSpec."
+            )
+
+    @property
+    def dtype(self) -> Any:
+        """What labels are cast to."""
+        return {"float": jnp.float32, "int": jnp.int32, "bool": jnp.bool_}[self.kind]
+
+    def illegal(self, labels: Any, xp: Any) -> Any:
+        """Bool like `labels`: outside the range or not a finite number, as they are or as they will be cast."""
+        wide, dtype = labels.dtype.itemsize > 4, labels.dtype
+        if self.kind == "bool":
+            labels = labels if wide or dtype == np.uint32 else inputs.cast(labels, jnp.int32)
+            return (labels != 0) & (labels != 1)
+        illegal = self._outside(inputs.cast(labels, self.dtype), xp)
+        if wide and jnp.issubdtype(dtype, jnp.floating):
+            return illegal | self._outside(labels, xp)
+        if self.kind == "int" and (wide or dtype == np.uint32):
+            illegal = illegal | (labels > INT32.max)
+            if jnp.issubdtype(dtype, jnp.signedinteger):
+                illegal = illegal | (labels < INT32.min)
+        return illegal
+
+    def _outside(self, labels: Any, xp: Any) -> Any:
+        # Only floats can be NaN or infinite; NaN is out of every range.
+        legal = xp.isfinite(labels) if jnp.issubdtype(labels.dtype, jnp.floating) else labels == labels
+        if self.low is not None:
+            legal = legal & (labels >= self.low)
+        if self.high is not None:
+            legal = legal & (labels <= self.high)
+        return ~legal
+
+    def settle(self, labels: np.ndarray, illegal: np.ndarray | None) -> np.ndarray:
+        """Labels of the host in their final dtype, those found illegal (or, if nobody looked, all) still visibly so.
+
+        A plain cast would hide some in the legal range: 2**32 is 0 as an int32, 2 is True, 1 + 1e-9 is 1.
+        """
+        if self.kind == "float":
+            final = inputs.cast(labels, jnp.float32)
+            return final if illegal is None or not illegal.any() else np.where(illegal, np.float32(np.nan), final)
+        if self.kind == "bool" and (labels.dtype == np.bool_ or (illegal is not None and not illegal.any())):
+            return inputs.cast(labels, jnp.bool_)
+        if labels.dtype.itemsize >= 4 and labels.dtype != np.int32:
+            own = np.iinfo(labels.dtype)
+            labels = np.clip(labels, max(own.min, INT32.min), min(own.max, INT32.max))
+        return inputs.cast(labels, jnp.int32)
+
+    def describe(self) -> str:
+        """The legal values in words."""
+        kind = {"float": "numbers", "int": "integers", "bool": "booleans"}[self.kind]
+        if self.low is None and self.high is None:
+            return f"finite {kind}" if self.kind == "float" else kind
+        low, high = ("-inf" if self.low is None else self.low), ("inf" if self.high is None else self.high)
+        return f"{kind} in [{low}, {high}]"
+
+
+Specs: TypeAlias = LabelSpec | Mapping[str, LabelSpec]
+
+
+def per_label(specs: Specs, function: Any, *labels: Any) -> Any:
+    """`function(spec, *labels, name)` for the one label, or a dict of results for structured labels."""
+    if isinstance(specs, LabelSpec):
+        return function(specs, *labels, "labels")
+    return {k: function(s, *(x[k] for x in labels), f"labels[{k!r}]") for k, s in specs.items()}
+
+
+def encode(specs: Specs, labels: Any, where: Any, label_vocabulary: tuple[str, ...] | None) -> Any:
+    """Labels as `gather` makes them, in the shape they have: NumPy arrays for a later compiled step.
+
+    What is illegal in rows that are absent stays so (an unknown name is -1): accepted by a step under the same `where`,
+    and visible in one without.
+    """
+
+    def take(spec: LabelSpec, label: Any, what: str) -> Any:
+        array = np.asarray(inputs.as_array(label, what, names=label_vocabulary is not None))
+        shape = array.shape
+        live = np.asarray(True)
+        if spec.size > 1 or (shape[-1:] == (1,) and len(shape) > 1):
+            _check_label_size(spec, shape, shape[:-1], what)
+        else:
+            array = array[..., None]
+        if where is not None:
+            live = np.asarray(inputs.as_where(where, array.shape[:-1], True)) != 0
+        array = settled(spec, typed(array, label, spec), label_vocabulary, live, lambda: live, True, what)
+        return array.reshape(shape)
+
+    return each_label(specs, labels, take)
+
+
+def each_label(specs: Specs, labels: Any, take: Any) -> Any:
+    """`take(spec, label, name)` of the one label, or of each of a dict with the keys of the specs."""
+    if labels is None:
+        raise ValueError(
+            "You must provide labels. Given: None. Loss and metrics need them; for predictions alone call "
+            "head.predictions(logits)."
+        )
+    if not isinstance(specs, LabelSpec) and (not isinstance(labels, Mapping) or set(labels) != set(specs)):
+        given = sorted(map(str, labels)) if isinstance(labels, Mapping) else f"a {type(labels).__name__}"
+        raise ValueError(f"labels must be a dict with the keys {sorted(specs)}. Given {given}.")
+    return per_label(specs, take, labels)
+
+
+def typed(array: Any, label: Any, spec: LabelSpec) -> Any:
+    """`array`; but a list without elements has no dtype of its own."""
+    empty = isinstance(array, np.ndarray) and array.size == 0 and not isinstance(label, (np.ndarray, jax.Array))
+    return array.astype(spec.dtype) if empty else array
+
+
+def settled(
+    spec: LabelSpec,
+    array: Any,
+    label_vocabulary: tuple[str, ...] | None,
+    live: np.ndarray | None,
+    live_names: Callable[[], np.ndarray | None],
+    check: bool | None,
+    what: str,
+) -> Any:
+    """Labels with a last axis, encoded, checked, and (names excepted) in their final dtype if they come from the host.
+
+    Illegal ones are refused in rows known to be live. In others they stay illegal, for the compiled check to judge: it
+    sees all masks.
+    """
+    if inputs.is_text(array) or (array.dtype == object and label_vocabulary is not None):
+        ids = vocabulary.encode(array, label_vocabulary, np.asarray(False))
+        unknown = ids < 0
+        if check is not False and unknown.any() and (rows := live_names()) is not None:
+            vocabulary.refuse(array, unknown & _live_like(rows, ids), label_vocabulary)
+        return ids
+    kinds = {"float": ("bool", "int", "float"), "int": ("int",), "bool": ("bool", "int")}[spec.kind]
+    if inputs.dtype_kind(array) not in kinds:
+        fix = f" Suggested Fix: if these are class ids, cast them: {what}.astype(int)." if spec.kind == "int" else ""
+        raise ValueError(
+            f"{what} must be {spec.describe()} with a dtype of {' or '.join(kinds)}. Given dtype {array.dtype}.{fix}"
+        )
+    illegal = None
+    if inputs.is_readable(array, check) and (live is not None or isinstance(array, np.ndarray)):
+        illegal = spec.illegal(np.asarray(array), np)
+        if live is not None:
+            _refuse_labels(np.asarray(array), illegal & _live_like(live, array), spec, what)
+    return spec.settle(array, illegal) if isinstance(array, np.ndarray) else array
+
+
+def shaped(spec: LabelSpec, array: Any, lead: tuple[int, ...], what: str) -> Any:
+    """Labels of shape `lead + [spec.size]`."""
+    shape = tuple(array.shape)
+    if len(shape) == len(lead) and shape:
+        array = array.reshape((*shape, 1))
+    if len(array.shape) < 2:
+        raise ValueError(f"{what} must have rank at least 2, or one label a row. Given shape {shape}.")
+    _check_label_size(spec, tuple(array.shape), lead, what)
+    if tuple(array.shape) != (*lead, spec.size):
+        raise ValueError(
+            f"{what} shape must be [D0, D1, ... DN, {spec.size}]. Suggested Fix: give one label to each row of "
+            f"logits. expected_labels_shape: {(*lead, spec.size)}. labels_shape: {tuple(array.shape)}."
+        )
+    return array
+
+
+def _check_label_size(spec: LabelSpec, shape: tuple[int, ...], lead: tuple[int, ...], what: str) -> None:
+    if shape[-1:] != (spec.size,):
+        raise ValueError(
+            f"Mismatched label shape. Expected {what} dimension={spec.size}.  Received {shape[-1] if shape else None} "
+            f"in shape {shape}. Suggested Fix: if the labels are one-hot, pass class ids, labels.argmax(-1); otherwise "
+            f"check the head's n_classes or label_dimension, or reshape to {(*lead, spec.size)}."
+        )
+
+
+def _live_like(live: np.ndarray, labels: Any) -> np.ndarray:
+    """Live elements in a shape that broadcasts to labels: whole rows where weights are per logit."""
+    per_logit = live.ndim and live.shape[-1] not in (1, labels.shape[-1])
+    return np.asarray(live.any(-1, keepdims=True)) if per_logit else live
+
+
+def _refuse_labels(labels: np.ndarray, bad: np.ndarray, spec: LabelSpec, what: str) -> None:
+    if bad.any():
+        position = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(
+            f"{what} must be {spec.describe()}. Given {labels[position]!s} at index {position}, {int(bad.sum())} "
+            "illegal in all. Mend the labels, or leave those rows out with where=False."
+        )
