@@ -76,7 +76,7 @@ def test_missing_rows_are_found():
 
 
 def test_a_new_head_takes_at_most_fifteen_lines():
-    (block,) = (block for block in blocks(README) if "(jh.Head):" in block)
+    block = next(block for block in blocks(README) if "(jh.Head):" in block and "jh.Mean" in block)
     definition = block[: block.index("\nhead = ")]
     assert "observe" in definition
     assert len([line for line in definition.splitlines() if line.strip()]) <= 15
