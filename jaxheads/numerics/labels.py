@@ -110,7 +110,18 @@ def per_label(specs: Specs, function: Any, *labels: Any) -> Any:
     return {k: function(s, *(x[k] for x in labels), f"labels[{k!r}]") for k, s in specs.items()}
 
 
-def encode(specs: Specs, labels: Any, where: Any, label_vocabulary: tuple[str, ...] | None) -> Any:
+def as_encoded(label: Any) -> vocabulary.Encoded:
+    """A label with what could not be encoded in it: nothing, unless it was made of lists."""
+    return label if isinstance(label, vocabulary.Encoded) else vocabulary.Encoded(label, {})
+
+
+def encode(
+    specs: Specs,
+    labels: Any,
+    where: Any,
+    label_vocabulary: tuple[str, ...] | None,
+    to_array: Callable[[Any], Any],
+) -> Any:
     """Labels as `gather` makes them, in the shape they have: NumPy arrays for a later compiled step.
 
     What is illegal in rows that are absent stays so (an unknown name is -1): accepted by a step under the same `where`,
@@ -118,6 +129,7 @@ def encode(specs: Specs, labels: Any, where: Any, label_vocabulary: tuple[str, .
     """
 
     def take(spec: LabelSpec, label: Any, what: str) -> Any:
+        label, strangers = as_encoded(to_array(label))
         array = np.asarray(inputs.as_array(label, what, names=label_vocabulary is not None))
         shape = array.shape
         live = np.asarray(True)
@@ -127,6 +139,7 @@ def encode(specs: Specs, labels: Any, where: Any, label_vocabulary: tuple[str, .
             array = array[..., None]
         if where is not None:
             live = np.asarray(inputs.as_where(where, array.shape[:-1], True)) != 0
+        vocabulary.refuse_strangers(strangers, live, spec.size, label_vocabulary)
         array = settled(spec, typed(array, label, spec), label_vocabulary, live, lambda: live, True, what)
         return array.reshape(shape)
 
