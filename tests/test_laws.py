@@ -51,7 +51,7 @@ def draw(entry: Entry, seed: int = 0, lead: tuple[int, ...] = (N,)) -> tuple[Any
 
 
 def full_name(entry: Entry, key: str) -> str:
-    return f"{key}/{entry.head.name}" if entry.head.name else key
+    return f"{key}/{entry.head.suffix}" if entry.head.suffix else key
 
 
 def added(parts: Iterable[jh.Metrics]) -> jh.Metrics:

@@ -254,7 +254,7 @@ class MultiHead(AbstractCompositeHead):
         for name, head in self._by_name.items():
             out["loss", name] = head.read_loss(views[name])
         for name, head in self._by_name.items():
-            out |= head.read(views[name])
+            out |= head.read({key: view for key, view in views[name].items() if key != DIVISOR})
         return out
 
     def read_loss(self, seen: Mapping[str, Any]) -> Any:

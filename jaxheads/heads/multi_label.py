@@ -13,7 +13,7 @@ from jaxheads.head import LabelSpec
 from jaxheads.heads import _abstract
 from jaxheads.metrics import ColumnMeans, LogitGrid, Observation, Scores
 from jaxheads.metrics.grids import AbstractGrid
-from jaxheads.numerics import vocabulary
+from jaxheads.numerics import inputs, vocabulary
 
 
 class MultiLabelHead(_abstract.AbstractLossFnHead):
@@ -117,6 +117,11 @@ class MultiLabelHead(_abstract.AbstractLossFnHead):
         return LabelSpec(self.n_classes, "float", 0, 1)
 
     def to_array(self, labels: Any, ids: bool) -> Any:
+        if inputs.is_text(labels) and labels.size:
+            raise ValueError(
+                f"labels of a multi-label head are multi-hot arrays, or lists of names. Given an array of strings (dtype "
+                f"str, e.g. {str(labels.flat[0])!r}) of shape {labels.shape}: pass labels.tolist() if each row lists names."
+            )
         if not isinstance(labels, (list, tuple)) or not (ids or vocabulary.has_names(labels)):
             return labels
         return vocabulary.multi_hot(labels, self.n_classes, self._vocabulary)
@@ -149,6 +154,11 @@ class MultiLabelHead(_abstract.AbstractLossFnHead):
 
     def signatures(self, predictions: Mapping[str, Any]) -> dict[str, spec.ExportOutput]:
         return spec.classification_signatures(predictions, self.class_names())
+
+    def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """As NumPy arrays; `classes` and `all_classes` are both the names behind the last axis, `[D0, n]`."""
+        out = super().decode_predictions(predictions)
+        return {**out, "classes": out["all_classes"]} if "all_classes" in out else out
 
     def class_names(self) -> tuple[str, ...]:
         return tuple(self.label_vocabulary or ()) or tuple(map(str, np.arange(self.n_classes)))
