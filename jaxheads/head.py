@@ -128,6 +128,11 @@ class Head(Configuration, abc.ABC):
         """
         return {}
 
+    @property
+    def vocabulary(self) -> tuple[str, ...] | None:
+        """The names by which labels may be given: by default the field `label_vocabulary`, if there is one."""
+        return getattr(self, "label_vocabulary", None)
+
     def class_names(self) -> tuple[str, ...] | None:
         """The names of the classes, for heads whose predictions have class ids."""
         return None
@@ -233,6 +238,7 @@ class Head(Configuration, abc.ABC):
         head = self._ready(params)
         batch = head._gather(labels, logits, features, weights, where, check)
         batch["regularization"] = inputs.as_scalars(regularization_losses)
+        eval_metrics.check_size()
         eval_metrics.check_same_kind(Metrics(None, fields.unbound(self), regularization_losses is not None))
         update = _update if inputs.is_traced((eval_metrics, head, batch)) else _update_compiled
         return dataclasses.replace(eval_metrics, state=update(eval_metrics.state, head, batch))
@@ -264,7 +270,7 @@ class Head(Configuration, abc.ABC):
         """
         if inputs.is_traced((labels, where)):
             raise ValueError("encode_labels works on the host: call it before the jitted step.")
-        return rules.encode(self.label_spec, labels, where, self._vocabulary)
+        return rules.encode(self.label_spec, labels, where, self.vocabulary)
 
     def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Predictions as NumPy arrays, with `classes` (where `class_ids` is there) and `all_classes` `[D0, n]`."""
@@ -347,10 +353,6 @@ class Head(Configuration, abc.ABC):
         values = {AVERAGE_LOSS: seen[AVERAGE_LOSS].mean, **self.summarize(seen)}
         return {(key, self.name): value for key, value in values.items()}
 
-    @property
-    def _vocabulary(self) -> tuple[str, ...] | None:
-        return getattr(self, "label_vocabulary", None)
-
     def _ready(self, params: Mapping[str, Any] | None) -> "Head":
         """The head with its parameters, or an error that says how to give them."""
         head = self if params is None else self.bind(params)
@@ -374,7 +376,7 @@ class Head(Configuration, abc.ABC):
             where,
             weights_name=weights_name,
             per_logit_weights=self.per_logit_weights,
-            label_vocabulary=self._vocabulary,
+            label_vocabulary=self.vocabulary,
             check=check,
         )
         batch["features"] = columns.numeric_columns(features) if self.reads_features else {}
@@ -389,12 +391,20 @@ class Head(Configuration, abc.ABC):
                 f"Weights are given twice: by weights= and by the head's weight_column={column!r}. Use one of them."
             )
         if not isinstance(column, str):
-            return column(features), "weights"
+            return self._found(column(features)), "weights"
         table = columns.table(features)
         if table is None or column not in table:
             given = features if table is None else sorted(map(str, table))
             raise ValueError(f"Feature {column} (the weight_column) is not in features. Given features: {given}.")
-        return table[column], f"weight (features[{column!r}])"
+        return self._found(table[column]), f"weight (features[{column!r}])"
+
+    def _found(self, weights: Any) -> Any:
+        if weights is None:
+            raise ValueError(
+                f"The head's weight_column={self.weight_column!r} gave None: no weights at all. Give it weights, or "
+                "build the head without a weight_column."
+            )
+        return weights
 
     def _reduced_loss(self, batch: dict[str, Any], normalizer: Any, axis_name: Any) -> jax.Array:
         """The loss of a gathered batch, without regularization."""
