@@ -135,6 +135,11 @@ class Head(Configuration, abc.ABC):
         everything = PredictOutput(dict(predictions))
         return {"serving_default": everything, "predict": everything}
 
+    @property
+    def vocabulary(self) -> tuple[str, ...] | None:
+        """The names by which labels may be given: by default the field `label_vocabulary`, if there is one."""
+        return getattr(self, "label_vocabulary", None)
+
     def class_names(self) -> tuple[str, ...] | None:
         """The names of the classes, for heads whose predictions are of classes."""
         return None
@@ -243,6 +248,7 @@ class Head(Configuration, abc.ABC):
         head = self._ready(params)
         batch = head._gather(labels, logits, features, weights, where, check)
         batch["regularization"] = inputs.as_scalars(regularization_losses)
+        eval_metrics.check_size()
         eval_metrics.check_same_kind(Metrics(None, fields.unbound(self), regularization_losses is not None))
         update = _update if inputs.is_traced((eval_metrics, head, batch)) else _update_compiled
         return dataclasses.replace(eval_metrics, state=update(eval_metrics.state, head, batch))
@@ -275,7 +281,7 @@ class Head(Configuration, abc.ABC):
         if inputs.is_traced((labels, where)):
             raise ValueError("encode_labels works on the host: call it before the jitted step.")
         to_array = functools.partial(self.to_array, ids=True)
-        return rules.encode(self.label_spec, labels, where, self._vocabulary, to_array)
+        return rules.encode(self.label_spec, labels, where, self.vocabulary, to_array)
 
     def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Predictions as NumPy arrays, with `classes` (where `class_ids` is there) and `all_classes` `[D0, n]`."""
@@ -363,10 +369,6 @@ class Head(Configuration, abc.ABC):
         """What is appended to the keys of the metrics."""
         return self.name
 
-    @property
-    def _vocabulary(self) -> tuple[str, ...] | None:
-        return getattr(self, "label_vocabulary", None)
-
     def _ready(self, params: Mapping[str, Any] | None) -> "Head":
         """The head with its parameters, or an error that says how to give them."""
         head = self if params is None else self.bind(params)
@@ -390,7 +392,7 @@ class Head(Configuration, abc.ABC):
             where,
             weights_name=weights_name,
             per_logit_weights=self.per_logit_weights,
-            label_vocabulary=self._vocabulary,
+            label_vocabulary=self.vocabulary,
             to_array=functools.partial(self.to_array, ids=False),
             check=check,
         )
@@ -406,12 +408,20 @@ class Head(Configuration, abc.ABC):
                 f"Weights are given twice: by weights= and by the head's weight_column={column!r}. Use one of them."
             )
         if not isinstance(column, str):
-            return column(features), "weights"
+            return self._found(column(features)), "weights"
         table = columns.table(features)
         if table is None or column not in table:
             given = features if table is None else sorted(map(str, table))
             raise ValueError(f"Feature {column} (the weight_column) is not in features. Given features: {given}.")
-        return table[column], f"weight (features[{column!r}])"
+        return self._found(table[column]), f"weight (features[{column!r}])"
+
+    def _found(self, weights: Any) -> Any:
+        if weights is None:
+            raise ValueError(
+                f"The head's weight_column={self.weight_column!r} gave None: no weights at all. Give it weights, or "
+                "build the head without a weight_column."
+            )
+        return weights
 
     def _predict(self, logits: Any, keys: Any) -> dict[str, Any]:
         outputs: dict[str, Any] = dict(self.outputs(batches.dense(batches.check_logits(logits, self.logits_dimension))))

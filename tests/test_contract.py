@@ -73,6 +73,38 @@ def test_heads_in_a_list_become_a_tuple_and_print():
         PanelHead([3])  # pyright: ignore[reportArgumentType]  # what is tested
 
 
+@pytest.mark.parametrize("names", [("x", "x"), ("1", None), ("spare",), ("name",)], ids=str)
+def test_heads_whose_parameters_would_share_a_name_are_refused(names):
+    with pytest.raises(ValueError, match="names clash"):
+        PanelHead(tuple(OrdinalHead(4, name=name) for name in names))
+
+
+def test_a_wrapper_takes_the_names_of_its_inner_head():
+    class NamedHead(jh.Head):
+        inner: jh.Head = jh.subheads()
+        logits_dimension = 1
+
+        @property
+        def label_spec(self):
+            return self.inner.label_spec
+
+        @property
+        def vocabulary(self):
+            return self.inner.vocabulary
+
+        def losses(self, labels, logits):
+            return self.inner.losses(labels, logits)
+
+    head = NamedHead(jh.BinaryClassHead(label_vocabulary=("no", "yes")))
+    assert head.loss(["yes", "no"], LOGITS[:2]) == jh.BinaryClassHead().loss([1, 0], LOGITS[:2])
+
+
+@pytest.mark.parametrize("column", ["w", lambda features: None], ids=["key", "function"])
+def test_a_weight_column_that_gives_no_weights_is_refused(column):
+    with pytest.raises(ValueError, match="gave None"):
+        jh.BinaryClassHead(column).loss(LABELS, LOGITS, {"w": None})
+
+
 def test_parameters_and_state_of_the_same_inner_head():
     head = TemperatureHead(BothHead())
     params, state = head.init(jax.random.key(0)), head.init_state()

@@ -252,6 +252,52 @@ class _named:
         return "squared"
 
 
+def test_a_state_that_does_not_fit_its_head_is_refused():
+    """A checkpoint that another configuration has written."""
+    labels, logits = [0, 1], jnp.array([[0.5], [1.0]])
+    head, other = jh.BinaryClassHead(), jh.BinaryClassHead(thresholds=(0.3,))
+    for one, two in ((head, other), (other, head)):
+        wrong = dataclasses.replace(one.metrics(), state=two.measure(labels, logits).state)
+        for use in (
+            wrong.compute,
+            lambda wrong=wrong: wrong + wrong,
+            lambda wrong=wrong, one=one: one.update_metrics(wrong, None, logits, labels),
+            lambda wrong=wrong: wrong.curve("roc"),
+        ):
+            with pytest.raises(ValueError, match="does not fit its head"):
+                use()
+        assert "does not fit the head" in repr(wrong)
+
+
+def test_metrics_of_more_than_one_value_are_printed():
+    class PerTargetHead(jh.Head):
+        logits_dimension = 2
+
+        def losses(self, labels, logits):
+            return (labels - logits) ** 2
+
+        def observe(self, labels, logits):
+            return {k: jh.Mean(logits[..., i : i + 1]) for i, k in enumerate("ab")}
+
+        def summarize(self, seen):
+            return {"each": seen["a"].xp.stack([seen["a"].mean, seen["b"].mean])}
+
+    metrics = PerTargetHead().measure(jnp.zeros((2, 2)), jnp.array([[1.0, 5.0], [1.0, 7.0]]))
+    assert metrics.compute()["each"].tolist() == [1, 6]
+    assert "each          [1. 6.]" in repr(metrics)
+
+
+def test_metrics_of_any_number_of_rows_are_exported():
+    from jax import export
+
+    head = jh.BinaryClassHead()
+    (n,) = export.symbolic_shape("n")
+    labels, logits = jax.ShapeDtypeStruct((n, 1), jnp.int32), jax.ShapeDtypeStruct((n, 1), jnp.float32)
+    exported = export.export(jax.jit(lambda y, z: head.measure(y, z).state))(labels, logits)
+    labels, logits = jnp.array([[1], [0], [1]]), jnp.array([[1.0], [-1.0], [0.5]])
+    np.testing.assert_array_equal(exported.call(labels, logits), head.measure(labels, logits).state)
+
+
 def test_a_donated_state_says_so():
     head = jh.RegressionHead()
     state = head.metrics()

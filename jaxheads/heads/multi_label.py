@@ -119,12 +119,13 @@ class MultiLabelHead(_abstract.AbstractLossFnHead):
     def to_array(self, labels: Any, ids: bool) -> Any:
         if inputs.is_text(labels) and labels.size:
             raise ValueError(
-                f"labels of a multi-label head are multi-hot arrays, or lists of names. Given an array of strings (dtype "
-                f"str, e.g. {str(labels.flat[0])!r}) of shape {labels.shape}: pass labels.tolist() if each row lists names."
+                "labels of a multi-label head are multi-hot arrays, or lists of names. Given an array of strings (dtype "
+                f"str, e.g. {str(labels.flat[0])!r}) of shape {labels.shape}: if each row lists names, pass "
+                "labels.tolist()."
             )
         if not isinstance(labels, (list, tuple)) or not (ids or vocabulary.has_names(labels)):
             return labels
-        return vocabulary.multi_hot(labels, self.n_classes, self._vocabulary)
+        return vocabulary.multi_hot(labels, self.n_classes, self.vocabulary)
 
     def standard_losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
         return jnp.mean(losses.sigmoid_cross_entropy(labels, logits), axis=-1, keepdims=True)

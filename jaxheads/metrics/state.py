@@ -88,6 +88,8 @@ class Metrics:
         if not isinstance(other, Metrics):
             return NotImplemented
         self.check_same_kind(other)
+        self.check_size()
+        other.check_size()
         a, b = jnp.shape(self.state)[:-2], jnp.shape(other.state)[:-2]
         if a and b and a != b:
             raise ValueError(
@@ -117,6 +119,16 @@ class Metrics:
                 "to head.metrics() and to every update or measure, or to none ([] counts as 0)."
             )
 
+    def check_size(self) -> None:
+        """Refuses a state of another number of slots than the head keeps: a checkpoint of another configuration."""
+        given, expected = jnp.shape(self.state), slots(self.head, self.regularized)[1]
+        if len(given) < 2 or given[-2] != expected or given[-1] not in (1, 2):
+            raise ValueError(
+                f"This state does not fit its head. Given shape {given}, expected [..., {expected}, 1 or 2] for "
+                f"{self.head!r}{' with regularization' if self.regularized else ''}. Was it saved by a head of other "
+                "bins, thresholds or metrics?"
+            )
+
     def psum(self, axis_name: Any) -> "Metrics":
         """The merged metrics of all devices along `axis_name`, the same on each, in one all-reduce."""
         return dataclasses.replace(self, state=pairs.psum(self.state, axis_name))
@@ -127,6 +139,7 @@ class Metrics:
 
     def _views(self, undefined: float) -> tuple[dict[str, Any], Any, Any, Any]:
         """Views by key; the bad count; the regularization; the array module in use."""
+        self.check_size()
         if isinstance(self.state, Tracer):
             xp, pair = jnp, self.state
         else:
@@ -230,19 +243,22 @@ class Metrics:
             return f"{title}: {state.dtype}{list(state.shape)}, deleted (it was donated to a compiled function)"
         if isinstance(state, jax.Array) and not _addressable(state):
             return f"{title}: {state.dtype}{list(state.shape)}, not addressable from here"
+        if state.shape[0] != slots(self.head, self.regularized)[1]:
+            return f"{title}: {state.dtype}{list(state.shape)}, which does not fit the head"
         with np.errstate(all="ignore"):
             values, bad, _ = self._values(np.nan)
         width = max(len(_name(*key)) for key in values)
         lines = [title]
         for key, value in values.items():
             middle = value.value if isinstance(value, Interval) else value
-            lines.append(f"  {_name(*key):<{width}}  {middle:.6g}")
+            shown = f"{middle:.6g}" if np.ndim(middle) == 0 else np.array2string(np.asarray(middle), precision=6)
+            lines.append(f"  {_name(*key):<{width}}  {shown}")
         if bad > 0:
             lines.append(f"  {int(bad)} elements had an illegal label or weight and were left out.")
         wide = [
             f"{_name(*key)} in [{value.lower:.4g}, {value.upper:.4g}]"
             for key, value in values.items()
-            if isinstance(value, Interval) and value.is_wide()
+            if isinstance(value, Interval) and np.ndim(value.value) == 0 and value.is_wide()
         ]
         if wide:
             advice = next((view.advice() for view in self._histograms().values() if view.is_coarse()), "a finer grid")

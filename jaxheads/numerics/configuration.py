@@ -28,6 +28,7 @@ class Configuration:
             object.__setattr__(self, field.name, fields.freeze(field.name, getattr(self, field.name)))
         for field in fields.of_kind(type(self), fields.HEADS):
             object.__setattr__(self, field.name, _nested(field.name, getattr(self, field.name)))
+        fields.check_children(self)
         self.validate()
 
     def _identity(self) -> tuple[Any, ...]:

@@ -74,7 +74,9 @@ def histogram(buckets: jax.Array, weights: jax.Array, n: int) -> jax.Array:
         buckets, weights = buckets[..., 0], weights[..., 0]
     mesh = meshes.explicit_mesh(buckets)
     replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec(None))
-    blocks = max(1, -(-buckets.size // BLOCK))
+    # Under shape polymorphism the number of rows is no number: then all is one block.
+    rows = buckets.size if all(isinstance(size, int) for size in buckets.shape) else BLOCK
+    blocks = max(1, -(-rows // BLOCK))
     if blocks > 1:
         buckets = meshes.flat_index(buckets) // BLOCK * n + buckets
 
@@ -88,15 +90,13 @@ def histogram(buckets: jax.Array, weights: jax.Array, n: int) -> jax.Array:
         # million to one share a bucket.
         coarse = jax.lax.reduce_precision(weights, exponent_bits=8, mantissa_bits=8)
         return sums(coarse) + sums(weights - coarse)
-    coarse = _multiples(weights, min(buckets.size, BLOCK))
+    coarse = _multiples(weights, min(rows, BLOCK)) if rows else weights
     exact, rest = sums(coarse), weights - coarse
     return exact + jax.lax.cond(jnp.any(rest != 0), sums, lambda _: jnp.zeros_like(exact), rest)
 
 
 def _multiples(weights: jax.Array, rows: int) -> jax.Array:
     """The weights rounded down to multiples of a power of two, such that any `rows` of them add up exactly."""
-    if not weights.size:
-        return weights
     bound = jnp.minimum(jnp.sum(weights), rows * jnp.max(weights))
     exponent = jnp.frexp(bound)[1]
     # A sum below 2^e in multiples of 2^(e - 23) has 23 bits; a float32 holds 24. Where the rest would be subnormal, and

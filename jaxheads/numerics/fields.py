@@ -119,6 +119,18 @@ def children(node: Any) -> dict[str, Any]:
     return found
 
 
+def check_children(node: Any) -> None:
+    """Refuses heads in tuples whose parameters would share a name, with each other or with a field."""
+    fields = {field.name for field in dataclasses.fields(node)}
+    held = [getattr(node, field.name) for field in of_kind(type(node), HEADS)]
+    names = [child.name or str(i) for value in held if isinstance(value, tuple) for i, child in enumerate(value)]
+    if clashing := sorted({name for name in names if name in fields or names.count(name) > 1}):
+        raise ValueError(
+            f"{type(node).__name__} holds heads whose names clash, with each other or with a field: {clashing}. Their "
+            "parameters nest under their names (a number where there is none): give each a name of its own."
+        )
+
+
 def with_values(node: Any, changes: Mapping[str, Any]) -> Any:
     """`dataclasses.replace` that goes past `__init__` and reaches, by name, into tuples of heads."""
     heads = {field.name for field in of_kind(type(node), HEADS)}
