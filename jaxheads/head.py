@@ -205,7 +205,7 @@ class Head(Configuration, abc.ABC):
         _check_mode(mode)
         head = self._ready(params)
         batch = head._gather(labels, logits, features, weights, where, check)
-        normalizer = inputs.as_normalizer(normalizer)
+        normalizer = head._normalizer(normalizer)
         if axis_name is not None or inputs.is_traced((head, batch, normalizer)):
             loss = head._reduced_loss(batch, normalizer, axis_name)
         else:
@@ -430,6 +430,9 @@ class Head(Configuration, abc.ABC):
             if key not in outputs:
                 raise ValueError(f"Unknown prediction key {key!r}. Valid prediction keys include {list(outputs)}.")
         return {key: value() if callable(value) else value for key, value in outputs.items() if key in asked}
+
+    def _normalizer(self, normalizer: Any) -> Any:
+        return inputs.as_normalizer(normalizer)
 
     def _reduced_loss(self, batch: dict[str, Any], normalizer: Any, axis_name: Any) -> jax.Array:
         """The loss of a gathered batch, without regularization."""

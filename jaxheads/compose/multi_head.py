@@ -1,6 +1,7 @@
 """Several tasks on one network."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -165,16 +166,20 @@ class MultiHead(AbstractCompositeHead):
     ) -> dict[str, Any]:
         split, labels = self._split(logits, [*self._by_name]), self._every(labels, "labels", [*self._by_name])
         weights, where = self._named(weights, "weights"), self._named(where, "where")
-        gathered = {
-            name: head._gather(labels[name], split[name], features, weights[name], where[name], check)
-            for name, head in self._by_name.items()
-        }
+        gathered = {}
+        for name, head in self._by_name.items():
+            with _naming(name):
+                gathered[name] = head._gather(labels[name], split[name], features, weights[name], where[name], check)
         return {"heads": gathered}
 
     def encode_labels(self, labels: Any, where: Any = None) -> Any:
         """Each head's labels, encoded by it; `where` for all, or by head."""
         where, labels = self._named(where, "where"), self._every(labels, "labels", [*self._by_name])
-        return {name: head.encode_labels(labels[name], where[name]) for name, head in self._by_name.items()}
+        encoded = {}
+        for name, head in self._by_name.items():
+            with _naming(name):
+                encoded[name] = head.encode_labels(labels[name], where[name])
+        return encoded
 
     # Loss.
 
@@ -188,7 +193,16 @@ class MultiHead(AbstractCompositeHead):
         return sum(head._loss_size for head in self.heads)
 
     def _loss_sums(self, batch: dict[str, Any]) -> jax.Array:
-        return jnp.concatenate([head._loss_sums(batch["heads"][name]) for name, head in self._by_name.items()])
+        sums = []
+        for i, (name, head) in enumerate(self._by_name.items()):
+            # A weight of 0 hides a head, as it hides an element: even a NaN, and in the gradient too.
+            hidden = self.head_weights is not None and self.head_weights[i] == 0
+            sums.append(jnp.zeros(head._loss_size) if hidden else head._loss_sums(batch["heads"][name]))
+        return jnp.concatenate(sums)
+
+    def _normalizer(self, normalizer: Any) -> Any:
+        by_head = self._named(normalizer, "normalizer")
+        return {name: head._normalizer(by_head[name]) for name, head in self._by_name.items()}
 
     def _loss_of(self, sums: jax.Array, normalizer: Any) -> jax.Array:
         normalizers, total, start = self._named(normalizer, "normalizer"), jnp.float32(0), 0
@@ -200,9 +214,6 @@ class MultiHead(AbstractCompositeHead):
 
     def _weighted(self, i: int, loss: jax.Array, present: jax.Array) -> jax.Array:
         weight = self.head_weights[i] if self.head_weights else 1.0
-        if weight == 0:
-            # A weight of 0 hides a head, as it hides an element: even a NaN.
-            return jnp.zeros_like(loss)
         if self.log_variances is None:
             return weight * loss
         s = jnp.clip(self.log_variances[i], -20, 20)
@@ -274,7 +285,11 @@ class MultiHead(AbstractCompositeHead):
         by_head = self._named(keys, "keys")
         asked = [name for name in self._by_name if not isinstance(keys, Mapping) or name in keys]
         split = self._split(logits, asked)
-        return {name: self._by_name[name]._predict(split[name], by_head[name]) for name in asked}
+        predicted = {}
+        for name in asked:
+            with _naming(name):
+                predicted[name] = self._by_name[name]._predict(split[name], by_head[name])
+        return predicted
 
     def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, Any]:
         """Each head's predictions, decoded by it."""
@@ -286,6 +301,15 @@ class MultiHead(AbstractCompositeHead):
     def _advance(self, batch: dict[str, Any], psum: Callable[[Any], Any]) -> dict[str, Any]:
         new = {name: head._advance(batch["heads"][name], psum) for name, head in self._by_name.items()}
         return {name: value for name, value in new.items() if value}
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Says which head refuses."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Head {name!r}: {error}") from error
 
 
 def _columns(logits: Any, start: int, stop: int) -> Any:

@@ -12,7 +12,7 @@ from jaxheads.head import Head, subheads
 from jaxheads.metrics import Observation
 from jaxheads.numerics import batch as batches
 from jaxheads.numerics import columns, inputs, tiles
-from jaxheads.numerics.batch import Masks
+from jaxheads.numerics.batch import Mask, Masks
 from jaxheads.spec import ExportOutput
 
 AVERAGES = ("steps", "sequences")
@@ -119,7 +119,7 @@ class SequentialHeadWrapper(AbstractCompositeHead):
         first = next(iter(_leaves(logits)))
         lead = tuple(jnp.shape(first) if not hasattr(first, "shape") else first.shape)[:-1]
         if features is not None:
-            mask = self._mask(columns.table(features), lead)
+            mask = Mask(*self._mask(columns.table(features), lead))
             if isinstance(where, Mapping):
                 names = [head.name for head in getattr(self.static_head, "heads", ())]
                 unknown = [key for key in where if key not in names]
@@ -131,8 +131,8 @@ class SequentialHeadWrapper(AbstractCompositeHead):
             features = self._columns(columns.table(features))
         return self.static_head._gather(labels, logits, features, weights, where, check)
 
-    def _mask(self, features: Any, lead: tuple[int, ...]) -> Any:
-        """Which steps are there, in the leading shape of the logits."""
+    def _mask(self, features: Any, lead: tuple[int, ...]) -> tuple[Any, str]:
+        """Which steps are there, in the leading shape of the logits, and its name."""
         key = self.sequence_lengths or self.sequence_length_mask
         kind = "sequence_lengths" if self.sequence_lengths else "sequence_length_mask"
         if features is None or key not in features:
@@ -144,7 +144,10 @@ class SequentialHeadWrapper(AbstractCompositeHead):
         mask = inputs.as_array(features[key], f"features[{key!r}]")
         shape = tuple(mask.shape)
         if len(lead) < 2:
-            raise ValueError(f"logits of sequences must be [B, T, ...]. Given a leading shape of {lead}.")
+            raise ValueError(
+                "logits of sequences must be [B, T, ..., logits_dimension]. Given shape "
+                f"{(*lead, self.logits_dimension)}."
+            )
         if self.sequence_lengths:
             if shape != lead[:1] or inputs.dtype_kind(mask) != "int":
                 raise ValueError(
@@ -162,12 +165,18 @@ class SequentialHeadWrapper(AbstractCompositeHead):
         if len(lead) > 2:
             xp = np if isinstance(mask, np.ndarray) else jnp
             mask = xp.broadcast_to(xp.expand_dims(mask, tuple(range(2, len(lead)))), lead)
-        return mask
+        return mask, f"features[{key!r}]"
 
     def _columns(self, features: Any) -> dict[str, Any]:
         """The listed columns, as the inner head gets them."""
         listed = self.feature_columns
         kept = {}
+        for column in _weight_columns(self.static_head):
+            if column in features and column not in ((listed,) if isinstance(listed, str) else listed or ()):
+                raise ValueError(
+                    f"Feature {column} (the weight_column of the inner head) does not reach it: only feature_columns "
+                    f"do. Given feature_columns={listed!r}. Add it there."
+                )
         for key in (listed,) if isinstance(listed, str) else listed or ():
             if key not in features:
                 raise ValueError(
@@ -231,6 +240,9 @@ class SequentialHeadWrapper(AbstractCompositeHead):
     def _predict(self, logits: Any, keys: Any) -> dict[str, Any]:
         return self.static_head._predict(logits, keys)
 
+    def _normalizer(self, normalizer: Any) -> Any:
+        return self.static_head._normalizer(normalizer)
+
     @property
     def _loss_size(self) -> int:
         return self.static_head._loss_size
@@ -260,6 +272,12 @@ class SequentialHeadWrapper(AbstractCompositeHead):
     def _advance(self, batch: dict[str, Any], psum: Callable[[Any], Any]) -> dict[str, Any]:
         new = self.static_head._advance(batch, psum)
         return {"static_head": new} if new else {}
+
+
+def _weight_columns(head: Any) -> list[str]:
+    """The weight columns that a head, or the heads in it, look for."""
+    inside = [column for inner in getattr(head, "heads", ()) for column in _weight_columns(inner)]
+    return inside + ([head.weight_column] if isinstance(head.weight_column, str) else [])
 
 
 def _leaves(logits: Any) -> Any:

@@ -119,8 +119,8 @@ class MultiLabelHead(_abstract.AbstractLossFnHead):
     def to_array(self, labels: Any, ids: bool) -> Any:
         if inputs.is_text(labels) and labels.size:
             raise ValueError(
-                "labels of a multi-label head are multi-hot arrays, or lists of names. Given an array of strings (dtype "
-                f"str, e.g. {str(labels.flat[0])!r}) of shape {labels.shape}: if each row lists names, pass "
+                "labels of a multi-label head are multi-hot arrays, or lists of names. Given an array of strings (dtype"
+                f" str, e.g. {str(labels.flat[0])!r}) of shape {labels.shape}: if each row lists names, pass "
                 "labels.tolist()."
             )
         if not isinstance(labels, (list, tuple)) or not (ids or vocabulary.has_names(labels)):

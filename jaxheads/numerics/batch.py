@@ -21,8 +21,15 @@ from jaxheads.numerics.labels import LabelSpec, Specs
 from jaxheads.numerics.linear import LinearLogits
 
 
-class Masks(tuple):
-    """Several `where`, all of which must hold: a sequence's and the user's."""
+class Mask(NamedTuple):
+    """Which elements exist, and what the user calls it."""
+
+    value: Any
+    what: str = "where"
+
+
+class Masks(tuple[Mask, ...]):
+    """Several masks, all of which must hold: a sequence's and the user's."""
 
 
 class Elements(NamedTuple):
@@ -84,7 +91,7 @@ def gather(
     """What enters compiled code: arrays of checked shapes, those from the host in their final dtype."""
     logits = check_logits(logits, dimension)
     lead = tuple(logits.shape)[:-1]
-    where = tuple(inputs.as_where(mask, lead, check) for mask in masks_of(where) if mask is not None)
+    where = _gather_masks(masks_of(where), lead, check)
     if weights is not None:
         sizes = (1, dimension) if per_logit_weights and dimension > 1 else (1,)
         weights = inputs.as_weights(weights, lead, sizes, weights_name)
@@ -110,8 +117,28 @@ def gather(
 
 
 def masks_of(where: Any) -> Masks:
-    """One `where`, or several that all must hold."""
-    return where if isinstance(where, Masks) else Masks((where,))
+    """One `where`, or several masks that all must hold; none for None."""
+    if isinstance(where, Masks):
+        return where
+    return Masks(() if where is None else (Mask(where),))
+
+
+def _gather_masks(masks: Masks, lead: tuple[int, ...], check: bool | None) -> tuple[Any, ...]:
+    """Masks `lead + [1]`, those of the host as bool and checked in the elements that the others let exist."""
+    values = [inputs.as_where(mask.value, lead, mask.what) for mask in masks]
+    for i, (mask, value) in enumerate(zip(masks, values, strict=True)):
+        if inputs.dtype_kind(value) == "bool" or not inputs.is_readable(value, check):
+            continue
+        others = [np.asarray(x) for x in values[:i] + values[i + 1 :] if inputs.is_readable(x, check)]
+        live = functools.reduce(np.logical_and, (x != 0 for x in others), np.asarray(True))
+        if len(others) == len(values) - 1:
+            inputs.check_where(np.asarray(value), live, mask.what)
+    return tuple(inputs.cast(x, jnp.bool_) if _is_plain(x) else x for x in values)
+
+
+def _is_plain(mask: Any) -> bool:
+    """Whether a mask of the host loses nothing as bool; other values than 0 and 1 stay, for the compiled check."""
+    return isinstance(mask, np.ndarray) and (mask.dtype == np.bool_ or bool(np.isin(mask, (0, 1)).all()))
 
 
 def _live_on_host(where: tuple[Any, ...], weights: Any, check: bool | None) -> np.ndarray | None:

@@ -138,7 +138,9 @@ def encode(
         else:
             array = array[..., None]
         if where is not None:
-            live = np.asarray(inputs.as_where(where, array.shape[:-1], True)) != 0
+            mask = np.asarray(inputs.as_where(where, array.shape[:-1]))
+            inputs.check_where(mask, np.asarray(True), "where")
+            live = mask != 0
         vocabulary.refuse_strangers(strangers, live, spec.size, label_vocabulary)
         array = settled(spec, typed(array, label, spec), label_vocabulary, live, lambda: live, True, what)
         return array.reshape(shape)
@@ -206,7 +208,7 @@ def shaped(spec: LabelSpec, array: Any, lead: tuple[int, ...], what: str) -> Any
         array = array.reshape((*shape, 1))
     if len(array.shape) < 2:
         raise ValueError(f"{what} must have rank at least 2, or one label a row. Given shape {shape}.")
-    _check_label_size(spec, tuple(array.shape), lead, what)
+    _check_label_size(spec, tuple(array.shape), lead, what, shape)
     if tuple(array.shape) != (*lead, spec.size):
         raise ValueError(
             f"{what} shape must be [D0, D1, ... DN, {spec.size}]. Suggested Fix: give one label to each row of "
@@ -215,12 +217,15 @@ def shaped(spec: LabelSpec, array: Any, lead: tuple[int, ...], what: str) -> Any
     return array
 
 
-def _check_label_size(spec: LabelSpec, shape: tuple[int, ...], lead: tuple[int, ...], what: str) -> None:
+def _check_label_size(
+    spec: LabelSpec, shape: tuple[int, ...], lead: tuple[int, ...], what: str, given: tuple[int, ...] | None = None
+) -> None:
     if shape[-1:] != (spec.size,):
         raise ValueError(
             f"Mismatched label shape. Expected {what} dimension={spec.size}.  Received {shape[-1] if shape else None} "
-            f"in shape {shape}. Suggested Fix: if the labels are one-hot, pass class ids, labels.argmax(-1); otherwise "
-            f"check the head's n_classes or label_dimension, or reshape to {(*lead, spec.size)}."
+            f"in shape {shape if given is None else given}. Suggested Fix: if the labels are one-hot, pass class ids, "
+            "labels.argmax(-1); otherwise check the head's n_classes or label_dimension, or reshape to "
+            f"{(*lead, spec.size)}."
         )
 
 
