@@ -38,7 +38,7 @@ def as_term(losses: Any, lead: tuple[int, ...], dimension: int, who: str) -> Ter
 def reduced(term: Term, elements: Elements, how: Reduction, normalizer: Any, axis_name: Any) -> jax.Array:
     """The loss: the weighted sum of a term's values, divided as `how` or the normalizer says."""
     # By multiplication: `where(bad, nan, loss)` would have gradient 0.
-    values = term.values * jnp.where(elements.bad, jnp.nan, jnp.ones_like(elements.weights))
+    values = term.values * jnp.where(elements.bad, jnp.nan, masking.ones_like(elements.weights))
     total = masking.total(masking.weighted(values, elements.weights))
     by = divisor(term, elements, how) if normalizer is None else jnp.asarray(normalizer, jnp.float32)
     if axis_name is not None:
@@ -51,11 +51,11 @@ def reduced(term: Term, elements: Elements, how: Reduction, normalizer: Any, axi
 def divisor(term: Term, elements: Elements, how: Reduction) -> jax.Array:
     """By what the weighted sum is divided."""
     multiplicity = {
-        Reduction.SUM: jnp.ones_like(elements.weights),
+        Reduction.SUM: masking.ones_like(elements.weights),
         Reduction.SUM_OVER_BATCH_SIZE: elements.exists.astype(jnp.float32),
         Reduction.MEAN: elements.weights,
         Reduction.SUM_BY_NONZERO_WEIGHTS: (elements.weights != 0).astype(jnp.float32),
     }[how]
     # By multiplication: a broadcast would be laid out unlike values whose last axis is sharded.
-    multiplicity = multiplicity * jnp.ones_like(term.values)
+    multiplicity = multiplicity * masking.ones_like(term.values)
     return masking.total(multiplicity if term.count is None else masking.weighted(term.count, multiplicity))

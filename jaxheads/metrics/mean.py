@@ -32,7 +32,7 @@ class Mean(Observation):
         """The two sums over this batch."""
         values = jnp.asarray(self.values, jnp.float32)
         # By multiplication: a broadcast would be laid out unlike values whose last axis is sharded.
-        weights = weights * jnp.ones_like(values)
+        weights = weights * masking.ones_like(values)
         count = weights if self.count is None else masking.weighted(self.count, weights)
         return jnp.stack([masking.total(masking.weighted(values, weights)), masking.total(count)])
 

@@ -127,7 +127,7 @@ def clean(specs: Specs, batch: Mapping[str, Any]) -> Elements:
     where, weights = batch["where"], batch["weights"]
     where = _all_true(logits) if where is None else jnp.asarray(where)
     exists = where.astype(jnp.bool_)
-    weights = jnp.ones_like(exists, jnp.float32) if weights is None else jnp.asarray(weights)
+    weights = masking.ones_like(exists) if weights is None else jnp.asarray(weights)
     live = exists & (weights != 0)
     row = jnp.any(live, -1, keepdims=True)
 
@@ -156,7 +156,7 @@ def clean(specs: Specs, batch: Mapping[str, Any]) -> Elements:
 def _all_true(logits: Any) -> jax.Array:
     """True `[..., 1]`, laid out over a mesh as the logits are; `jnp.ones` would be replicated under `set_mesh`."""
     rows = logits.hidden if isinstance(logits, LinearLogits) else logits
-    return jnp.all(jnp.ones_like(rows, bool), axis=-1, keepdims=True)
+    return jnp.all(masking.true_like(rows), axis=-1, keepdims=True)
 
 
 def _masked_logits(logits: Any, live: jax.Array, row: jax.Array) -> jax.Array:
