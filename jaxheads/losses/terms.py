@@ -44,7 +44,7 @@ def as_term(losses: Any, lead: tuple[int, ...], dimension: int, who: str) -> Ter
 def loss_sums(term: Term, elements: Elements, how: Reduction) -> jax.Array:
     """The weighted sum of a term's values, and what it is divided by: `[2]`."""
     # By multiplication: `where(bad, nan, loss)` would have gradient 0.
-    values = term.values * jnp.where(elements.bad, jnp.nan, jnp.ones_like(elements.weights))
+    values = term.values * jnp.where(elements.bad, jnp.nan, masking.ones_like(elements.weights))
     return jnp.stack([masking.total(masking.weighted(values, elements.weights)), divisor(term, elements, how)])
 
 
@@ -57,5 +57,5 @@ def divisor(term: Term, elements: Elements, how: Reduction) -> jax.Array:
         Reduction.SUM_BY_NONZERO_WEIGHTS: (elements.weights != 0).astype(jnp.float32),
     }[how]
     # By multiplication: a broadcast would be laid out unlike values whose last axis is sharded.
-    multiplicity = multiplicity * jnp.ones_like(term.values)
+    multiplicity = multiplicity * masking.ones_like(term.values)
     return masking.total(multiplicity if term.count is None else masking.weighted(term.count, multiplicity))

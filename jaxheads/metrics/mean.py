@@ -33,7 +33,7 @@ class Mean(Observation):
         """The two sums over this batch."""
         values = jnp.asarray(self.values, jnp.float32)
         # By multiplication: a broadcast would be laid out unlike values whose last axis is sharded.
-        weights = weights * jnp.ones_like(values)
+        weights = weights * masking.ones_like(values)
         count = weights if self.count is None else masking.weighted(self.count, weights)
         return jnp.stack([masking.total(masking.weighted(values, weights)), masking.total(count)])
 
@@ -63,7 +63,7 @@ class ColumnMeans(Observation):
     def reduce(self, weights: jax.Array) -> jax.Array:
         """The weighted sums of this batch, then the weights."""
         values = jnp.asarray(self.values, jnp.float32)
-        weights = weights * jnp.ones_like(values)
+        weights = weights * masking.ones_like(values)
         chosen = np.asarray(self.columns, np.int32)
         return jnp.concatenate([masking.column_totals(x)[chosen] for x in (masking.weighted(values, weights), weights)])
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxheads.metrics.base import Observation, View
 from jaxheads.metrics.grids import AbstractGrid, Layout
+from jaxheads.numerics import masking
 from jaxheads.numerics.edges import histogram
 
 
@@ -53,7 +54,7 @@ class Scores(Observation):
         """One pass: the bucket of each element, then its two weights."""
         layout = self.layout
         labels = jnp.asarray(self.labels, jnp.float32)
-        weights = weights * jnp.ones_like(labels)
+        weights = weights * masking.ones_like(labels)
         # A NaN score has no bucket; it must show, so it makes a NaN of the histogram.
         weights = jnp.where(jnp.isnan(self.logits) & (weights != 0), self.logits, weights)
         buckets = self.grid.buckets(layout, self.logits)

@@ -171,7 +171,7 @@ def clean(specs: Specs, batch: Mapping[str, Any]) -> Elements:
     """The elements of a gathered batch."""
     logits = batch["logits"]
     masks, weights, exists = [jnp.asarray(mask) for mask in batch["where"]], batch["weights"], existing(batch)
-    weights = jnp.ones_like(exists, jnp.float32) if weights is None else jnp.asarray(weights)
+    weights = masking.ones_like(exists) if weights is None else jnp.asarray(weights)
     live = exists & (weights != 0)
     row = jnp.any(live, -1, keepdims=True)
 
@@ -201,7 +201,7 @@ def clean(specs: Specs, batch: Mapping[str, Any]) -> Elements:
 def _all_true(logits: Any) -> jax.Array:
     """True `[..., 1]`, laid out over a mesh as the logits are; `jnp.ones` would be replicated under `set_mesh`."""
     rows = logits.hidden if isinstance(logits, LinearLogits) else logits
-    return jnp.all(jnp.ones_like(rows, bool), axis=-1, keepdims=True)
+    return jnp.all(masking.true_like(rows), axis=-1, keepdims=True)
 
 
 def _masked_logits(logits: Any, live: jax.Array, row: jax.Array) -> jax.Array:

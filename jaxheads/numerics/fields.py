@@ -170,9 +170,18 @@ def abstract(node: Any) -> dict[str, Any]:
     if not _may_learn(node):
         return {}
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return merge(
+    shapes = merge(
         jax.eval_shape(functools.partial(init, node), key), jax.eval_shape(functools.partial(init_state, node))
     )
+    # The same in 64-bit mode, for the answer is kept.
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, _narrow(x.dtype)), shapes)
+
+
+def _narrow(dtype: Any) -> Any:
+    """Floats in float32, as the logits are; integers of 64 bits in 32."""
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.float32
+    return {"int64": jnp.int32, "uint64": jnp.uint32}.get(str(dtype), dtype)
 
 
 def merge(params: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,9 +219,8 @@ def bind(node: Any, params: Mapping[str, Any]) -> Any:
                 f"{type(node).__name__}.{name} must have shape {shapes[name].shape}, as head.init(key) makes it. Given "
                 f"{jnp.shape(value)}."
             )
-        # Floats in float32, as the logits are: a head trains the same in a bfloat16 parameter tree.
-        dtype = jnp.float32 if jnp.issubdtype(shapes[name].dtype, jnp.floating) else shapes[name].dtype
-        value = jnp.asarray(value, dtype)
+        # A head trains the same in a bfloat16 parameter tree.
+        value = jnp.asarray(value, shapes[name].dtype)
         changes[name] = jax.lax.stop_gradient(value) if name in held else value
     return with_values(node, changes)
 
@@ -256,7 +264,10 @@ def check_state(node: Any, state: Mapping[str, Any], what: str, fix: str) -> Non
 
     def kinds(tree: Any) -> dict[str, str]:
         leaves = jax.tree.leaves_with_path(tree)
-        return {jax.tree_util.keystr(path): f"{jnp.result_type(x)}{list(jnp.shape(x))}" for path, x in leaves}
+        return {
+            jax.tree_util.keystr(path): f"{jnp.dtype(_narrow(jnp.result_type(x)))}{list(jnp.shape(x))}"
+            for path, x in leaves
+        }
 
     if (given := kinds(dict(state))) != (wanted := kinds(expected)):
         raise ValueError(

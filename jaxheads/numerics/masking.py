@@ -9,6 +9,17 @@ import jax
 import jax.numpy as jnp
 
 
+def true_like(x: Any) -> jax.Array:
+    """True for every entry of `x`, laid out over a mesh as `x` is; `ones_like` forgets the layout in jax 0.12."""
+    x = jnp.asarray(x)
+    return (x == x) | True
+
+
+def ones_like(x: Any) -> jax.Array:
+    """Float32 ones, laid out over a mesh as `x` is."""
+    return true_like(x).astype(jnp.float32)
+
+
 def rows_like(mask: jax.Array, x: jax.Array) -> jax.Array:
     """`mask [..., 1]` with the axes added or dropped that let it broadcast against `x [..., a, b]`."""
     lead = mask.ndim - 1
