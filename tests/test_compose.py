@@ -322,6 +322,7 @@ def test_lists_of_ids_and_names_become_multi_hot():
     names = [[["a", "c"], []], [["b"], ["c", "b", "a"]]]
     assert head.loss(names, logits) == head.loss(expected, logits)
     np.testing.assert_array_equal(head.encode_labels(expected), expected)
+    assert head.loss([[[], []], [[], []]], logits) == head.loss(np.zeros((2, 2, 3)), logits)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,17 @@ class MultiHead(AbstractCompositeHead):
     >>> values = head.measure(labels=labels, logits=logits, where=where).compute()
     >>> values["loss/minutes"], values["accuracy/late"]
     (np.float32(4.0), np.float32(0.5))
+
+    The original's documented example:
+
+    >>> head = jh.MultiHead([jh.MultiLabelHead(2, name="head1"), jh.MultiLabelHead(3, name="head2")])
+    >>> labels = {"head1": jnp.array([[1, 0], [1, 1]]), "head2": jnp.array([[0, 1, 0], [1, 1, 0]])}
+    >>> logits = jnp.array([[-10.0, 10.0, 20.0, -20.0, 20.0], [-15.0, 10.0, -30.0, 20.0, -20.0]])
+    >>> print(f"{head.loss(labels=labels, logits=logits):.2f}")
+    23.75
+    >>> values = head.measure(labels=labels, logits=logits).compute()
+    >>> print(f"{values['loss/head1']:.2f} + {values['loss/head2']:.2f}")
+    8.75 + 15.00
     """
 
     heads: Sequence[Head] = subheads()

@@ -117,9 +117,9 @@ class SequentialHeadWrapper(AbstractCompositeHead):
         self, labels: Any, logits: Any, features: Any, weights: Any, where: Any, check: bool | None
     ) -> dict[str, Any]:
         first = next(iter(_leaves(logits)))
-        lead = tuple(jnp.shape(first) if not hasattr(first, "shape") else first.shape)[:-1]
+        shape = tuple(first.shape) if hasattr(first, "shape") else np.shape(first)
         if features is not None:
-            mask = Mask(*self._mask(columns.table(features), lead))
+            mask = Mask(*self._mask(columns.table(features), shape))
             if isinstance(where, Mapping):
                 names = [head.name for head in getattr(self.static_head, "heads", ())]
                 unknown = [key for key in where if key not in names]
@@ -131,8 +131,9 @@ class SequentialHeadWrapper(AbstractCompositeHead):
             features = self._columns(columns.table(features))
         return self.static_head._gather(labels, logits, features, weights, where, check)
 
-    def _mask(self, features: Any, lead: tuple[int, ...]) -> tuple[Any, str]:
+    def _mask(self, features: Any, logits_shape: tuple[int, ...]) -> tuple[Any, str]:
         """Which steps are there, in the leading shape of the logits, and its name."""
+        lead = logits_shape[:-1]
         key = self.sequence_lengths or self.sequence_length_mask
         kind = "sequence_lengths" if self.sequence_lengths else "sequence_length_mask"
         if features is None or key not in features:
@@ -145,8 +146,7 @@ class SequentialHeadWrapper(AbstractCompositeHead):
         shape = tuple(mask.shape)
         if len(lead) < 2:
             raise ValueError(
-                "logits of sequences must be [B, T, ..., logits_dimension]. Given shape "
-                f"{(*lead, self.logits_dimension)}."
+                f"logits of sequences must be [B, T, ..., {self.logits_dimension}]. Given shape {logits_shape}."
             )
         if self.sequence_lengths:
             if shape != lead[:1] or inputs.dtype_kind(mask) != "int":

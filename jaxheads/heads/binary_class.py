@@ -60,6 +60,16 @@ class BinaryClassHead(_abstract.AbstractLossFnHead):
     >>> values = head.measure(labels=labels, logits=logits).compute()
     >>> values["auc"], values["recall/positive_threshold_0.3"]
     (np.float32(0.75), np.float32(1.0))
+
+    The original's documented example:
+
+    >>> head = jh.BinaryClassHead()
+    >>> labels, logits = jnp.array([1, 1]), jnp.array([[45.0], [-41.0]])
+    >>> float(head.loss(labels=labels, logits=logits))  # (0 + 41) / 2
+    20.5
+    >>> values = head.measure(labels=labels, logits=logits).compute(undefined=0.0)
+    >>> print(*(f"{key} {values[key]:.2f}" for key in ("accuracy", "precision", "recall", "auc")))
+    accuracy 0.50 precision 1.00 recall 0.50 auc 0.00
     """
 
     weight_column: WeightColumn = None  # the original's first argument: here by position too

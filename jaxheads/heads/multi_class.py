@@ -52,6 +52,13 @@ class MultiClassHead(_abstract.AbstractLossFnHead):
     np.float32(0.5)
     >>> head.decode_predictions(head.predictions(logits, "class_ids"))["classes"].tolist()
     [['bee'], ['ant']]
+
+    The original's documented example:
+
+    >>> head = jh.MultiClassHead(3)
+    >>> labels, logits = jnp.array([1, 1]), jnp.array([[10.0, 0.0, 0.0], [0.0, 10.0, 0.0]])
+    >>> print(f"{head.loss(labels=labels, logits=logits):.2f}")  # (10 + 0) / 2
+    5.00
     """
 
     n_classes: int

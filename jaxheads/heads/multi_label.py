@@ -63,6 +63,16 @@ class MultiLabelHead(_abstract.AbstractLossFnHead):
     >>> values = head.measure(labels=labels, logits=logits).compute()
     >>> print(*(f"{key} {values[key]:.4f}" for key in ("average_loss", "auc", "probability_mean/sun")), sep=", ")
     average_loss 0.7369, auc 0.5556, probability_mean/sun 0.7743
+
+    The original's documented example:
+
+    >>> head = jh.MultiLabelHead(2)
+    >>> labels, logits = jnp.array([[1, 0], [1, 1]]), jnp.array([[-1.0, 1.0], [-1.5, 1.5]])
+    >>> print(f"{head.loss(labels=labels, logits=logits):.2f}")  # (1.3133 + 0.9514) / 2
+    1.13
+    >>> values = head.measure(labels=labels, logits=logits).compute()
+    >>> print(f"auc {values['auc']:.2f}, auc_precision_recall {values['auc_precision_recall']:.2f}")
+    auc 0.33, auc_precision_recall 0.77
     """
 
     n_classes: int
@@ -123,9 +133,9 @@ class MultiLabelHead(_abstract.AbstractLossFnHead):
                 f" str, e.g. {str(labels.flat[0])!r}) of shape {labels.shape}: if each row lists names, pass "
                 "labels.tolist()."
             )
-        if not isinstance(labels, (list, tuple)) or not (ids or vocabulary.has_names(labels)):
-            return labels
-        return vocabulary.multi_hot(labels, self.n_classes, self.vocabulary)
+        lists = isinstance(labels, (list, tuple))
+        named = vocabulary.has_names(labels) or (self.vocabulary is not None and vocabulary.is_empty(labels))
+        return vocabulary.multi_hot(labels, self.n_classes, self.vocabulary) if lists and (ids or named) else labels
 
     def standard_losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
         return jnp.mean(losses.sigmoid_cross_entropy(labels, logits), axis=-1, keepdims=True)

@@ -52,6 +52,12 @@ class RegressionHead(_abstract.AbstractLossFnHead):
       average_loss     0.625
       prediction/mean  2.75
       label/mean       2
+
+    The original's documented example:
+
+    >>> labels, logits = jnp.array([43, 44]), jnp.array([[45.0], [41.0]])
+    >>> float(head.loss(labels=labels, logits=logits))  # ((43 - 45)^2 + (44 - 41)^2) / 2
+    6.5
     """
 
     label_dimension: int = 1

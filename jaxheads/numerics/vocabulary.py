@@ -73,6 +73,11 @@ def has_names(labels: Any) -> bool:
     return isinstance(labels, (str, bytes))
 
 
+def is_empty(labels: Any) -> bool:
+    """Whether nested lists hold nothing at all: rows without names."""
+    return isinstance(labels, (list, tuple)) and all(map(is_empty, labels))
+
+
 def multi_hot(labels: Any, n: int, vocabulary: tuple[str, ...] | None) -> Encoded:
     """Lists of ids or names, one an example, nested as deep as the leading axes: int32 `[..., n]`."""
     lead = _lead(labels, _depth(labels) - 1)
