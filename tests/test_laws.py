@@ -20,10 +20,11 @@ import zoo
 from jax.experimental import checkify
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
-from zoo import ZOO, Entry, changed
+from zoo import ZOO, Entry, MultiEntry, bounds_of, changed
 
 import jaxheads as jh
 from jaxheads.compose._abstract import AbstractCompositeHead
+from jaxheads.numerics import fields
 
 N = 8
 each = pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
@@ -49,6 +50,16 @@ def f32(values: Any) -> np.ndarray:
 def draw(entry: Entry, seed: int = 0, lead: tuple[int, ...] = (N,)) -> tuple[Any, np.ndarray]:
     rng = np.random.default_rng(seed)
     return entry.labels(rng, lead), entry.logits(rng, lead)
+
+
+def average_of(entry: Entry) -> str:
+    """The key of an average loss: of a `MultiHead`, that of its first head."""
+    return full_name(entry.parts[0] if entry.parts else entry, "average_loss")
+
+
+def part_like(tree: Any, like: Any) -> Any:
+    """The part of nested dicts that has the keys of others."""
+    return {key: part_like(tree[key], value) for key, value in like.items()} if isinstance(like, dict) else tree
 
 
 def full_name(entry: Entry, key: str) -> str:
@@ -137,16 +148,6 @@ def replace_label(labels: np.ndarray, row: int, value: float) -> np.ndarray:
     return changed
 
 
-def bounds_of(got: dict[str, Any], key: str) -> tuple[float, float] | None:
-    """The interval of a metric that has one: `auc/lower/NAME` for `auc/NAME`."""
-    parts = key.split("/")
-    for i in range(1, len(parts) + 1):
-        lower, upper = ("/".join([*parts[:i], end, *parts[i:]]) for end in ("lower", "upper"))
-        if lower in got:
-            return got[lower], got[upper]
-    return None
-
-
 def assert_values(got: dict[str, Any], expected: dict[str, float], *, rtol: float = 2e-6, slack: float = 0.0) -> None:
     """Every expected metric is there and right; an area is within what its bins leave."""
     assert set(expected) <= set(got)
@@ -160,10 +161,10 @@ def assert_values(got: dict[str, Any], expected: dict[str, float], *, rtol: floa
             np.testing.assert_allclose(got[key], value, rtol=rtol, atol=2e-6, err_msg=key)
 
 
-def assert_same_values(a: jh.Metrics, b: jh.Metrics, rtol: float = 1e-6) -> None:
+def assert_same_values(a: jh.Metrics, b: jh.Metrics, rtol: float = 1e-6, but: str | None = None) -> None:
     x, y = a.compute(bounds=True), b.compute(bounds=True)
     assert list(x) == list(y)
-    for key in x:
+    for key in (key for key in x if but is None or not key.startswith(but)):
         np.testing.assert_allclose(x[key], y[key], rtol=rtol, atol=1e-6, err_msg=key)
 
 
@@ -209,20 +210,25 @@ def test_loss_gradient_and_metrics_are_the_oracles(entry, seed, where, weights):
     loss, gradient, _, measured = step(entry.head)(labels, logits, weights, where, entry.params())
     np.testing.assert_allclose(loss, entry.expected_loss(labels, logits, weights, where), rtol=2e-6, atol=2e-6)
     np.testing.assert_allclose(gradient, expected_gradient(entry, labels, logits, weights, where), rtol=1e-5, atol=2e-6)
-    assert_values(measured.compute(bounds=True), entry.expected_metrics(labels, logits, weights, where))
+    values = measured.compute(bounds=True)
+    assert_values(values, entry.expected_metrics(labels, logits, weights, where))
+    if isinstance(entry, MultiEntry) and (where & (weights > 0)).any():
+        assert_values(values, entry.expected_losses(labels, logits, weights, where))
 
 
 @each
 def test_gradient_to_learned_fields_is_the_oracles(entry):
     labels, logits = draw(entry)
-    params = entry.params()
+    params, learned = entry.params(), entry.head.init(jax.random.key(0))
     _, _, gradients, _ = step(entry.head)(labels, logits, ONES, ALL, params)
-    for name in entry.head.init(jax.random.key(0)):
+    leaves, tree = jax.tree.flatten(learned)
+    for i, gradient in enumerate(jax.tree.leaves(part_like(gradients, learned))):
 
-        def loss(value, name=name):
-            return entry.expected_loss(labels, logits, params={**params, name: value})
+        def loss(value, i=i):
+            changes = jax.tree.unflatten(tree, [*leaves[:i], value, *leaves[i + 1 :]])
+            return entry.expected_loss(labels, logits, params=fields.merge(entry.head.init_state(), changes))
 
-        np.testing.assert_allclose(gradients[name], slope(loss, params[name]), rtol=1e-5, atol=2e-6)
+        np.testing.assert_allclose(gradient, slope(loss, leaves[i]), rtol=1e-5, atol=2e-6)
 
 
 def test_threshold_metrics_by_hand():
@@ -381,7 +387,7 @@ def test_weight_two_is_twice(entry):
         np.testing.assert_allclose(double[got][0], factor * single[got][0], rtol=1e-6)
         np.testing.assert_allclose(double[got][1], factor * single[got][1], rtol=1e-6, atol=1e-7)
     measured = head.measure(labels, logits, weights=weights, params=params)
-    assert_same_values(measured, head.measure(*more, params=params))
+    assert_same_values(measured, head.measure(*more, params=params), but="loss/")
 
 
 def test_soft_labels_are_split_weights():
@@ -520,7 +526,7 @@ def test_strangers_are_refused(entry):
 def test_regularization_is_the_mean_over_updates(entry):
     labels, logits = draw(entry)
     head, params = entry.head, entry.params()
-    key, average = full_name(entry, "regularization_loss"), full_name(entry, "average_loss")
+    key, average = full_name(entry, "regularization_loss"), average_of(entry)
     metrics = head.metrics(regularization_losses=[])
     assert np.isnan(metrics.compute()[key])
     for losses in ([0.5, 0.25], [1.0, 0.0], [0.0, 0.0]):
@@ -665,7 +671,7 @@ def test_float64_mode(entry):
         loss, gradient, metrics, predictions = run(head.metrics(), labels, z, weights)
         assert loss.dtype == metrics.state.dtype == jnp.float32
         assert gradient.dtype == jnp.float64
-        assert all(value.dtype in (jnp.float32, jnp.int32) for value in predictions.values())
+        assert all(value.dtype in (jnp.float32, jnp.int32) for value in jax.tree.leaves(predictions))
         np.testing.assert_allclose(loss, entry.expected_loss(labels, logits), rtol=2e-6, atol=2e-6)
         assert_values(metrics.compute(bounds=True), entry.expected_metrics(labels, logits))
 
@@ -714,11 +720,11 @@ def test_extreme_logits(entry, size):
         expected = entry.expected_loss(labels, logits)
         metrics = entry.expected_metrics(labels, logits)
         metrics = {key: float(np.float32(value)) for key, value in metrics.items()}
-    average = full_name(entry, "average_loss")
-    if np.isinf(metrics[average]):
+    averages = [key for key in metrics if key.startswith("average_loss")]
+    if any(np.isinf(metrics[key]) for key in averages):
         assert loss == np.inf
         assert not np.isnan(gradient).any()
-        assert measured.compute()[average] == np.inf
+        assert all(measured.compute()[key] == np.inf for key in averages if np.isinf(metrics[key]))
         return
     np.testing.assert_allclose(loss, expected, rtol=2e-6)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradient, to_params)))
@@ -790,15 +796,18 @@ def test_wrong_shapes_are_refused_with_both_shapes(entry):
     refused("0 and 1", where=np.full((N, 1), 2))
     refused("labels", labels=None)
     for rows in (1, N - 1):
-        shapes = {str((rows, x.shape[-1])) for x in jax.tree.leaves(labels)}
+        # A MultiHead stops at its first head.
+        first = [labels[entry.parts[0].head.name]] if entry.parts else jax.tree.leaves(labels)
+        shapes = {str((rows, x.shape[-1])) for x in first}
         refused("Suggested Fix", *shapes, N, labels=jax.tree.map(lambda x, rows=rows: x[:rows], labels))
     wide = jax.tree.map(lambda x: np.concatenate([x, x], -1), labels)
     refused("Suggested Fix", 2 * jax.tree.leaves(labels)[0].shape[-1], labels=wide)
     refused("", labels=jax.tree.map(lambda x: x.astype(str), labels))
     refused("", labels=jax.tree.map(lambda x: x.astype(np.complex64), labels))
     if isinstance(labels, dict):
-        refused(*labels, labels=labels["time"])
-        refused(*labels, labels={"time": labels["time"]})
+        one = next(iter(labels))
+        refused(*labels, labels=labels[one])
+        refused(*labels, labels={one: labels[one]})
     with pytest.raises(ValueError, match="sparse"):
         head.loss(labels, logits, mode="sparse", params=params)
 
@@ -899,7 +908,7 @@ def test_illegal_weights(entry, weight):
     loss, gradient, _, measured = step(head)(labels, logits, weights, ALL, params)
     assert np.isnan(loss)
     assert np.isnan(gradient[2]).all()
-    with pytest.warns(jh.BadInputWarning, match=rf"\b{len(getattr(entry, 'parts', ())) or 1} element"):
+    with pytest.warns(jh.BadInputWarning, match=rf"\b{len(entry.parts) or 1} element"):
         values = measured.compute(bounds=True)
     assert_values(values, entry.expected_metrics(labels, logits, where=where))
     loss, gradient, _, measured = step(head)(labels, logits, weights, where, params)
@@ -952,7 +961,7 @@ def test_nan_logits_are_visible(entry):
     logits[3] = np.nan
     loss, *_, measured = step(entry.head)(labels, logits, ONES, ALL, entry.params())
     assert np.isnan(loss)
-    assert np.isnan(measured.compute()[full_name(entry, "average_loss")])
+    assert np.isnan(measured.compute()[average_of(entry)])
 
 
 # Law 9: one trace, one answer
@@ -970,11 +979,14 @@ def test_one_trace_for_many_steps(entry, monkeypatch):
 
     counting.__signature__ = inspect.signature(original)  # pyright: ignore[reportFunctionMemberAccess]
     monkeypatch.setattr(cls, "losses", counting)
-    params, optimizer = entry.params(), optax.sgd(0.1)
+    optimizer = optax.sgd(0.1)
     rows = 7  # a shape that no other test compiles
 
     def again():
-        return changed(entry.head, name="traced")
+        # Equal, and built anew; of a MultiHead, labels go by the names.
+        return dataclasses.replace(entry.head) if entry.parts else changed(entry.head, name="traced")
+
+    params = entry.params()
 
     @jax.jit
     def train(head, bias, opt_state, labels, logits):
@@ -1016,8 +1028,7 @@ def test_eager_equals_jit(entry):
     predictions = head.predictions(logits, params=params)
     compiled = jax.jit(lambda head, z, params: head.predictions(z, params=params))(head, logits, params)
     assert set(predictions) == set(compiled)
-    for key, value in predictions.items():
-        np.testing.assert_allclose(value, compiled[key], rtol=1e-6, atol=1e-7, err_msg=key)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), predictions, compiled)
 
 
 @each
@@ -1150,12 +1161,12 @@ def test_optax_moves_what_is_learned_and_nothing_else(entry):
     labels, logits = draw(entry, 26)
     learned, state = head.init(jax.random.key(1)), head.init_state()
     *_, gradients, _ = step(head)(labels, logits, ONES, ALL, {**learned, **state})
-    updates, _ = optimizer.update({name: gradients[name] for name in learned}, optimizer.init(learned))
+    updates, _ = optimizer.update(part_like(gradients, learned), optimizer.init(learned))
     moved: Any = optax.apply_updates(learned, updates)
     before = entry.expected_loss(labels, logits, params={**learned, **state})
     after = entry.expected_loss(labels, logits, params={**moved, **state})
-    for name in learned:
-        assert np.abs(moved[name] - learned[name]).max() > 0
+    for new, old in zip(jax.tree.leaves(moved), jax.tree.leaves(learned), strict=True):
+        assert np.abs(new - old).max() > 0
     assert after < before or not learned
     # Every call reads the values that it is given.
     bound = {**moved, **state}
@@ -1406,8 +1417,8 @@ def test_linear_logits_are_multiplied_logits(entry):
     np.testing.assert_allclose(gradient.bias, to_logits.sum(0), rtol=1e-4, atol=3e-6)
     assert_values(measured.compute(bounds=True), entry.expected_metrics(labels, exact, weights, where), rtol=5e-6)
     dense = exact.astype(np.float32)
-    for key, value in entry.head.predictions(lazy, params=params).items():
-        np.testing.assert_allclose(value, entry.head.predictions(dense, params=params)[key], rtol=2e-5, atol=1e-6)
+    both = (entry.head.predictions(z, params=params) for z in (lazy, dense))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), *both)
     without = jh.LinearLogits(lazy.hidden, lazy.kernel)
     plain = entry.head.loss(labels, without, params=params)
     np.testing.assert_allclose(plain, entry.expected_loss(labels, exact - lazy.bias), rtol=5e-6, atol=2e-6)

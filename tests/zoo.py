@@ -28,6 +28,7 @@ class Entry:
             dense rows alone (`weights [..., 1]`, all positive); absent for what has no closed form.
         count: `labels -> [..., 1 or d]`, the oracle of a term's own element count; None for one an element.
         illegal: a label that must be refused, or None if every finite number is legal.
+        parts: the entries of the heads of a `MultiHead`, in order.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Entry:
     metrics: Callable[[Any, np.ndarray, np.ndarray, Any], dict[str, float]] = lambda *_: {}
     count: Callable[[Any], np.ndarray] | None = None
     illegal: float | None = None
+    parts: "tuple[Entry, ...]" = ()
 
     def params(self) -> dict[str, Any]:
         """Learned and running fields together, as `params=` takes them."""
@@ -95,6 +97,16 @@ class Entry:
         return {f"{key}/{self.head.suffix}" if self.head.suffix else key: value for key, value in out.items()}
 
 
+def bounds_of(got: dict[str, Any], key: str) -> tuple[float, float] | None:
+    """The interval of a metric that has one: `auc/lower/NAME` for `auc/NAME`."""
+    parts = key.split("/")
+    for i in range(1, len(parts) + 1):
+        lower, upper = ("/".join([*parts[:i], end, *parts[i:]]) for end in ("lower", "upper"))
+        if lower in got:
+            return got[lower], got[upper]
+    return None
+
+
 def changed(head: Any, **changes: Any) -> Any:
     """`dataclasses.replace`; of a head made of heads, which says nothing of this itself, in all heads inside."""
     if set(changes) <= {field.name for field in dataclasses.fields(head)}:
@@ -108,13 +120,7 @@ def changed(head: Any, **changes: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class MultiEntry(Entry):
-    """A `MultiHead`: its oracle is the sum of its heads'.
-
-    Attributes:
-        parts: the entries of its heads, in order.
-    """
-
-    parts: tuple[Entry, ...] = ()
+    """A `MultiHead`: its oracle is the sum of its heads'."""
 
     @classmethod
     def of(cls, name: str, parts: tuple[Entry, ...], head_weights: Any = None) -> "MultiEntry":
@@ -158,10 +164,16 @@ class MultiEntry(Entry):
         out: dict[str, float] = {}
         for part, y, z, inner in self._each(labels, logits, params):
             out |= part.expected_metrics(y, z, weights, where, inner)
-            loss = part.expected_loss(y, z, weights, where, inner)
-            seen = not np.isnan(out[f"average_loss/{part.head.name}"])
-            out[f"loss/{part.head.name}"] = loss if seen else np.nan
         return out
+
+    def expected_losses(
+        self, labels: Any, logits: Any, weights: Any = None, where: Any = None, params: Any = None
+    ) -> dict[str, float]:
+        """`loss/NAME`, which weights change as the reductions say: a row of weight 2 is not that row twice."""
+        return {
+            f"loss/{part.head.name}": part.expected_loss(y, z, weights, where, inner)
+            for part, y, z, inner in self._each(labels, logits, params)
+        }
 
 
 class OrdinalHead(jh.Head):
@@ -515,7 +527,7 @@ ZOO += (
         (
             _named("late", "binary"),
             _named("stars", "ordinal", loss_reduction="mean"),
-            _named("minutes", "poisson", loss_reduction="sum"),
+            _named("minutes", "poisson", loss_reduction="sum_by_nonzero_weights"),
         ),
         (1.0, 2.0, 0.25),
     ),

@@ -147,7 +147,7 @@ class MultiHead(AbstractCompositeHead):
 
     def _every(self, value: Any, what: str, asked: Sequence[str]) -> dict[str, Any]:
         if not isinstance(value, Mapping):
-            raise ValueError(f"You must provide {what}: {what} must be a dict by head. Given: {value!r}.")
+            raise ValueError(f"You must provide {what}: {what} must be a dict by head, {[*asked]}. Given: {value!r}.")
         if missing := [name for name in asked if name not in value]:
             raise ValueError(f"{what} has missing values for head(s): {missing}. Given {sorted(map(str, value))}.")
         return {name: value[name] for name in asked}
@@ -164,7 +164,7 @@ class MultiHead(AbstractCompositeHead):
         shape = tuple(logits.shape)
         if len(shape) < 2 or shape[-1] != sum(sizes):
             raise ValueError(
-                f"Could not split logits of shape {list(shape)} among the heads with individual logits dimensions: "
+                f"Could not split logits of shape {shape} among the heads with individual logits dimensions: "
                 f"{sizes}. The last dimension of the logits tensor should equal {sum(sizes)} but is "
                 f"{shape[-1] if shape else None}, and the rank must be at least 2. A dict by head is taken too."
             )
