@@ -23,9 +23,13 @@ from jaxheads.head import learned as learned
 from jaxheads.head import running as running
 from jaxheads.head import subheads as subheads
 from jaxheads.heads import BinaryClassHead as BinaryClassHead
+from jaxheads.heads import LogisticRegressionHead as LogisticRegressionHead
 from jaxheads.heads import MultiClassHead as MultiClassHead
+from jaxheads.heads import MultiLabelHead as MultiLabelHead
+from jaxheads.heads import PoissonRegressionHead as PoissonRegressionHead
 from jaxheads.heads import RegressionHead as RegressionHead
 from jaxheads.metrics import BadInputWarning as BadInputWarning
+from jaxheads.metrics import ColumnMeans as ColumnMeans
 from jaxheads.metrics import LogitGrid as LogitGrid
 from jaxheads.metrics import Mean as Mean
 from jaxheads.metrics import Metrics as Metrics
@@ -35,12 +39,20 @@ from jaxheads.numerics.linear import LinearLogits as LinearLogits
 from jaxheads.numerics.reduction import Reduction as Reduction
 
 if _typing.TYPE_CHECKING:
+    from jaxheads.compose import MultiHead as MultiHead
+    from jaxheads.compose import SequentialHeadWrapper as SequentialHeadWrapper
     from jaxheads.compose import binary_or_multi_class_head as binary_or_multi_class_head
+    from jaxheads.spec import ClassificationOutput as ClassificationOutput
+    from jaxheads.spec import PredictOutput as PredictOutput
+    from jaxheads.spec import RegressionOutput as RegressionOutput
 
 __version__ = "0.1.0"
 
 # Upper floors, imported when first asked for.
-_LAZY = {"binary_or_multi_class_head": "jaxheads.compose"}
+_LAZY: dict[str, str] = dict.fromkeys(
+    ("MultiHead", "SequentialHeadWrapper", "binary_or_multi_class_head"), "jaxheads.compose"
+)
+_LAZY |= dict.fromkeys(("ClassificationOutput", "PredictOutput", "RegressionOutput"), "jaxheads.spec")
 
 
 def __getattr__(name: str) -> _typing.Any:

@@ -42,7 +42,7 @@ from jaxheads.losses.terms import Term as Term
 from jaxheads.metrics import Mean, MeanView, Metrics, Observation, ScoresView
 from jaxheads.metrics.state import slots
 from jaxheads.numerics import batch as batches
-from jaxheads.numerics import columns, fields, inputs, masking, pairs, tiles
+from jaxheads.numerics import columns, fields, inputs, masking, pairs, reduction, tiles
 from jaxheads.numerics import labels as rules
 from jaxheads.numerics.batch import Elements
 from jaxheads.numerics.configuration import Configuration
@@ -52,10 +52,12 @@ from jaxheads.numerics.fields import subheads as subheads
 from jaxheads.numerics.labels import LabelSpec as LabelSpec
 from jaxheads.numerics.linear import LinearLogits as LinearLogits
 from jaxheads.numerics.reduction import Reduction
+from jaxheads.spec import ExportOutput, PredictOutput
 
 WeightColumn: TypeAlias = str | Callable[[Any], Any] | None
 MODES = (None, "train", "eval", "infer")
 AVERAGE_LOSS = "average_loss"
+DIVISOR = "divisor"
 
 
 class Head(Configuration, abc.ABC):
@@ -128,14 +130,23 @@ class Head(Configuration, abc.ABC):
         """
         return {}
 
+    def signatures(self, predictions: Mapping[str, Any]) -> Mapping[str, ExportOutput]:
+        """What a server returns, from all predictions: by default they all, as `serving_default` and `predict`."""
+        everything = PredictOutput(dict(predictions))
+        return {"serving_default": everything, "predict": everything}
+
     @property
     def vocabulary(self) -> tuple[str, ...] | None:
         """The names by which labels may be given: by default the field `label_vocabulary`, if there is one."""
         return getattr(self, "label_vocabulary", None)
 
     def class_names(self) -> tuple[str, ...] | None:
-        """The names of the classes, for heads whose predictions have class ids."""
+        """The names of the classes, for heads whose predictions are of classes."""
         return None
+
+    def to_array(self, labels: Any, ids: bool) -> Any:
+        """Host labels of a form of the head's own (lists of names a row) encoded; `ids`: lists of numbers too."""
+        return labels
 
     @property
     def per_logit_weights(self) -> bool:
@@ -194,7 +205,7 @@ class Head(Configuration, abc.ABC):
         _check_mode(mode)
         head = self._ready(params)
         batch = head._gather(labels, logits, features, weights, where, check)
-        normalizer = inputs.as_normalizer(normalizer)
+        normalizer = head._normalizer(normalizer)
         if axis_name is not None or inputs.is_traced((head, batch, normalizer)):
             loss = head._reduced_loss(batch, normalizer, axis_name)
         else:
@@ -204,13 +215,12 @@ class Head(Configuration, abc.ABC):
 
     def predictions(self, logits: Any, keys: Any = None, *, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Predictions by key; only those asked for are computed. An unknown key is refused with the valid ones."""
+        return self._ready(params)._predict(logits, keys)
+
+    def export_outputs(self, logits: Any, *, params: Mapping[str, Any] | None = None) -> dict[str, ExportOutput]:
+        """What a server returns, by signature: pytrees of arrays, with class names as static metadata."""
         head = self._ready(params)
-        outputs: dict[str, Any] = dict(head.outputs(batches.dense(batches.check_logits(logits, head.logits_dimension))))
-        asked = (keys,) if isinstance(keys, str) else tuple(keys or outputs)
-        for key in asked:
-            if key not in outputs:
-                raise ValueError(f"Unknown prediction key {key!r}. Valid prediction keys include {list(outputs)}.")
-        return {key: value() if callable(value) else value for key, value in outputs.items() if key in asked}
+        return dict(head.signatures(head._predict(logits, None)))
 
     def metrics(self, regularization_losses: Any = None) -> Metrics:
         """Zero metrics: the identity of `+`. Keeps `regularization_loss` if a list is given."""
@@ -270,7 +280,8 @@ class Head(Configuration, abc.ABC):
         """
         if inputs.is_traced((labels, where)):
             raise ValueError("encode_labels works on the host: call it before the jitted step.")
-        return rules.encode(self.label_spec, labels, where, self.vocabulary)
+        to_array = functools.partial(self.to_array, ids=True)
+        return rules.encode(self.label_spec, labels, where, self.vocabulary, to_array)
 
     def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Predictions as NumPy arrays, with `classes` (where `class_ids` is there) and `all_classes` `[D0, n]`."""
@@ -317,7 +328,7 @@ class Head(Configuration, abc.ABC):
         """The same head with learned and running fields filled in from dicts as `init` and `init_state` make them."""
         return fields.bind(self, params)
 
-    # Machinery. A head made of heads overrides `_gather`, `_reduced_loss`, `_sums`, `_advance`, `observed` and `read`.
+    # Machinery. A head made of heads overrides what begins with an underscore here, and `observed` and `read`.
 
     def __post_init__(self):
         object.__setattr__(self, "loss_reduction", Reduction.of(self.loss_reduction))
@@ -351,7 +362,12 @@ class Head(Configuration, abc.ABC):
     def read(self, seen: Mapping[str, Any]) -> dict[tuple[str, str | None], Any]:
         """All metrics from views of what was observed, by key and the name that is appended to it."""
         values = {AVERAGE_LOSS: seen[AVERAGE_LOSS].mean, **self.summarize(seen)}
-        return {(key, self.name): value for key, value in values.items()}
+        return {(key, self.suffix): value for key, value in values.items()}
+
+    @property
+    def suffix(self) -> str | None:
+        """What is appended to the keys of the metrics."""
+        return self.name
 
     def _ready(self, params: Mapping[str, Any] | None) -> "Head":
         """The head with its parameters, or an error that says how to give them."""
@@ -377,6 +393,7 @@ class Head(Configuration, abc.ABC):
             weights_name=weights_name,
             per_logit_weights=self.per_logit_weights,
             label_vocabulary=self.vocabulary,
+            to_array=functools.partial(self.to_array, ids=False),
             check=check,
         )
         batch["features"] = columns.numeric_columns(features) if self.reads_features else {}
@@ -406,12 +423,64 @@ class Head(Configuration, abc.ABC):
             )
         return weights
 
+    def _predict(self, logits: Any, keys: Any) -> dict[str, Any]:
+        outputs: dict[str, Any] = dict(self.outputs(batches.dense(batches.check_logits(logits, self.logits_dimension))))
+        asked = (keys,) if isinstance(keys, str) else tuple(keys or outputs)
+        for key in asked:
+            if key not in outputs:
+                raise ValueError(f"Unknown prediction key {key!r}. Valid prediction keys include {list(outputs)}.")
+        return {key: value() if callable(value) else value for key, value in outputs.items() if key in asked}
+
+    def _normalizer(self, normalizer: Any) -> Any:
+        return inputs.as_normalizer(normalizer)
+
     def _reduced_loss(self, batch: dict[str, Any], normalizer: Any, axis_name: Any) -> jax.Array:
         """The loss of a gathered batch, without regularization."""
+        sums = self._loss_sums(batch)
+        return self._loss_of(sums if axis_name is None else jax.lax.psum(sums, axis_name), normalizer)
+
+    @property
+    def _loss_size(self) -> int:
+        """How many numbers `_loss_sums` gives."""
+        return 2
+
+    def _loss_sums(self, batch: dict[str, Any]) -> jax.Array:
+        """What the loss is made of, `[_loss_size]`, additive over devices: the weighted sum and its divisor."""
         elements = batches.clean(self.label_spec, batch)
         batches.debug_check(elements, type(self).__name__)
-        how = Reduction.of(self.loss_reduction)
-        return terms.reduced(self._term(elements), elements, how, normalizer, axis_name)
+        return terms.loss_sums(self._term(elements), elements, Reduction.of(self.loss_reduction))
+
+    def _loss_of(self, sums: jax.Array, normalizer: Any) -> jax.Array:
+        """The loss from sums over all devices; a normalizer is global already."""
+        if normalizer is not None:
+            return reduction.divide(sums[0], jnp.asarray(normalizer, jnp.float32))
+        return sums[0] if self.loss_reduction is Reduction.SUM else reduction.divide(*sums)
+
+    def _has_elements(self, sums: jax.Array) -> jax.Array:
+        """Whether anything was there to lose on."""
+        return sums[1] > 0
+
+    @property
+    def _has_divisor(self) -> bool:
+        """Whether `_sums_and_divisor` adds a number."""
+        return True
+
+    def _sums_and_divisor(self, batch: dict[str, Any]) -> jax.Array:
+        """`_sums`, and what the loss of all the elements that metrics count is divided by."""
+        elements = batches.clean(self.label_spec, batch)
+        bad = jnp.any(elements.bad, -1, keepdims=True)
+        good = elements._replace(weights=elements.counted, exists=elements.exists & ~bad)
+        by = terms.divisor(self._term(elements), good, Reduction.of(self.loss_reduction))
+        return jnp.concatenate([self._sums(batch), by[None]])
+
+    def read_loss(self, seen: Mapping[str, Any]) -> Any:
+        """The loss of all data seen, under the head's reduction; `seen` with the divisor."""
+        mean = seen[AVERAGE_LOSS]
+        return mean.total if self.loss_reduction is Reduction.SUM else mean.ratio(mean.total, seen[DIVISOR].total)
+
+    def _all_sums(self, batch: dict[str, Any]) -> jax.Array:
+        """`_sums`, of large batches tile by tile."""
+        return tiles.summed(self._sums, batch) if self.rowwise else self._sums(batch)
 
     def _sums(self, batch: dict[str, Any]) -> jax.Array:
         """The packed sums `[slots]` of a gathered batch: the bad elements, then what the head observes."""
@@ -433,7 +502,7 @@ class Head(Configuration, abc.ABC):
         features = (elements.features,) if _takes_features(type(self)) else ()
         losses = self.losses(elements.labels, elements.logits, *features)
         lead = tuple(elements.logits.shape)[:-1]
-        return terms.as_term(losses, lead, self.logits_dimension, type(self).__name__)
+        return terms.as_term(losses, lead, self.logits_dimension, type(self).__name__).scaled(elements.scale)
 
     def _observations(self, labels: Any, logits: jax.Array) -> Mapping[str, Observation]:
         """What `observe` gives, checked."""
@@ -454,7 +523,7 @@ def _measure(head: Head, batch: dict[str, Any]) -> jax.Array:
     """The packed sums `[slots, 1]` of one batch, with the regularization after the first, if it is kept."""
     head, batch = jax.lax.stop_gradient((head, batch))
     losses = batch["regularization"]
-    sums = tiles.summed(head._sums, batch) if head.rowwise else head._sums(batch)
+    sums = head._all_sums(batch)
     kept = [] if losses is None else [jnp.stack([inputs.add_scalars(losses), jnp.float32(1)])]
     return jnp.concatenate([sums[:1], *kept, sums[1:]])[:, None]
 

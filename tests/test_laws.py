@@ -20,9 +20,11 @@ import zoo
 from jax.experimental import checkify
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
-from zoo import ZOO, Entry
+from zoo import ZOO, Entry, MultiEntry, bounds_of, changed
 
 import jaxheads as jh
+from jaxheads.compose._abstract import AbstractCompositeHead
+from jaxheads.numerics import fields
 
 N = 8
 each = pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
@@ -50,8 +52,18 @@ def draw(entry: Entry, seed: int = 0, lead: tuple[int, ...] = (N,)) -> tuple[Any
     return entry.labels(rng, lead), entry.logits(rng, lead)
 
 
+def average_of(entry: Entry) -> str:
+    """The key of an average loss: of a `MultiHead`, that of its first head."""
+    return full_name(entry.parts[0] if entry.parts else entry, "average_loss")
+
+
+def part_like(tree: Any, like: Any) -> Any:
+    """The part of nested dicts that has the keys of others."""
+    return {key: part_like(tree[key], value) for key, value in like.items()} if isinstance(like, dict) else tree
+
+
 def full_name(entry: Entry, key: str) -> str:
-    return f"{key}/{entry.head.name}" if entry.head.name else key
+    return f"{key}/{entry.head.suffix}" if entry.head.suffix else key
 
 
 def added(parts: Iterable[jh.Metrics]) -> jh.Metrics:
@@ -85,8 +97,8 @@ def reduced(head: jh.Head):
 
     def run(labels, logits, weights, where, params):
         def one(reduction):
-            changed = dataclasses.replace(head, loss_reduction=reduction)
-            return jax.value_and_grad(lambda z: changed.loss(labels, z, weights=weights, where=where, params=params))
+            other = changed(head, loss_reduction=reduction)
+            return jax.value_and_grad(lambda z: other.loss(labels, z, weights=weights, where=where, params=params))
 
         return {reduction.value: one(reduction)(logits) for reduction in jh.Reduction}
 
@@ -140,17 +152,19 @@ def assert_values(got: dict[str, Any], expected: dict[str, float], *, rtol: floa
     """Every expected metric is there and right; an area is within what its bins leave."""
     assert set(expected) <= set(got)
     for key, value in expected.items():
-        if f"{key}/lower" in got and not np.isnan(value):
-            assert got[f"{key}/lower"] - 1e-6 - slack <= value <= got[f"{key}/upper"] + 1e-6 + slack, key
-            assert got[f"{key}/lower"] <= got[key] <= got[f"{key}/upper"], key
+        bounds = bounds_of(got, key)
+        if bounds and not np.isnan(value):
+            lower, upper = bounds
+            assert lower - 1e-6 - slack <= value <= upper + 1e-6 + slack, key
+            assert lower <= got[key] <= upper, key
         else:
             np.testing.assert_allclose(got[key], value, rtol=rtol, atol=2e-6, err_msg=key)
 
 
-def assert_same_values(a: jh.Metrics, b: jh.Metrics, rtol: float = 1e-6) -> None:
+def assert_same_values(a: jh.Metrics, b: jh.Metrics, rtol: float = 1e-6, but: str | None = None) -> None:
     x, y = a.compute(bounds=True), b.compute(bounds=True)
     assert list(x) == list(y)
-    for key in x:
+    for key in (key for key in x if but is None or not key.startswith(but)):
         np.testing.assert_allclose(x[key], y[key], rtol=rtol, atol=1e-6, err_msg=key)
 
 
@@ -170,7 +184,7 @@ def test_loss_is_the_oracles_under_every_reduction(entry):
     def losses(labels, logits):
         out = {}
         for reduction in jh.Reduction:
-            head = dataclasses.replace(entry.head, loss_reduction=reduction)
+            head = changed(entry.head, loss_reduction=reduction)
             out[reduction.value] = (
                 head.loss(labels, logits, **plain),
                 head.loss(labels, logits, **masked),
@@ -196,20 +210,25 @@ def test_loss_gradient_and_metrics_are_the_oracles(entry, seed, where, weights):
     loss, gradient, _, measured = step(entry.head)(labels, logits, weights, where, entry.params())
     np.testing.assert_allclose(loss, entry.expected_loss(labels, logits, weights, where), rtol=2e-6, atol=2e-6)
     np.testing.assert_allclose(gradient, expected_gradient(entry, labels, logits, weights, where), rtol=1e-5, atol=2e-6)
-    assert_values(measured.compute(bounds=True), entry.expected_metrics(labels, logits, weights, where))
+    values = measured.compute(bounds=True)
+    assert_values(values, entry.expected_metrics(labels, logits, weights, where))
+    if isinstance(entry, MultiEntry) and (where & (weights > 0)).any():
+        assert_values(values, entry.expected_losses(labels, logits, weights, where))
 
 
 @each
 def test_gradient_to_learned_fields_is_the_oracles(entry):
     labels, logits = draw(entry)
-    params = entry.params()
+    params, learned = entry.params(), entry.head.init(jax.random.key(0))
     _, _, gradients, _ = step(entry.head)(labels, logits, ONES, ALL, params)
-    for name in entry.head.init(jax.random.key(0)):
+    leaves, tree = jax.tree.flatten(learned)
+    for i, gradient in enumerate(jax.tree.leaves(part_like(gradients, learned))):
 
-        def loss(value, name=name):
-            return entry.expected_loss(labels, logits, params={**params, name: value})
+        def loss(value, i=i):
+            changes = jax.tree.unflatten(tree, [*leaves[:i], value, *leaves[i + 1 :]])
+            return entry.expected_loss(labels, logits, params=fields.merge(entry.head.init_state(), changes))
 
-        np.testing.assert_allclose(gradients[name], slope(loss, params[name]), rtol=1e-5, atol=2e-6)
+        np.testing.assert_allclose(gradient, slope(loss, leaves[i]), rtol=1e-5, atol=2e-6)
 
 
 def test_threshold_metrics_by_hand():
@@ -368,7 +387,7 @@ def test_weight_two_is_twice(entry):
         np.testing.assert_allclose(double[got][0], factor * single[got][0], rtol=1e-6)
         np.testing.assert_allclose(double[got][1], factor * single[got][1], rtol=1e-6, atol=1e-7)
     measured = head.measure(labels, logits, weights=weights, params=params)
-    assert_same_values(measured, head.measure(*more, params=params))
+    assert_same_values(measured, head.measure(*more, params=params), but="loss/")
 
 
 def test_soft_labels_are_split_weights():
@@ -483,7 +502,7 @@ def test_scan_carry_keeps_its_type(entry):
 @each
 def test_strangers_are_refused(entry):
     head = entry.head
-    stranger = dataclasses.replace(head, name="stranger")
+    stranger = changed(head, name="stranger")
     with pytest.raises(ValueError, match="different heads") as error:
         _ = head.metrics() + stranger.metrics()
     assert repr(head) in str(error.value)
@@ -507,7 +526,7 @@ def test_strangers_are_refused(entry):
 def test_regularization_is_the_mean_over_updates(entry):
     labels, logits = draw(entry)
     head, params = entry.head, entry.params()
-    key, average = full_name(entry, "regularization_loss"), full_name(entry, "average_loss")
+    key, average = full_name(entry, "regularization_loss"), average_of(entry)
     metrics = head.metrics(regularization_losses=[])
     assert np.isnan(metrics.compute()[key])
     for losses in ([0.5, 0.25], [1.0, 0.0], [0.0, 0.0]):
@@ -620,7 +639,7 @@ def test_low_precision_weights_count_exactly(entry):
     labels, logits = draw(entry, 11, (301,))
     rounded = jnp.asarray(logits, jnp.bfloat16)
     ones = jnp.ones((301, 1), jnp.bfloat16)
-    head = dataclasses.replace(entry.head, loss_reduction="mean")
+    head = changed(entry.head, loss_reduction="mean")
     rest = {"weights": ones, "params": entry.params()}
     loss = jax.jit(lambda z: head.loss(labels, z, **rest))(rounded)
     exact = np.asarray(rounded, np.float64)
@@ -652,7 +671,7 @@ def test_float64_mode(entry):
         loss, gradient, metrics, predictions = run(head.metrics(), labels, z, weights)
         assert loss.dtype == metrics.state.dtype == jnp.float32
         assert gradient.dtype == jnp.float64
-        assert all(value.dtype in (jnp.float32, jnp.int32) for value in predictions.values())
+        assert all(value.dtype in (jnp.float32, jnp.int32) for value in jax.tree.leaves(predictions))
         np.testing.assert_allclose(loss, entry.expected_loss(labels, logits), rtol=2e-6, atol=2e-6)
         assert_values(metrics.compute(bounds=True), entry.expected_metrics(labels, logits))
 
@@ -701,11 +720,11 @@ def test_extreme_logits(entry, size):
         expected = entry.expected_loss(labels, logits)
         metrics = entry.expected_metrics(labels, logits)
         metrics = {key: float(np.float32(value)) for key, value in metrics.items()}
-    average = full_name(entry, "average_loss")
-    if np.isinf(metrics[average]):
+    averages = [key for key in metrics if key.startswith("average_loss")]
+    if any(np.isinf(metrics[key]) for key in averages):
         assert loss == np.inf
         assert not np.isnan(gradient).any()
-        assert measured.compute()[average] == np.inf
+        assert all(measured.compute()[key] == np.inf for key in averages if np.isinf(metrics[key]))
         return
     np.testing.assert_allclose(loss, expected, rtol=2e-6)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradient, to_params)))
@@ -777,15 +796,18 @@ def test_wrong_shapes_are_refused_with_both_shapes(entry):
     refused("0 and 1", where=np.full((N, 1), 2))
     refused("labels", labels=None)
     for rows in (1, N - 1):
-        shapes = {str((rows, x.shape[-1])) for x in jax.tree.leaves(labels)}
+        # A MultiHead stops at its first head.
+        first = [labels[entry.parts[0].head.name]] if entry.parts else jax.tree.leaves(labels)
+        shapes = {str((rows, x.shape[-1])) for x in first}
         refused("Suggested Fix", *shapes, N, labels=jax.tree.map(lambda x, rows=rows: x[:rows], labels))
     wide = jax.tree.map(lambda x: np.concatenate([x, x], -1), labels)
     refused("Suggested Fix", 2 * jax.tree.leaves(labels)[0].shape[-1], labels=wide)
     refused("", labels=jax.tree.map(lambda x: x.astype(str), labels))
     refused("", labels=jax.tree.map(lambda x: x.astype(np.complex64), labels))
     if isinstance(labels, dict):
-        refused(*labels, labels=labels["time"])
-        refused(*labels, labels={"time": labels["time"]})
+        one = next(iter(labels))
+        refused(*labels, labels=labels[one])
+        refused(*labels, labels={one: labels[one]})
     with pytest.raises(ValueError, match="sparse"):
         head.loss(labels, logits, mode="sparse", params=params)
 
@@ -794,17 +816,19 @@ def test_wrong_shapes_are_refused_with_both_shapes(entry):
 def test_wrong_keys_and_parameters_are_refused_by_name(entry):
     head, params = entry.head, entry.params()
     labels, logits = draw(entry)
-    valid = list(head.predictions(logits, params=params))
     with pytest.raises(ValueError, match="nonsense") as error:
         head.predictions(logits, ("nonsense",), params=params)
-    assert all(key in str(error.value) for key in valid)
-    for key in valid:
-        assert list(head.predictions(logits, key, params=params)) == [key]
-    weighted = dataclasses.replace(head, weight_column="w")
-    with pytest.raises(ValueError, match="weights="):
-        weighted.loss(labels, logits, {"w": ONES}, weights=ONES, params=params)
-    with pytest.raises(ValueError, match=r"Feature w .*\['v'\]"):
-        weighted.loss(labels, logits, {"v": ONES}, params=params)
+    if not isinstance(head, jh.MultiHead):
+        valid = list(head.predictions(logits, params=params))
+        assert all(key in str(error.value) for key in valid)
+        for key in valid:
+            assert list(head.predictions(logits, key, params=params)) == [key]
+    weighted = changed(head, weight_column="w")
+    if not isinstance(head, jh.SequentialHeadWrapper):
+        with pytest.raises(ValueError, match="weights="):
+            weighted.loss(labels, logits, {"w": ONES}, weights=ONES, params=params)
+        with pytest.raises(ValueError, match=r"Feature w .*\['v'\]"):
+            weighted.loss(labels, logits, {"v": ONES}, params=params)
     with pytest.raises(ValueError, match="w"):
         weighted.loss(labels, logits, params=params)
     with pytest.raises(ValueError, match="unknown"):
@@ -821,9 +845,9 @@ def test_wrong_keys_and_parameters_are_refused_by_name(entry):
     ):
         with pytest.raises(ValueError, match=r"params=(.|\n)*bind"):
             call()
-    name, value = next(iter(params.items()))
-    with pytest.raises(ValueError, match=name):
-        head.bind({name: np.zeros((*np.shape(value), 7), np.float32)})
+    path, _ = jax.tree.leaves_with_path(params)[0]
+    with pytest.raises(ValueError, match=path[-1].key):
+        head.bind(jax.tree.map(lambda value: np.zeros((*np.shape(value), 7), np.float32), params))
 
 
 @each_refusing
@@ -884,7 +908,7 @@ def test_illegal_weights(entry, weight):
     loss, gradient, _, measured = step(head)(labels, logits, weights, ALL, params)
     assert np.isnan(loss)
     assert np.isnan(gradient[2]).all()
-    with pytest.warns(jh.BadInputWarning, match=r"\b1 element"):
+    with pytest.warns(jh.BadInputWarning, match=rf"\b{len(entry.parts) or 1} element"):
         values = measured.compute(bounds=True)
     assert_values(values, entry.expected_metrics(labels, logits, where=where))
     loss, gradient, _, measured = step(head)(labels, logits, weights, where, params)
@@ -921,7 +945,7 @@ def test_checkify_gives_the_message(entry):
     checked = jax.jit(checkify.checkify(jax.jit(loss), errors=checkify.user_checks))
     error, value = checked(bad, logits, ALL)
     assert "illegal label or weight" in error.get()
-    assert type(head).__name__ in error.get()
+    assert type(getattr(head, "static_head", head)).__name__ in error.get()
     assert np.isnan(value)
     error, value = checked(bad, logits, (np.arange(N) != 1)[:, None])
     assert error.get() is None
@@ -937,7 +961,7 @@ def test_nan_logits_are_visible(entry):
     logits[3] = np.nan
     loss, *_, measured = step(entry.head)(labels, logits, ONES, ALL, entry.params())
     assert np.isnan(loss)
-    assert np.isnan(measured.compute()[full_name(entry, "average_loss")])
+    assert np.isnan(measured.compute()[average_of(entry)])
 
 
 # Law 9: one trace, one answer
@@ -945,7 +969,8 @@ def test_nan_logits_are_visible(entry):
 
 @each
 def test_one_trace_for_many_steps(entry, monkeypatch):
-    cls = type(entry.head)
+    head = getattr(entry.head, "static_head", entry.head)
+    cls = type(head.heads[0] if isinstance(head, jh.MultiHead) else head)
     original, traces = cls.losses, []
 
     def counting(self, *args):
@@ -954,11 +979,14 @@ def test_one_trace_for_many_steps(entry, monkeypatch):
 
     counting.__signature__ = inspect.signature(original)  # pyright: ignore[reportFunctionMemberAccess]
     monkeypatch.setattr(cls, "losses", counting)
-    params, optimizer = entry.params(), optax.sgd(0.1)
+    optimizer = optax.sgd(0.1)
     rows = 7  # a shape that no other test compiles
 
     def again():
-        return dataclasses.replace(entry.head, name="traced")
+        # Equal, and built anew; of a MultiHead, labels go by the names.
+        return dataclasses.replace(entry.head) if entry.parts else changed(entry.head, name="traced")
+
+    params = entry.params()
 
     @jax.jit
     def train(head, bias, opt_state, labels, logits):
@@ -972,16 +1000,18 @@ def test_one_trace_for_many_steps(entry, monkeypatch):
     for seed in range(3):
         bias, opt_state = train(again(), bias, opt_state, *draw(entry, seed, (rows,)))
     assert traces == ["train", 1]
-    traces.clear()
-    for seed in range(3):
-        labels, logits = draw(entry, seed, (rows,))
-        metrics = again().update_metrics(metrics, None, logits, labels, params=params)
-    assert len(traces) == 1
-    traces.clear()
-    for seed in range(3):
-        labels, logits = draw(entry, seed, (rows,))
-        again().measure(labels, logits, params=params)
-    assert len(traces) == 1
+
+    def update(metrics, labels, logits):
+        return again().update_metrics(metrics, None, logits, labels, params=params)
+
+    for call in (update, lambda _, labels, logits: again().measure(labels, logits, params=params)):
+        traces.clear()
+        metrics = call(metrics, *draw(entry, 0, (rows,)))
+        once = len(traces)
+        assert once >= 1
+        for seed in (1, 2):
+            metrics = call(again().metrics(), *draw(entry, seed, (rows,)))
+        assert len(traces) == once
 
 
 @each
@@ -998,8 +1028,7 @@ def test_eager_equals_jit(entry):
     predictions = head.predictions(logits, params=params)
     compiled = jax.jit(lambda head, z, params: head.predictions(z, params=params))(head, logits, params)
     assert set(predictions) == set(compiled)
-    for key, value in predictions.items():
-        np.testing.assert_allclose(value, compiled[key], rtol=1e-6, atol=1e-7, err_msg=key)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), predictions, compiled)
 
 
 @each
@@ -1083,13 +1112,16 @@ def test_unbound_heads_are_values(entry):
     assert jax.tree.unflatten(jax.tree.structure(head), []) == head
     if not has_callables(head):
         assert eval(repr(head), {**vars(zoo), **vars(jh)}) == head
+    assert changed(head, loss_reduction="auto").loss_reduction is jh.Reduction.SUM_OVER_BATCH_SIZE
     for change in ({"name": "other"}, {"weight_column": "w"}, {"loss_reduction": jh.Reduction.SUM_BY_NONZERO_WEIGHTS}):
-        other = dataclasses.replace(head, **change)
+        other = changed(head, **change)
+        assert type(other) is type(head)
+        if isinstance(head, AbstractCompositeHead):
+            assert other != head
+            continue
         name, value = next(iter(change.items()))
         assert getattr(other, name) == value
         assert (other == head) == (getattr(head, name) == value)
-        assert type(other) is type(head)
-    assert dataclasses.replace(head, loss_reduction="auto").loss_reduction is jh.Reduction.SUM_OVER_BATCH_SIZE
     assert head != "a head"
     with pytest.raises(dataclasses.FrozenInstanceError):
         head.name = "changed"
@@ -1112,7 +1144,7 @@ def test_bound_heads_carry_their_parameters(entry):
         jax.tree.map(np.testing.assert_array_equal, copy, bound)
         assert jax.tree.structure(copy) == jax.tree.structure(bound)
         np.testing.assert_allclose(loss(copy), entry.expected_loss(labels, logits), rtol=2e-6, atol=2e-6)
-    assert dataclasses.replace(bound, name="n").name == "n"
+    assert "n" in changed(bound, name="n").name.split("_")
     if params:
         for forbidden in (lambda: hash(bound), lambda: bound == head.bind(params)):
             with pytest.raises(ValueError, match="bound"):
@@ -1129,12 +1161,12 @@ def test_optax_moves_what_is_learned_and_nothing_else(entry):
     labels, logits = draw(entry, 26)
     learned, state = head.init(jax.random.key(1)), head.init_state()
     *_, gradients, _ = step(head)(labels, logits, ONES, ALL, {**learned, **state})
-    updates, _ = optimizer.update({name: gradients[name] for name in learned}, optimizer.init(learned))
+    updates, _ = optimizer.update(part_like(gradients, learned), optimizer.init(learned))
     moved: Any = optax.apply_updates(learned, updates)
     before = entry.expected_loss(labels, logits, params={**learned, **state})
     after = entry.expected_loss(labels, logits, params={**moved, **state})
-    for name in learned:
-        assert np.abs(moved[name] - learned[name]).max() > 0
+    for new, old in zip(jax.tree.leaves(moved), jax.tree.leaves(learned), strict=True):
+        assert np.abs(new - old).max() > 0
     assert after < before or not learned
     # Every call reads the values that it is given.
     bound = {**moved, **state}
@@ -1225,7 +1257,12 @@ def test_sequences_in_static_fields_become_tuples_and_arrays_are_refused():
 # Features
 
 
-@each
+@pytest.mark.parametrize(
+    # A sequence's features hold its mask: tests of its own.
+    "entry",
+    [entry for entry in ZOO if entry.name != "sequential"],
+    ids=lambda entry: entry.name,
+)
 def test_features_may_hold_strings(entry):
     labels, logits = draw(entry, 29)
     params, weights = entry.params(), np.linspace(0, 2, N, dtype=np.float32)
@@ -1233,10 +1270,10 @@ def test_features_may_hold_strings(entry):
     metrics = entry.expected_metrics(labels, logits, weights)
     features = {"w": weights, "who": np.array(["ann", "bob"] * 4), "words": [["x"], ["y", "z"]] * 4, "none": None}
     for column, given in (("w", features), ("w", {**features, "w": weights.tolist()}), (lambda f: f["w"], features)):
-        head = dataclasses.replace(entry.head, weight_column=column)
+        head = changed(entry.head, weight_column=column)
         loss = head.loss(labels, logits, given, params=params)
         np.testing.assert_allclose(loss, expected, rtol=2e-6, atol=2e-6)
-    head = dataclasses.replace(entry.head, weight_column="w")
+    head = changed(entry.head, weight_column="w")
     closed = jax.jit(lambda z: head.loss(labels, z, features, params=params))(logits)
     np.testing.assert_allclose(closed, expected, rtol=2e-6, atol=2e-6)
     updated = head.update_metrics(head.metrics(), features, logits, labels, params=params)
@@ -1380,8 +1417,8 @@ def test_linear_logits_are_multiplied_logits(entry):
     np.testing.assert_allclose(gradient.bias, to_logits.sum(0), rtol=1e-4, atol=3e-6)
     assert_values(measured.compute(bounds=True), entry.expected_metrics(labels, exact, weights, where), rtol=5e-6)
     dense = exact.astype(np.float32)
-    for key, value in entry.head.predictions(lazy, params=params).items():
-        np.testing.assert_allclose(value, entry.head.predictions(dense, params=params)[key], rtol=2e-5, atol=1e-6)
+    both = (entry.head.predictions(z, params=params) for z in (lazy, dense))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), *both)
     without = jh.LinearLogits(lazy.hidden, lazy.kernel)
     plain = entry.head.loss(labels, without, params=params)
     np.testing.assert_allclose(plain, entry.expected_loss(labels, exact - lazy.bias), rtol=5e-6, atol=2e-6)

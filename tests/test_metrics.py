@@ -130,10 +130,8 @@ def test_weights_of_any_size(weight):
     np.testing.assert_allclose([values["accuracy"], values["auc"]], [1.75 / 2.75, 1.0], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "bins", [jh.LogitGrid(), jh.LogitGrid(n=20_000), jh.ThresholdGrid(200), jh.ThresholdGrid(10_001)], ids=repr
-)
-@pytest.mark.parametrize("rows", [5, 1000, 100_000])
+@pytest.mark.parametrize("bins", [jh.LogitGrid(), jh.LogitGrid(n=20_000), jh.ThresholdGrid(200)], ids=repr)
+@pytest.mark.parametrize("rows", [5, 100_000])
 def test_compute_inside_jit_is_compute_outside(rows, bins):
     rng = np.random.default_rng(6)
     head = jh.BinaryClassHead(bins=bins, thresholds=(0.1, 0.3, 0.5))

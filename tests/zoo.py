@@ -28,6 +28,7 @@ class Entry:
             dense rows alone (`weights [..., 1]`, all positive); absent for what has no closed form.
         count: `labels -> [..., 1 or d]`, the oracle of a term's own element count; None for one an element.
         illegal: a label that must be refused, or None if every finite number is legal.
+        parts: the entries of the heads of a `MultiHead`, in order.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Entry:
     metrics: Callable[[Any, np.ndarray, np.ndarray, Any], dict[str, float]] = lambda *_: {}
     count: Callable[[Any], np.ndarray] | None = None
     illegal: float | None = None
+    parts: "tuple[Entry, ...]" = ()
 
     def params(self) -> dict[str, Any]:
         """Learned and running fields together, as `params=` takes them."""
@@ -92,7 +94,86 @@ class Entry:
             weight = (np.broadcast_to(counts, values.shape) * weights).sum()
             average = float((values * weights).sum() / weight) if weight else np.nan
             out = {"average_loss": average, **self.metrics(labels, logits, weights, params)}
-        return {f"{key}/{self.head.name}" if self.head.name else key: value for key, value in out.items()}
+        return {f"{key}/{self.head.suffix}" if self.head.suffix else key: value for key, value in out.items()}
+
+
+def bounds_of(got: dict[str, Any], key: str) -> tuple[float, float] | None:
+    """The interval of a metric that has one: `auc/lower/NAME` for `auc/NAME`."""
+    parts = key.split("/")
+    for i in range(1, len(parts) + 1):
+        lower, upper = ("/".join([*parts[:i], end, *parts[i:]]) for end in ("lower", "upper"))
+        if lower in got:
+            return got[lower], got[upper]
+    return None
+
+
+def changed(head: Any, **changes: Any) -> Any:
+    """`dataclasses.replace`; of a head made of heads, which says nothing of this itself, in all heads inside."""
+    if set(changes) <= {field.name for field in dataclasses.fields(head)}:
+        return dataclasses.replace(head, **changes)
+    if isinstance(head, jh.SequentialHeadWrapper):
+        return dataclasses.replace(head, static_head=changed(head.static_head, **changes))
+    names = [{"name": f"{changes['name']}_{inner.name}"} if "name" in changes else {} for inner in head.heads]
+    inside = zip(head.heads, names, strict=True)
+    return dataclasses.replace(head, heads=[changed(inner, **{**changes, **name}) for inner, name in inside])
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiEntry(Entry):
+    """A `MultiHead`: its oracle is the sum of its heads'."""
+
+    @classmethod
+    def of(cls, name: str, parts: tuple[Entry, ...], head_weights: Any = None) -> "MultiEntry":
+        head = jh.MultiHead([part.head for part in parts], head_weights)
+
+        def labels(rng: np.random.Generator, lead: tuple[int, ...]) -> dict[str, Any]:
+            return {str(part.head.name): part.labels(rng, lead) for part in parts}
+
+        def losses(labels: Any, logits: Any, params: Any) -> np.ndarray:
+            raise NotImplementedError("a MultiHead has no per-element loss of its own")
+
+        return cls(name, head, labels, losses, parts=parts)
+
+    def _each(self, labels: Any, logits: Any, params: Any):
+        params = self.params() if params is None else params
+        stop = 0
+        for part in self.parts:
+            start, stop = stop, stop + part.head.logits_dimension
+            name = part.head.name
+            yield part, labels[name], np.asarray(logits)[..., start:stop], params.get(name, {})
+
+    def expected_loss(
+        self,
+        labels: Any,
+        logits: Any,
+        weights: Any = None,
+        where: Any = None,
+        params: Any = None,
+        reduction: Any = None,
+        normalizer: float | None = None,
+    ) -> float:
+        factors = getattr(self.head, "head_weights", None) or (1.0,) * len(self.parts)
+        return sum(
+            factor * part.expected_loss(y, z, weights, where, inner, reduction, normalizer)
+            for factor, (part, y, z, inner) in zip(factors, self._each(labels, logits, params), strict=True)
+        )
+
+    def expected_metrics(
+        self, labels: Any, logits: Any, weights: Any = None, where: Any = None, params: Any = None
+    ) -> dict[str, float]:
+        out: dict[str, float] = {}
+        for part, y, z, inner in self._each(labels, logits, params):
+            out |= part.expected_metrics(y, z, weights, where, inner)
+        return out
+
+    def expected_losses(
+        self, labels: Any, logits: Any, weights: Any = None, where: Any = None, params: Any = None
+    ) -> dict[str, float]:
+        """`loss/NAME`, which weights change as the reductions say: a row of weight 2 is not that row twice."""
+        return {
+            f"loss/{part.head.name}": part.expected_loss(y, z, weights, where, inner)
+            for part, y, z, inner in self._each(labels, logits, params)
+        }
 
 
 class OrdinalHead(jh.Head):
@@ -289,6 +370,25 @@ def multi_class_metrics(labels, logits, weights, params):
     return {"accuracy": mean(logits.argmax(-1, keepdims=True) == labels, weights)}
 
 
+def multi_label_losses(labels, logits, params):
+    return cross_entropy(labels, logits, params).mean(-1, keepdims=True)
+
+
+def multi_label_metrics(labels, logits, weights, params):
+    """All entries as examples of one histogram; class 1 by itself."""
+    every = binary_metrics(labels, logits, weights, params)
+    of_one = binary_metrics(labels[..., 1:2], logits[..., 1:2], weights, params)
+    out = {"auc": every["auc"], "auc/class1": of_one["auc"], "probability_mean/class1": of_one["prediction/mean"]}
+    # Positive is p > 0.5, z > 0.
+    return out | {f"{key}/positive_threshold_0.5": every[key] for key in ("accuracy", "precision", "recall")}
+
+
+def poisson_losses(labels, logits, params):
+    y = np.maximum(labels, 2.0)
+    stirling = np.where(labels > 1, labels * np.log(y) - labels + 0.5 * np.log(2 * np.pi * y), 0)
+    return np.exp(logits) - labels * logits + stirling
+
+
 def ordinal_metrics(labels, logits, weights, params):
     ids = (logits > np.asarray(params["cuts"], np.float64)).sum(-1, keepdims=True)
     return {
@@ -307,6 +407,14 @@ def bits(rng, lead):
 
 def soft(rng, lead):
     return np.round(rng.random((*lead, 1)) * 8).astype(np.float32) / 8
+
+
+def counts(rng, lead):
+    return rng.poisson(2.0, (*lead, 2)).astype(np.float32)
+
+
+def multi_hot(n):
+    return lambda rng, lead: rng.integers(0, 2, (*lead, n)).astype(np.int32)
 
 
 def ids(n):
@@ -379,5 +487,54 @@ ZOO = (
         lambda y, z, p: y["time"] * np.exp(z) - y["event"] * z,
         lambda y, z, w, p: {"event_rate": mean(y["event"], w)},
         count=lambda y: y["event"].astype(np.float64),
+    ),
+    Entry(
+        "poisson",
+        jh.PoissonRegressionHead(2),
+        counts,
+        poisson_losses,
+        regression_metrics(np.exp),
+        illegal=-1,
+    ),
+    Entry(
+        "logistic",
+        jh.LogisticRegressionHead(loss_reduction="sum_by_nonzero_weights"),
+        soft,
+        cross_entropy,
+        regression_metrics(sigmoid),
+        illegal=1.5,
+    ),
+    Entry(
+        "multi_label",
+        jh.MultiLabelHead(3, thresholds=(0.5,), classes_for_class_based_metrics=(1,)),
+        multi_hot(3),
+        multi_label_losses,
+        multi_label_metrics,
+        illegal=2,
+    ),
+)
+
+
+def _named(name: str, entry_name: str, **changes: Any) -> Entry:
+    """The entry of a head in the zoo, under a name of its own."""
+    entry = next(entry for entry in ZOO if entry.name == entry_name)
+    return dataclasses.replace(entry, head=dataclasses.replace(entry.head, name=name, **changes))
+
+
+ZOO += (
+    MultiEntry.of(
+        "multi_head",
+        (
+            _named("late", "binary"),
+            _named("stars", "ordinal", loss_reduction="mean"),
+            _named("minutes", "poisson", loss_reduction="sum_by_nonzero_weights"),
+        ),
+        (1.0, 2.0, 0.25),
+    ),
+    # Without features all steps are there, at any leading shape; masks have tests of their own.
+    dataclasses.replace(
+        _named("s", "multi_class"),
+        name="sequential",
+        head=jh.SequentialHeadWrapper(jh.MultiClassHead(5, name="s")),
     ),
 )

@@ -1,5 +1,7 @@
 """What several heads share."""
 
+import abc
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -8,9 +10,50 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxheads.head import Head
+from jaxheads.metrics import ScoresView
+from jaxheads.metrics.grids import AbstractGrid
 from jaxheads.numerics import stable
 
 CALLED = ("labels", "logits", "features")
+
+
+class AbstractLossFnHead(Head):
+    """A head whose losses the user may replace by a `loss_fn`."""
+
+    _: dataclasses.KW_ONLY
+    loss_fn: Callable[..., Any] | None = None
+
+    @abc.abstractmethod
+    def standard_losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
+        """The head's own losses, `[..., loss_size]`."""
+
+    @property
+    def loss_size(self) -> int:
+        """The last axis of the losses."""
+        return 1
+
+    def validate(self) -> None:
+        check_loss_fn(self.loss_fn)
+
+    @property
+    def reads_features(self) -> bool:
+        return takes_features(self.loss_fn)
+
+    @property
+    def rowwise(self) -> bool:
+        return self.loss_fn is None
+
+    def losses(self, labels: jax.Array, logits: jax.Array, features: Any = None) -> jax.Array:
+        if self.loss_fn is None:
+            return self.standard_losses(labels, logits)
+        return call_loss_fn(self.loss_fn, labels, logits, features, self.loss_size)
+
+
+def check_label_dimension(dimension: Any) -> None:
+    """Refuses what is no positive integer."""
+    if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 1:
+        raise ValueError(f"Invalid label_dimension {dimension!r}: expected an integer of at least 1.")
 
 
 def check_loss_fn(loss_fn: Any) -> None:
@@ -86,6 +129,21 @@ def check_thresholds(thresholds: Any) -> None:
                 f"thresholds {printed[f'{t:g}']!r} and {t!r} print alike (%g) and would share the metric keys "
                 f"positive_threshold_{t:g}. Leave one out."
             )
+
+
+def check_bins(bins: Any) -> None:
+    """Refuses what is no grid."""
+    if not isinstance(bins, AbstractGrid):
+        raise ValueError(f"bins must be jh.LogitGrid(...) or jh.ThresholdGrid(n). Given {bins!r}.")
+
+
+def at_thresholds(scores: ScoresView, thresholds: Any) -> dict[str, Any]:
+    """`accuracy|precision|recall/positive_threshold_t` for each threshold."""
+    return {
+        f"{key}/positive_threshold_{t:g}": getattr(scores.at(t), key)
+        for t in thresholds or ()
+        for key in ("accuracy", "precision", "recall")
+    }
 
 
 def class_id_outputs(logits: jax.Array, n: int) -> dict[str, Any]:

@@ -1,21 +1,21 @@
 """Two classes, one logit."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxheads import losses
-from jaxheads.head import Head, LabelSpec, WeightColumn
+from jaxheads import losses, spec
+from jaxheads.head import LabelSpec, WeightColumn
 from jaxheads.heads import _abstract
 from jaxheads.metrics import LogitGrid, Mean, Observation, Scores
 from jaxheads.metrics.grids import AbstractGrid
 from jaxheads.numerics import stable, vocabulary
 
 
-class BinaryClassHead(Head):
+class BinaryClassHead(_abstract.AbstractLossFnHead):
     """Binary classification from one logit.
 
     **Domain**: `labels` in [0, 1], `[D0, ..., DN, 1]` or `[D0, ..., DN]`; int, bool, soft labels, or (eagerly, or
@@ -60,13 +60,22 @@ class BinaryClassHead(Head):
     >>> values = head.measure(labels=labels, logits=logits).compute()
     >>> values["auc"], values["recall/positive_threshold_0.3"]
     (np.float32(0.75), np.float32(1.0))
+
+    The original's documented example:
+
+    >>> head = jh.BinaryClassHead()
+    >>> labels, logits = jnp.array([1, 1]), jnp.array([[45.0], [-41.0]])
+    >>> float(head.loss(labels=labels, logits=logits))  # (0 + 41) / 2
+    20.5
+    >>> values = head.measure(labels=labels, logits=logits).compute(undefined=0.0)
+    >>> print(*(f"{key} {values[key]:.2f}" for key in ("accuracy", "precision", "recall", "auc")))
+    accuracy 0.50 precision 1.00 recall 0.50 auc 0.00
     """
 
     weight_column: WeightColumn = None  # the original's first argument: here by position too
     _: dataclasses.KW_ONLY
     thresholds: Sequence[float] | None = None
     label_vocabulary: Sequence[str] | None = None
-    loss_fn: Callable[..., Any] | None = None
     bins: AbstractGrid = LogitGrid()
 
     logits_dimension = 1
@@ -74,26 +83,15 @@ class BinaryClassHead(Head):
     def validate(self) -> None:
         vocabulary.check(self.label_vocabulary, 2, "BinaryClassHead")
         _abstract.check_thresholds(self.thresholds or ())
-        _abstract.check_loss_fn(self.loss_fn)
-        if not isinstance(self.bins, AbstractGrid):
-            raise ValueError(f"bins must be jh.LogitGrid(...) or jh.ThresholdGrid(n). Given {self.bins!r}.")
+        super().validate()
+        _abstract.check_bins(self.bins)
 
     @property
     def label_spec(self) -> LabelSpec:
         return LabelSpec(1, "float", 0, 1)
 
-    @property
-    def reads_features(self) -> bool:
-        return _abstract.takes_features(self.loss_fn)
-
-    @property
-    def rowwise(self) -> bool:
-        return self.loss_fn is None
-
-    def losses(self, labels: jax.Array, logits: jax.Array, features: Any = None) -> jax.Array:
-        if self.loss_fn is None:
-            return losses.sigmoid_cross_entropy(labels, logits)
-        return _abstract.call_loss_fn(self.loss_fn, labels, logits, features, 1)
+    def standard_losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
+        return losses.sigmoid_cross_entropy(labels, logits)
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {
@@ -114,7 +112,7 @@ class BinaryClassHead(Head):
         scores = seen["scores"]
         decided = scores.at_zero()
         larger = scores.xp.maximum(scores.positives, scores.negatives)
-        out = {
+        return {
             "accuracy": decided.accuracy,
             "precision": decided.precision,
             "recall": decided.recall,
@@ -123,12 +121,11 @@ class BinaryClassHead(Head):
             "accuracy_baseline": scores.ratio(larger, scores.positives + scores.negatives),
             "auc": scores.roc_auc(),
             "auc_precision_recall": scores.pr_auc(),
+            **_abstract.at_thresholds(scores, self.thresholds),
         }
-        for t in self.thresholds or ():
-            at = scores.at(t)
-            for key in ("accuracy", "precision", "recall"):
-                out[f"{key}/positive_threshold_{t:g}"] = getattr(at, key)
-        return out
+
+    def signatures(self, predictions: Mapping[str, Any]) -> dict[str, spec.ExportOutput]:
+        return spec.classification_signatures(predictions, self.class_names(), regression="logistic")
 
     def class_names(self) -> tuple[str, ...]:
         return tuple(self.label_vocabulary or ()) or tuple(map(str, range(2)))

@@ -1,20 +1,20 @@
 """One of n classes."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxheads import losses
-from jaxheads.head import Head, LabelSpec
+from jaxheads import losses, spec
+from jaxheads.head import LabelSpec
 from jaxheads.heads import _abstract
 from jaxheads.metrics import Mean, Observation
 from jaxheads.numerics import stable, vocabulary
 
 
-class MultiClassHead(Head):
+class MultiClassHead(_abstract.AbstractLossFnHead):
     """Classification into one of `n_classes` classes.
 
     **Domain**: `labels` integer class ids 0 ... n_classes - 1, `[D0, ..., DN, 1]` or `[D0, ..., DN]`, or (eagerly, or
@@ -52,19 +52,25 @@ class MultiClassHead(Head):
     np.float32(0.5)
     >>> head.decode_predictions(head.predictions(logits, "class_ids"))["classes"].tolist()
     [['bee'], ['ant']]
+
+    The original's documented example:
+
+    >>> head = jh.MultiClassHead(3)
+    >>> labels, logits = jnp.array([1, 1]), jnp.array([[10.0, 0.0, 0.0], [0.0, 10.0, 0.0]])
+    >>> print(f"{head.loss(labels=labels, logits=logits):.2f}")  # (10 + 0) / 2
+    5.00
     """
 
     n_classes: int
     _: dataclasses.KW_ONLY
     label_vocabulary: Sequence[str] | None = None
-    loss_fn: Callable[..., Any] | None = None
 
     def validate(self) -> None:
         n = self.n_classes
         if isinstance(n, bool) or not isinstance(n, int) or n <= 2:
             raise ValueError(f"n_classes must be an integer > 2. Given: {n!r}. For two classes use BinaryClassHead().")
         vocabulary.check(self.label_vocabulary, n, "MultiClassHead")
-        _abstract.check_loss_fn(self.loss_fn)
+        super().validate()
 
     @property
     def logits_dimension(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # see Head
@@ -74,18 +80,8 @@ class MultiClassHead(Head):
     def label_spec(self) -> LabelSpec:
         return LabelSpec(1, "int", 0, self.n_classes - 1)
 
-    @property
-    def reads_features(self) -> bool:
-        return _abstract.takes_features(self.loss_fn)
-
-    @property
-    def rowwise(self) -> bool:
-        return self.loss_fn is None
-
-    def losses(self, labels: jax.Array, logits: jax.Array, features: Any = None) -> jax.Array:
-        if self.loss_fn is None:
-            return losses.softmax_cross_entropy(labels, logits)
-        return _abstract.call_loss_fn(self.loss_fn, labels, logits, features, 1)
+    def standard_losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
+        return losses.softmax_cross_entropy(labels, logits)
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {
@@ -100,3 +96,6 @@ class MultiClassHead(Head):
 
     def class_names(self) -> tuple[str, ...]:
         return tuple(self.label_vocabulary or ()) or tuple(map(str, range(self.n_classes)))
+
+    def signatures(self, predictions: Any) -> dict[str, spec.ExportOutput]:
+        return spec.classification_signatures(predictions, self.class_names())

@@ -6,13 +6,13 @@ from typing import Any
 
 import jax
 
-from jaxheads import losses
-from jaxheads.head import Head, LabelSpec
+from jaxheads import losses, spec
+from jaxheads.head import LabelSpec
 from jaxheads.heads import _abstract
 from jaxheads.metrics import Mean, Observation
 
 
-class RegressionHead(Head):
+class RegressionHead(_abstract.AbstractLossFnHead):
     """Regression: squared error, or a loss of your own.
 
     **Domain**: `labels` finite numbers (int and bool are cast), `[D0, ..., DN, label_dimension]`, or `[D0, ..., DN]`
@@ -52,18 +52,21 @@ class RegressionHead(Head):
       average_loss     0.625
       prediction/mean  2.75
       label/mean       2
+
+    The original's documented example:
+
+    >>> labels, logits = jnp.array([43, 44]), jnp.array([[45.0], [41.0]])
+    >>> float(head.loss(labels=labels, logits=logits))  # ((43 - 45)^2 + (44 - 41)^2) / 2
+    6.5
     """
 
     label_dimension: int = 1
     _: dataclasses.KW_ONLY
-    loss_fn: Callable[..., Any] | None = None
     inverse_link_fn: Callable[[jax.Array], jax.Array] | None = None
 
     def validate(self) -> None:
-        dimension = self.label_dimension
-        if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 1:
-            raise ValueError(f"Invalid label_dimension {dimension!r}: expected an integer of at least 1.")
-        _abstract.check_loss_fn(self.loss_fn)
+        _abstract.check_label_dimension(self.label_dimension)
+        super().validate()
         if self.inverse_link_fn is not None and not callable(self.inverse_link_fn):
             raise ValueError(
                 f"inverse_link_fn must be a function logits -> predictions. Given {self.inverse_link_fn!r}."
@@ -82,17 +85,11 @@ class RegressionHead(Head):
         return True
 
     @property
-    def reads_features(self) -> bool:
-        return _abstract.takes_features(self.loss_fn)
+    def loss_size(self) -> int:
+        return self.label_dimension
 
-    @property
-    def rowwise(self) -> bool:
-        return self.loss_fn is None
-
-    def losses(self, labels: jax.Array, logits: jax.Array, features: Any = None) -> jax.Array:
-        if self.loss_fn is None:
-            return losses.squared_error(labels, logits)
-        return _abstract.call_loss_fn(self.loss_fn, labels, logits, features, self.label_dimension)
+    def standard_losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
+        return losses.squared_error(labels, logits)
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         link = self.inverse_link_fn
@@ -101,3 +98,6 @@ class RegressionHead(Head):
     def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
         predictions = logits if self.inverse_link_fn is None else self.inverse_link_fn(logits)
         return {"prediction/mean": Mean(predictions), "label/mean": Mean(labels)}
+
+    def signatures(self, predictions: Any) -> dict[str, spec.ExportOutput]:
+        return spec.regression_signatures(predictions, "predictions")

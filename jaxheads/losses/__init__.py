@@ -25,6 +25,17 @@ def sigmoid_cross_entropy(labels: jax.Array, logits: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(losses) & jnp.isinf(logits), jnp.zeros_like(losses), losses)
 
 
+def poisson(labels: jax.Array, logits: jax.Array, full: bool) -> jax.Array:
+    """`exp(z) - y z`; if `full`, where y > 1, also Stirling's approximation of `ln y!`. optax 0.2.8 has none."""
+    losses = jnp.exp(logits) - labels * logits
+    if not full:
+        return losses
+    large = labels > 1
+    y = jnp.where(large, labels, jnp.full_like(labels, 2))
+    stirling = y * jnp.log(y) - y + 0.5 * jnp.log(2 * jnp.pi * y)
+    return losses + jnp.where(large, stirling, jnp.zeros_like(losses))
+
+
 def softmax_cross_entropy(labels: jax.Array, logits: jax.Array) -> jax.Array:
     """`logsumexp(z) - z_y` from logits `[..., n]` and in-range ids `[..., 1]`: `[..., 1]`.
 
@@ -33,4 +44,4 @@ def softmax_cross_entropy(labels: jax.Array, logits: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1, keepdims=True) - stable.pick(logits, labels)
 
 
-__all__ = ["sigmoid_cross_entropy", "softmax_cross_entropy", "squared_error"]
+__all__ = ["poisson", "sigmoid_cross_entropy", "softmax_cross_entropy", "squared_error"]

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxheads.numerics import masking, reduction
+from jaxheads.numerics import masking
 from jaxheads.numerics.batch import Elements
 from jaxheads.numerics.reduction import Reduction
 
@@ -21,6 +21,12 @@ class Term(NamedTuple):
     values: Any
     count: Any = None
 
+    def scaled(self, scale: Any) -> "Term":
+        """Each element counted `scale [..., 1]` times, in the loss and in the denominators."""
+        if scale is None:
+            return self
+        return Term(self.values * scale, scale if self.count is None else self.count * scale)
+
 
 def as_term(losses: Any, lead: tuple[int, ...], dimension: int, who: str) -> Term:
     """What a head's `losses` returned, as a term with float32 values; refused if it is not one value an element."""
@@ -35,23 +41,17 @@ def as_term(losses: Any, lead: tuple[int, ...], dimension: int, who: str) -> Ter
     return Term(jnp.asarray(term.values, jnp.float32), term.count)
 
 
-def reduced(term: Term, elements: Elements, how: Reduction, normalizer: Any, axis_name: Any) -> jax.Array:
-    """The loss: the weighted sum of a term's values, divided as `how` or the normalizer says."""
+def loss_sums(term: Term, elements: Elements, how: Reduction) -> jax.Array:
+    """The weighted sum of a term's values, and what it is divided by: `[2]`."""
     # By multiplication: `where(bad, nan, loss)` would have gradient 0.
     values = term.values * jnp.where(elements.bad, jnp.nan, masking.ones_like(elements.weights))
-    total = masking.total(masking.weighted(values, elements.weights))
-    by = divisor(term, elements, how) if normalizer is None else jnp.asarray(normalizer, jnp.float32)
-    if axis_name is not None:
-        # A normalizer is global already.
-        total, summed = jax.lax.psum(jnp.stack([total, by]), axis_name)
-        by = summed if normalizer is None else by
-    return total if how is Reduction.SUM and normalizer is None else reduction.divide(total, by)
+    return jnp.stack([masking.total(masking.weighted(values, elements.weights)), divisor(term, elements, how)])
 
 
 def divisor(term: Term, elements: Elements, how: Reduction) -> jax.Array:
-    """By what the weighted sum is divided."""
+    """By what the weighted sum is divided (under `SUM`, unused, the number of elements)."""
     multiplicity = {
-        Reduction.SUM: masking.ones_like(elements.weights),
+        Reduction.SUM: elements.exists.astype(jnp.float32),
         Reduction.SUM_OVER_BATCH_SIZE: elements.exists.astype(jnp.float32),
         Reduction.MEAN: elements.weights,
         Reduction.SUM_BY_NONZERO_WEIGHTS: (elements.weights != 0).astype(jnp.float32),

@@ -4,8 +4,10 @@ from jaxheads.metrics.base import Observation as Observation
 from jaxheads.metrics.base import View as View
 from jaxheads.metrics.grids import LogitGrid as LogitGrid
 from jaxheads.metrics.grids import ThresholdGrid as ThresholdGrid
+from jaxheads.metrics.mean import ColumnMeans as ColumnMeans
 from jaxheads.metrics.mean import Mean as Mean
 from jaxheads.metrics.mean import MeanView as MeanView
+from jaxheads.metrics.mean import Total as Total
 from jaxheads.metrics.scores import Interval as Interval
 from jaxheads.metrics.scores import Scores as Scores
 from jaxheads.metrics.scores import ScoresView as ScoresView

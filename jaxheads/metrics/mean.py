@@ -1,10 +1,11 @@
-"""The weighted mean: two sums."""
+"""Weighted means: two sums each."""
 
 import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxheads.metrics.base import Observation, View
 from jaxheads.numerics import masking
@@ -39,6 +40,55 @@ class Mean(Observation):
     def read(self, sums: Any, xp: Any, undefined: float) -> "MeanView":
         """What the sums tell."""
         return MeanView(xp, undefined, total=sums[..., 0], weight=sums[..., 1])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ColumnMeans(Observation):
+    """The weighted mean of each of some entries of the last axis: classes, targets.
+
+    Args:
+        values: `[..., d]`.
+        columns: which of the d entries.
+    """
+
+    values: Any
+    columns: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def size(self) -> int:
+        """A weighted sum and a weight for each column."""
+        return 2 * len(self.columns)
+
+    def reduce(self, weights: jax.Array) -> jax.Array:
+        """The weighted sums of this batch, then the weights."""
+        values = jnp.asarray(self.values, jnp.float32)
+        weights = weights * masking.ones_like(values)
+        chosen = np.asarray(self.columns, np.int32)
+        return jnp.concatenate([masking.column_totals(x)[chosen] for x in (masking.weighted(values, weights), weights)])
+
+    def read(self, sums: Any, xp: Any, undefined: float) -> "MeanView":
+        """The means in the order of the columns, on a last axis."""
+        n = len(self.columns)
+        return MeanView(xp, undefined, total=sums[..., :n], weight=sums[..., n:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Total(Observation):
+    """A sum that a head adds by itself: a stretch of the state, and nothing to reduce."""
+
+    @property
+    def size(self) -> int:
+        """One sum."""
+        return 1
+
+    def reduce(self, weights: jax.Array) -> jax.Array:
+        """Not called: the head appends its sum."""
+        raise NotImplementedError("a Total is added by the head itself")
+
+    def read(self, sums: Any, xp: Any, undefined: float) -> "MeanView":
+        """The sum, as `total`."""
+        return MeanView(xp, undefined, total=sums[..., 0], weight=sums[..., 0])
 
 
 @dataclasses.dataclass(frozen=True)

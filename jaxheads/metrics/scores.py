@@ -17,7 +17,7 @@ from jaxheads.numerics.edges import histogram
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scores(Observation):
-    """A histogram of logits by label, `[2, buckets]`.
+    """A histogram of logits by label, `[2, rows, buckets]`.
 
     A soft label y counts as weight y positive and 1 - y negative.
 
@@ -26,12 +26,15 @@ class Scores(Observation):
         logits: float `[..., c]`; the entries of the last axis are examples of one histogram (micro average).
         grid: the bins.
         thresholds: probabilities that become exact edges.
+        rows: which row of the histogram each entry of the last axis goes to; by default there is one row. What is read
+            from all of them together costs nothing more.
     """
 
     labels: Any
     logits: Any
     grid: AbstractGrid = dataclasses.field(metadata={"static": True})
     thresholds: tuple[float, ...] = dataclasses.field(default=(), metadata={"static": True})
+    rows: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def layout(self) -> Layout:
@@ -40,8 +43,12 @@ class Scores(Observation):
 
     @property
     def size(self) -> int:
-        """Two sums a bucket."""
-        return 2 * self.layout.n_buckets
+        """Two sums a bucket and row."""
+        return 2 * self._n_rows * self.layout.n_buckets
+
+    @property
+    def _n_rows(self) -> int:
+        return max(self.rows, default=0) + 1
 
     def reduce(self, weights: jax.Array) -> jax.Array:
         """One pass: the bucket of each element, then its two weights."""
@@ -51,13 +58,23 @@ class Scores(Observation):
         # A NaN score has no bucket; it must show, so it makes a NaN of the histogram.
         weights = jnp.where(jnp.isnan(self.logits) & (weights != 0), self.logits, weights)
         buckets = self.grid.buckets(layout, self.logits)
+        if self.rows:
+            first = np.asarray(self.rows, np.int32) * layout.n_buckets
+            buckets = buckets + jnp.expand_dims(jnp.asarray(first), tuple(range(buckets.ndim - 1)))
         both = (weights * (1 - labels), weights * labels)
-        return jnp.concatenate([histogram(buckets, each, layout.n_buckets) for each in both])
+        return jnp.concatenate([histogram(buckets, each, self._n_rows * layout.n_buckets) for each in both])
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "ScoresView":
         """The histogram, with the metrics that it tells."""
-        n = self.layout.n_buckets
-        return ScoresView(xp, undefined, self.grid, self.layout, sums[..., :n], sums[..., n:])
+        both = sums.reshape((*sums.shape[:-1], 2, self._n_rows, self.layout.n_buckets))
+        rows = tuple(
+            ScoresView(xp, undefined, self.grid, self.layout, both[..., 0, i, :], both[..., 1, i, :])
+            for i in range(self._n_rows)
+        )
+        if len(rows) == 1:
+            return rows[0]
+        together = both.sum(-2)
+        return ScoresView(xp, undefined, self.grid, self.layout, together[..., 0, :], together[..., 1, :], rows)
 
 
 class Interval(NamedTuple):
@@ -97,12 +114,13 @@ class Confusion(View):
 
 @dataclasses.dataclass(frozen=True)
 class ScoresView(View):
-    """A score histogram that can be read."""
+    """A score histogram that can be read: all rows together, and each by itself in `rows`."""
 
     grid: AbstractGrid
     layout: Layout
     negative: Any
     positive: Any
+    rows: "tuple[ScoresView, ...]" = ()
 
     @functools.cached_property
     def _above(self) -> tuple[Any, Any]:

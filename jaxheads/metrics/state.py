@@ -24,7 +24,7 @@ class Reader(Protocol):
     """What a state asks of its head."""
 
     @property
-    def name(self) -> str | None: ...
+    def suffix(self) -> str | None: ...
 
     def observed(self) -> Mapping[str, Observation]: ...
 
@@ -42,6 +42,14 @@ def slots(head: Any, regularized: bool) -> tuple[dict[str, tuple[int, Observatio
         layout[key] = (offset, observation)
         offset += observation.size
     return layout, offset
+
+
+@functools.lru_cache(maxsize=1024)
+def metric_names(head: Any) -> tuple[str, ...]:
+    """The full names of a head's metrics."""
+    zero = Metrics(np.zeros((slots(head, False)[1], 1), np.float32), head)
+    with np.errstate(all="ignore"):
+        return tuple(_name(*key) for key in zero._values(np.nan)[0])
 
 
 _add = jax.jit(pairs.add)
@@ -180,7 +188,7 @@ class Metrics:
         values = dict(self.head.read(seen))
         if regularization is not None:
             mean = View(xp, undefined).ratio(regularization[..., 0], regularization[..., 1])
-            values["regularization_loss", self.head.name] = mean
+            values["regularization_loss", self.head.suffix] = mean
         return values, bad, xp
 
     def curve(self, kind: str, key: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ them.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxheads.numerics import inputs, masking
+from jaxheads.numerics import inputs, masking, vocabulary
 from jaxheads.numerics import labels as rules
 from jaxheads.numerics.labels import LabelSpec, Specs
 from jaxheads.numerics.linear import LinearLogits
+
+
+class Mask(NamedTuple):
+    """Which elements exist, and what the user calls it."""
+
+    value: Any
+    what: str = "where"
+
+
+class Masks(tuple[Mask, ...]):
+    """Several masks, all of which must hold: a sequence's and the user's."""
 
 
 class Elements(NamedTuple):
@@ -31,6 +42,7 @@ class Elements(NamedTuple):
         exists: bool `[..., 1]`.
         bad: bool `[..., 1]` or `[..., d]`: unmasked, but with an illegal label or weight.
         features: the columns that the loss reads, nested as given; 1 where masked.
+        scale: how often each element counts in the loss, `[..., 1]`; None for once.
     """
 
     labels: Any
@@ -39,6 +51,7 @@ class Elements(NamedTuple):
     exists: jax.Array
     bad: jax.Array
     features: Mapping[Any, Any]
+    scale: jax.Array | None = None
 
     @property
     def counted(self) -> jax.Array:
@@ -72,12 +85,13 @@ def gather(
     weights_name: str,
     per_logit_weights: bool,
     label_vocabulary: tuple[str, ...] | None,
+    to_array: Callable[[Any], Any],
     check: bool | None,
 ) -> dict[str, Any]:
     """What enters compiled code: arrays of checked shapes, those from the host in their final dtype."""
     logits = check_logits(logits, dimension)
     lead = tuple(logits.shape)[:-1]
-    where = None if where is None else inputs.as_where(where, lead, check)
+    where = _gather_masks(masks_of(where), lead, check)
     if weights is not None:
         sizes = (1, dimension) if per_logit_weights and dimension > 1 else (1,)
         weights = inputs.as_weights(weights, lead, sizes, weights_name)
@@ -86,12 +100,15 @@ def gather(
         _check_weight_values(np.asarray(weights), live, weights_name)
 
     def take(spec: LabelSpec, label: Any, what: str) -> Any:
+        label, strangers = rules.as_encoded(to_array(label))
         array = rules.shaped(spec, inputs.as_array(label, what, names=label_vocabulary is not None), lead, what)
 
         def known() -> np.ndarray | None:
             # Strings are looked at on the host in any case: then so are concrete masks, to tell which of them exist.
             return _live_on_host(where, weights, True) if live is None and check is None else live
 
+        if check is not False and strangers and (rows := known()) is not None:
+            vocabulary.refuse_strangers(strangers, rows, spec.size, label_vocabulary)
         array = rules.settled(spec, rules.typed(array, label, spec), label_vocabulary, live, known, check, what)
         # Names came as int32; an id that is not one of a bool's two stays visible only as an integer.
         return inputs.cast(array, spec.dtype) if isinstance(array, np.ndarray) and spec.kind != "bool" else array
@@ -99,12 +116,35 @@ def gather(
     return {"labels": rules.each_label(specs, labels, take), "logits": logits, "weights": weights, "where": where}
 
 
-def _live_on_host(where: Any, weights: Any, check: bool | None) -> np.ndarray | None:
+def masks_of(where: Any) -> Masks:
+    """One `where`, or several masks that all must hold; none for None."""
+    if isinstance(where, Masks):
+        return where
+    return Masks(() if where is None else (Mask(where),))
+
+
+def _gather_masks(masks: Masks, lead: tuple[int, ...], check: bool | None) -> tuple[Any, ...]:
+    """Masks `lead + [1]`, those of the host as bool and checked in the elements that the others let exist."""
+    values = [inputs.as_where(mask.value, lead, mask.what) for mask in masks]
+    for i, (mask, value) in enumerate(zip(masks, values, strict=True)):
+        if inputs.dtype_kind(value) == "bool" or not inputs.is_readable(value, check):
+            continue
+        others = [np.asarray(x) for x in values[:i] + values[i + 1 :] if inputs.is_readable(x, check)]
+        live = functools.reduce(np.logical_and, (x != 0 for x in others), np.asarray(True))
+        if len(others) == len(values) - 1:
+            inputs.check_where(np.asarray(value), live, mask.what)
+    return tuple(inputs.cast(x, jnp.bool_) if _is_plain(x) else x for x in values)
+
+
+def _is_plain(mask: Any) -> bool:
+    """Whether a mask of the host loses nothing as bool; other values than 0 and 1 stay, for the compiled check."""
+    return isinstance(mask, np.ndarray) and (mask.dtype == np.bool_ or bool(np.isin(mask, (0, 1)).all()))
+
+
+def _live_on_host(where: tuple[Any, ...], weights: Any, check: bool | None) -> np.ndarray | None:
     """In which elements values are checked; None where knowing it would stall a device."""
     live = np.asarray(True)
-    for x in (where, weights):
-        if x is None:
-            continue
+    for x in (*where, *(() if weights is None else (weights,))):
         if not inputs.is_readable(x, check):
             return None
         live = np.asarray(live & (np.asarray(x) != 0))
@@ -121,12 +161,16 @@ def _check_weight_values(weights: np.ndarray, live: np.ndarray, what: str) -> No
         )
 
 
+def existing(batch: Mapping[str, Any]) -> jax.Array:
+    """Which elements exist: bool `[..., 1]`."""
+    masks = (jnp.asarray(mask).astype(jnp.bool_) for mask in batch["where"])
+    return functools.reduce(jnp.logical_and, masks, _all_true(batch["logits"]))
+
+
 def clean(specs: Specs, batch: Mapping[str, Any]) -> Elements:
     """The elements of a gathered batch."""
     logits = batch["logits"]
-    where, weights = batch["where"], batch["weights"]
-    where = _all_true(logits) if where is None else jnp.asarray(where)
-    exists = where.astype(jnp.bool_)
+    masks, weights, exists = [jnp.asarray(mask) for mask in batch["where"]], batch["weights"], existing(batch)
     weights = masking.ones_like(exists) if weights is None else jnp.asarray(weights)
     live = exists & (weights != 0)
     row = jnp.any(live, -1, keepdims=True)
@@ -146,11 +190,12 @@ def clean(specs: Specs, batch: Mapping[str, Any]) -> Elements:
     each = [x if x.shape[-1] == live.shape[-1] else jnp.any(x, -1, keepdims=True) for x in jax.tree.leaves(illegal)]
     bad = functools.reduce(jnp.logical_or, each) & live
     bad = bad | (live & ~((weights > 0) & jnp.isfinite(weights)))
-    if where.dtype != jnp.bool_:
-        bad = bad | (live & (where != 1))
+    for mask in masks:
+        if mask.dtype != jnp.bool_:
+            bad = bad | (live & (mask != 1))
     weights = jnp.where(live, jnp.where(bad, jnp.ones_like(weights), weights), jnp.zeros_like(weights))
     features = jax.tree.map(lambda column: masking.keep_rows(row, jnp.asarray(column), 1), batch.get("features", {}))
-    return Elements(labels, _masked_logits(logits, live, row), weights, exists, bad, features)
+    return Elements(labels, _masked_logits(logits, live, row), weights, exists, bad, features, batch.get("scale"))
 
 
 def _all_true(logits: Any) -> jax.Array:

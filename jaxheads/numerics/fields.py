@@ -21,7 +21,7 @@ def learned(initializer: Callable[[Any, jax.Array], Any], *, init: Literal[False
     """A field that lives in the parameter tree and is trained like any parameter; None until bound.
 
     Args:
-        initializer: `(head, key) -> array`, the first value.
+        initializer: `(head, key) -> array`, the first value; None if this configuration has no such parameter.
         init: tells type checkers that the constructor need not be given this field.
     """
     return _field(LEARNED, initializer)
@@ -31,7 +31,7 @@ def running(initializer: Callable[[Any], Any], *, init: Literal[False] = False) 
     """A field carried beside batch statistics: no gradient, no weight decay; None until bound.
 
     Args:
-        initializer: `(head) -> array`, the first value.
+        initializer: `(head) -> array`, the first value; None if this configuration has no such statistic.
         init: tells type checkers that the constructor need not be given this field.
     """
     return _field(RUNNING, initializer)
@@ -146,9 +146,8 @@ def with_values(node: Any, changes: Mapping[str, Any]) -> Any:
 def init(node: Any, key: jax.Array) -> dict[str, Any]:
     """The first values of the learned fields, nested by the names of the heads inside."""
     learned_fields = of_kind(type(node), LEARNED)
-    values: dict[str, Any] = {
-        f.name: jnp.asarray(initializer(f)(node, jax.random.fold_in(key, i))) for i, f in enumerate(learned_fields)
-    }
+    made = {f.name: initializer(f)(node, jax.random.fold_in(key, i)) for i, f in enumerate(learned_fields)}
+    values: dict[str, Any] = {name: jnp.asarray(value) for name, value in made.items() if value is not None}
     for i, (name, child) in enumerate(children(node).items(), start=len(learned_fields)):
         if inner := init(child, jax.random.fold_in(key, i)):
             values[name] = inner
@@ -157,7 +156,8 @@ def init(node: Any, key: jax.Array) -> dict[str, Any]:
 
 def init_state(node: Any) -> dict[str, Any]:
     """The first values of the running fields, nested likewise."""
-    values: dict[str, Any] = {f.name: jnp.asarray(initializer(f)(node)) for f in of_kind(type(node), RUNNING)}
+    made = {f.name: initializer(f)(node) for f in of_kind(type(node), RUNNING)}
+    values: dict[str, Any] = {name: jnp.asarray(value) for name, value in made.items() if value is not None}
     for name, child in children(node).items():
         if inner := init_state(child):
             values[name] = inner
@@ -167,7 +167,7 @@ def init_state(node: Any) -> dict[str, Any]:
 @functools.lru_cache(maxsize=1024)
 def abstract(node: Any) -> dict[str, Any]:
     """Shapes and dtypes of all learned and running fields of an unbound head."""
-    if not missing(node):
+    if not _may_learn(node):
         return {}
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = merge(
@@ -233,10 +233,21 @@ def unbound(node: Any) -> Any:
     return with_values(node, {**changes, **{name: unbound(child) for name, child in children(node).items()}})
 
 
-def missing(node: Any) -> list[str]:
+def missing(node: Any, shapes: Mapping[str, Any] | None = None) -> list[str]:
     """The learned and running fields that have no value."""
-    own = [f.name for f in of_kind(type(node), LEARNED, RUNNING) if getattr(node, f.name) is None]
-    return own + [f"{name}.{inner}" for name, child in children(node).items() for inner in missing(child)]
+    if shapes is None:
+        if not _may_learn(node):
+            return []
+        shapes = abstract(unbound(node))
+    names = [f.name for f in of_kind(type(node), LEARNED, RUNNING)]
+    own = [name for name in names if name in shapes and getattr(node, name) is None]
+    inside = {name: child for name, child in children(node).items() if name in shapes}
+    return own + [f"{name}.{inner}" for name, child in inside.items() for inner in missing(child, shapes[name])]
+
+
+def _may_learn(node: Any) -> bool:
+    """Whether there are learned or running fields at all: nothing need be evaluated where there are none."""
+    return bool(of_kind(type(node), LEARNED, RUNNING)) or any(map(_may_learn, children(node).values()))
 
 
 def carry(node: Any, state: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

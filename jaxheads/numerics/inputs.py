@@ -117,20 +117,22 @@ def as_weights(x: Any, lead: tuple[int, ...], sizes: tuple[int, ...], what: str)
     return expand(as_numbers(x, what), lead, sizes, what)
 
 
-def as_where(x: Any, lead: tuple[int, ...], check: bool | None) -> Any:
-    """Bool or 0/1 `lead + [1]`; bool if it comes from the host."""
-    array = as_array(x, "where")
+def as_where(x: Any, lead: tuple[int, ...], what: str = "where") -> Any:
+    """Bool or 0/1 `lead + [1]`."""
+    array = as_array(x, what)
     if dtype_kind(array) == "other":
-        raise ValueError(f"where must be bool, or 0 and 1. Given dtype {array.dtype}.")
-    array = expand(array, lead, (1,), "where")
-    if dtype_kind(array) != "bool" and is_readable(array, check):
-        values = np.asarray(array)
-        if not np.isin(values, (0, 1)).all():
-            raise ValueError(
-                f"where says which elements exist: bool, or 0 and 1. Given other values, e.g. "
-                f"{values[~np.isin(values, (0, 1))][0]}. Pass multiplicities as weights=."
-            )
-    return cast(array, jnp.bool_) if isinstance(array, np.ndarray) else array
+        raise ValueError(f"{what} must be bool, or 0 and 1. Given dtype {array.dtype}.")
+    return expand(array, lead, (1,), what)
+
+
+def check_where(values: np.ndarray, live: np.ndarray, what: str) -> None:
+    """Refuses a mask that is neither 0 nor 1 where the other masks hold."""
+    bad = ~np.isin(values, (0, 1)) & live
+    if bad.any():
+        raise ValueError(
+            f"{what} says which elements exist: bool, or 0 and 1. Given other values, e.g. {values[bad][0]}. Pass "
+            "multiplicities as weights=."
+        )
 
 
 def as_normalizer(x: Any) -> Any:

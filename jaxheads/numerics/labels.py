@@ -110,7 +110,18 @@ def per_label(specs: Specs, function: Any, *labels: Any) -> Any:
     return {k: function(s, *(x[k] for x in labels), f"labels[{k!r}]") for k, s in specs.items()}
 
 
-def encode(specs: Specs, labels: Any, where: Any, label_vocabulary: tuple[str, ...] | None) -> Any:
+def as_encoded(label: Any) -> vocabulary.Encoded:
+    """A label with what could not be encoded in it: nothing, unless it was made of lists."""
+    return label if isinstance(label, vocabulary.Encoded) else vocabulary.Encoded(label, {})
+
+
+def encode(
+    specs: Specs,
+    labels: Any,
+    where: Any,
+    label_vocabulary: tuple[str, ...] | None,
+    to_array: Callable[[Any], Any],
+) -> Any:
     """Labels as `gather` makes them, in the shape they have: NumPy arrays for a later compiled step.
 
     What is illegal in rows that are absent stays so (an unknown name is -1): accepted by a step under the same `where`,
@@ -118,6 +129,7 @@ def encode(specs: Specs, labels: Any, where: Any, label_vocabulary: tuple[str, .
     """
 
     def take(spec: LabelSpec, label: Any, what: str) -> Any:
+        label, strangers = as_encoded(to_array(label))
         array = np.asarray(inputs.as_array(label, what, names=label_vocabulary is not None))
         shape = array.shape
         live = np.asarray(True)
@@ -126,7 +138,10 @@ def encode(specs: Specs, labels: Any, where: Any, label_vocabulary: tuple[str, .
         else:
             array = array[..., None]
         if where is not None:
-            live = np.asarray(inputs.as_where(where, array.shape[:-1], True)) != 0
+            mask = np.asarray(inputs.as_where(where, array.shape[:-1]))
+            inputs.check_where(mask, np.asarray(True), "where")
+            live = mask != 0
+        vocabulary.refuse_strangers(strangers, live, spec.size, label_vocabulary)
         array = settled(spec, typed(array, label, spec), label_vocabulary, live, lambda: live, True, what)
         return array.reshape(shape)
 
@@ -193,7 +208,7 @@ def shaped(spec: LabelSpec, array: Any, lead: tuple[int, ...], what: str) -> Any
         array = array.reshape((*shape, 1))
     if len(array.shape) < 2:
         raise ValueError(f"{what} must have rank at least 2, or one label a row. Given shape {shape}.")
-    _check_label_size(spec, tuple(array.shape), lead, what)
+    _check_label_size(spec, tuple(array.shape), lead, what, shape)
     if tuple(array.shape) != (*lead, spec.size):
         raise ValueError(
             f"{what} shape must be [D0, D1, ... DN, {spec.size}]. Suggested Fix: give one label to each row of "
@@ -202,12 +217,15 @@ def shaped(spec: LabelSpec, array: Any, lead: tuple[int, ...], what: str) -> Any
     return array
 
 
-def _check_label_size(spec: LabelSpec, shape: tuple[int, ...], lead: tuple[int, ...], what: str) -> None:
+def _check_label_size(
+    spec: LabelSpec, shape: tuple[int, ...], lead: tuple[int, ...], what: str, given: tuple[int, ...] | None = None
+) -> None:
     if shape[-1:] != (spec.size,):
         raise ValueError(
             f"Mismatched label shape. Expected {what} dimension={spec.size}.  Received {shape[-1] if shape else None} "
-            f"in shape {shape}. Suggested Fix: if the labels are one-hot, pass class ids, labels.argmax(-1); otherwise "
-            f"check the head's n_classes or label_dimension, or reshape to {(*lead, spec.size)}."
+            f"in shape {shape if given is None else given}. Suggested Fix: if the labels are one-hot, pass class ids, "
+            "labels.argmax(-1); otherwise check the head's n_classes or label_dimension, or reshape to "
+            f"{(*lead, spec.size)}."
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxheads.numerics import masking, meshes, pairs
+from jaxheads.numerics import meshes, pairs
 from jaxheads.numerics.linear import LinearLogits
 
 MAX_ROWS, MAX_ELEMENTS = 8192, 2**18
@@ -36,14 +36,14 @@ def summed(sums: Callable[[dict[str, Any]], jax.Array], batch: dict[str, Any]) -
     if rows is None or batch["features"] or not meshes.is_local(batch):
         return sums(batch)
     lazy = isinstance(logits, LinearLogits)
-    cut = {k: batch[k] for k in ("labels", "weights", "where")} | {"logits": logits.hidden if lazy else logits}
+    cut = {key: batch[key] for key in ("labels", "weights", "where", "scale") if key in batch}
+    cut["logits"] = logits.hidden if lazy else logits
 
     def by_tiles(cut, batch):
         def of_tile(tile, fresh):
             inner = dataclasses.replace(batch["logits"], hidden=tile["logits"]) if lazy else tile["logits"]
             fresh = jnp.broadcast_to(fresh.reshape(-1, *[1] * (len(inner.shape) - 1)), (*inner.shape[:-1], 1))
-            exists = fresh if tile["where"] is None else masking.keep(fresh, tile["where"], 0)
-            return sums({**batch, **tile, "where": exists, "logits": inner})
+            return sums({**batch, **tile, "where": (*tile["where"], fresh), "logits": inner})
 
         return sum_over_rows(of_tile, cut, logits.shape[0], rows)
 

@@ -1,6 +1,7 @@
 """Class names and their ids: host only, for no string ever reaches a device."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,6 +52,88 @@ def refuse(labels: np.ndarray, unknown: np.ndarray, vocabulary: tuple[str, ...] 
             f"label {_shown(labels[position])} at index {position} is not in the label_vocabulary {vocabulary!r}, "
             f"{int(unknown.sum())} such in all. Add it there, or leave the row out with where=False."
         )
+
+
+class Encoded(NamedTuple):
+    """An array that was made of labels of another form.
+
+    Attributes:
+        array: -1, which is illegal, throughout a row that could not be encoded.
+        strangers: what there is no class for, by the position of its row.
+    """
+
+    array: np.ndarray
+    strangers: dict[tuple[int, ...], Any]
+
+
+def has_names(labels: Any) -> bool:
+    """Whether there is a string anywhere in nested lists."""
+    if isinstance(labels, (list, tuple)):
+        return any(map(has_names, labels))
+    return isinstance(labels, (str, bytes))
+
+
+def is_empty(labels: Any) -> bool:
+    """Whether nested lists hold nothing at all: rows without names."""
+    return isinstance(labels, (list, tuple)) and all(map(is_empty, labels))
+
+
+def multi_hot(labels: Any, n: int, vocabulary: tuple[str, ...] | None) -> Encoded:
+    """Lists of ids or names, one an example, nested as deep as the leading axes: int32 `[..., n]`."""
+    lead = _lead(labels, _depth(labels) - 1)
+    rows = list(_rows(labels, len(lead)))
+    if vocabulary is None and has_names(rows):
+        encode(np.asarray([name for row in rows for name in row if isinstance(name, (str, bytes))]), None)
+    ids: dict[Any, int] = {name: i for i, name in enumerate(vocabulary or ())}
+    array = np.zeros((len(rows), n), np.int32)
+    strangers = {}
+    for i, row in enumerate(rows):
+        for name in row:
+            number = isinstance(name, (int, np.integer)) and not isinstance(name, bool)
+            k = int(name) if number else ids.get(_text(name), -1)
+            if not 0 <= k < n:
+                strangers[tuple(int(j) for j in np.unravel_index(i, lead))] = name
+                array[i] = -1
+                break
+            array[i, k] = 1
+    return Encoded(array.reshape((*lead, n)), strangers)
+
+
+def refuse_strangers(strangers: dict[tuple[int, ...], Any], live: np.ndarray, n: int, vocabulary: Any) -> None:
+    """Refuses ids and names without a class in rows `live [..., 1]`, naming the first."""
+    for position, name in strangers.items():
+        if live.any() if live.ndim == 0 else live[position].any():
+            where = f"in the label_vocabulary {vocabulary!r}" if vocabulary else f"one of the class ids 0 ... {n - 1}"
+            raise ValueError(
+                f"labels: {_shown(name)} in the row at index {position} is not {where}. Rows are lists of class ids or "
+                "names; leave a row out with where=False."
+            )
+
+
+def _depth(labels: Any) -> int:
+    if not isinstance(labels, (list, tuple)):
+        return 0
+    return 1 + max(map(_depth, labels), default=0)
+
+
+def _lead(labels: Any, depth: int) -> tuple[int, ...]:
+    """The leading shape of lists whose rows are `depth` levels down."""
+    if not isinstance(labels, (list, tuple)):
+        raise ValueError(f"labels must be lists of class ids or names, one list a row. Given {labels!r} for a row.")
+    if depth <= 0:
+        return ()
+    shapes = {_lead(inner, depth - 1) for inner in labels}
+    if len(shapes) > 1:
+        raise ValueError(f"labels: lists of rows must be of equal lengths. Given leading shapes {sorted(shapes)}.")
+    return (len(labels), *(next(iter(shapes)) if shapes else (0,) * (depth - 1)))
+
+
+def _rows(labels: Any, depth: int) -> Iterator[Any]:
+    if depth == 0:
+        yield labels
+        return
+    for inner in labels:
+        yield from _rows(inner, depth - 1)
 
 
 def _text(name: Any) -> str | None:

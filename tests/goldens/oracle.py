@@ -1,6 +1,9 @@
-"""Counting metrics of one binary score in float64 NumPy, with soft labels split by weight."""
+"""In float64 NumPy: metrics that count, with soft labels split by weight; and losses of all data seen."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -67,3 +70,57 @@ def counting_metrics(labels, logits, weights, thresholds) -> dict[str, float]:
             metrics[name + suffix] = value
     metrics["auc"], metrics["auc_precision_recall"] = areas(labels, scores, weights)
     return metrics
+
+
+def cross_entropy(labels, logits) -> np.ndarray:
+    return np.logaddexp(0, logits) - labels * logits
+
+
+def with_last_axis(array, like) -> np.ndarray:
+    return array[..., None] if array.ndim < like.ndim else array
+
+
+def losses(kind: str, arguments: dict[str, Any], labels, logits) -> np.ndarray:
+    """Unreduced losses of a head without a `loss_fn`."""
+    assert "loss_fn" not in arguments
+    logits = np.asarray(logits, np.float64)
+    labels = with_last_axis(np.asarray(labels, np.float64), logits)
+    if kind == "RegressionHead":
+        return (labels - logits) ** 2
+    if kind == "PoissonRegressionHead":
+        y = np.where(labels > 1, labels, 1)
+        stirling = np.where(labels > 1, y * np.log(y) - y + np.log(2 * np.pi * y) / 2, 0)
+        return np.exp(logits) - labels * logits + stirling * arguments.get("compute_full_loss", True)
+    if kind == "MultiClassHead":
+        chosen = np.take_along_axis(logits, labels.astype(int), axis=-1)
+        return np.logaddexp.reduce(logits, axis=-1, keepdims=True) - chosen
+    return cross_entropy(labels, logits).mean(axis=-1, keepdims=True)
+
+
+def head_losses(head: dict[str, Any], batches: Sequence[tuple[Any, Any, Any]]) -> dict[str, np.ndarray]:
+    """By the name of each head: the loss of all data, and the mean of the batches' losses.
+
+    `head` is as `loader.outline` writes it; a batch is labels, logits and features.
+    """
+    if "heads" in head:
+        named: dict[str, np.ndarray] = {}
+        both, start = np.zeros(2), 0
+        for weight, part in zip(head["weights"], head["heads"], strict=True):
+            name, columns = part["name"], slice(start, start := start + part["size"])
+            own = [
+                (labels[name], logits[name] if isinstance(logits, dict) else logits[..., columns], features)
+                for labels, logits, features in batches
+            ]
+            named |= head_losses(part, own)
+            both = both + weight * named[name]
+        return {head["name"]: both} | named  # the only head of a MultiHead has its name
+    arguments, sums, counts = head["kwargs"], [], []
+    for labels, logits, features in batches:
+        each, weights = losses(head["head"], arguments, labels, logits), np.ones(())
+        if "weight_column" in arguments:
+            weights = with_last_axis(np.asarray(features[arguments["weight_column"]], np.float64), each)
+        sums.append(np.sum(each * weights))
+        counts.append(each.size)
+    if arguments.get("loss_reduction") == "sum":
+        return {head["name"]: np.asarray([np.sum(sums), np.mean(sums)])}
+    return {head["name"]: np.asarray([ratio(np.sum(sums), np.sum(counts)), np.mean(ratio(sums, counts))])}

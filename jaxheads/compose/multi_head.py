@@ -1,0 +1,331 @@
+"""Several tasks on one network."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxheads.compose._abstract import AbstractCompositeHead
+from jaxheads.head import DIVISOR, Head, LinearLogits, learned, subheads
+from jaxheads.metrics import Observation, Total
+from jaxheads.metrics.state import metric_names
+from jaxheads.numerics import fields, inputs, tiles
+from jaxheads.spec import ExportOutput, merged_signatures
+
+WEIGHTINGS = ("fixed", "uncertainty")
+
+
+class MultiHead(AbstractCompositeHead):
+    """Several heads on one network: multi-task learning.
+
+    What each head takes and gives is a dict by the heads' names. Heads may be of any kind, heads that learn and
+    `MultiHead`s among them.
+
+    **Domain**: `labels` a dict by head, each as its head wants them. `logits` a dict by head, or one array (or
+    `LinearLogits`) `[D0, ..., DN, logits_dimension]` that is split in the order of the heads. `weights`, `where` and
+    `normalizer` one value for all, or a dict by head (none for heads that are not in it): so each task has missing
+    labels of its own. `keys` of predictions likewise, but heads that are not in a dict predict nothing.
+
+    **Link**: that of each head.
+
+    **loss** = `sum_k w_k loss_k`, each head's loss under its own reduction, w the `head_weights`. With
+    `weighting="uncertainty"`, `sum_k exp(-s_k) w_k loss_k + s_k / 2` with a learned s_k for each head (Kendall, Gal and
+    Cipolla 2018), kept within 20 of 0; without the last term for a head whose weight is 0 or that has no labels in the
+    batch. This loss may be negative.
+
+    **Predictions**: a dict by head.
+    **Metrics**: those of each head, `auc/NAME`, and `loss/NAME`, the loss of all data seen under that head's reduction
+    (head weights not applied); `regularization_loss/A_B` if one is given.
+
+    Args:
+        heads: heads with names, all different.
+        head_weights: a number for each head; 1 by default.
+        weighting: `"fixed"` or `"uncertainty"`.
+
+    Raises:
+        ValueError: no heads, heads without a name or of equal names, metric keys that collide; weights of another
+            length; dicts without a head; one array of another size.
+
+    Source: `tf.estimator.MultiHead` (TensorFlow 2.15); uncertainty weighting by Kendall et al., CVPR 2018.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxheads as jh
+    >>> late, minutes = jh.BinaryClassHead(name="late"), jh.RegressionHead(name="minutes")
+    >>> head = jh.MultiHead([late, minutes], head_weights=[1.0, 0.5])
+    >>> labels = {"late": jnp.array([1, 0]), "minutes": jnp.array([3.0, jnp.nan])}
+    >>> where = {"minutes": jnp.array([True, False])}
+    >>> logits = jnp.array([[0.0, 1.0], [0.0, 2.0]])
+    >>> float(head.loss(labels=labels, logits=logits, where=where))  # ln 2 + 0.5 (3 - 1)^2
+    2.6931...
+    >>> values = head.measure(labels=labels, logits=logits, where=where).compute()
+    >>> values["loss/minutes"], values["accuracy/late"]
+    (np.float32(4.0), np.float32(0.5))
+
+    The original's documented example:
+
+    >>> head = jh.MultiHead([jh.MultiLabelHead(2, name="head1"), jh.MultiLabelHead(3, name="head2")])
+    >>> labels = {"head1": jnp.array([[1, 0], [1, 1]]), "head2": jnp.array([[0, 1, 0], [1, 1, 0]])}
+    >>> logits = jnp.array([[-10.0, 10.0, 20.0, -20.0, 20.0], [-15.0, 10.0, -30.0, 20.0, -20.0]])
+    >>> print(f"{head.loss(labels=labels, logits=logits):.2f}")
+    23.75
+    >>> values = head.measure(labels=labels, logits=logits).compute()
+    >>> print(f"{values['loss/head1']:.2f} + {values['loss/head2']:.2f}")
+    8.75 + 15.00
+    """
+
+    heads: Sequence[Head] = subheads()
+    head_weights: Sequence[float] | None = None
+    weighting: str = "fixed"
+    log_variances: jax.Array | None = learned(
+        lambda head, key: jnp.zeros(len(head.heads)) if head.weighting == "uncertainty" else None
+    )
+
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]  # made of the heads' names
+        """The names of the heads, joined."""
+        return "_".join(self._by_name)
+
+    @property
+    def _by_name(self) -> dict[str, Head]:
+        return {str(head.name): head for head in self.heads}
+
+    @property
+    def loss_reduction(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the heads'
+        """The reduction of all heads, if they have the same."""
+        found = [head.loss_reduction for head in self.heads]
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"The loss_reduction must be the same for different heads to be one of the MultiHead. Given: {found}."
+            )
+        return found[0]
+
+    @property
+    def logits_dimension(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # see Head
+        return sum(head.logits_dimension for head in self.heads)
+
+    @property
+    def label_spec(self) -> Any:
+        return {name: head.label_spec for name, head in self._by_name.items()}
+
+    def validate(self) -> None:
+        if not isinstance(self.heads, tuple) or not self.heads:
+            raise ValueError(f"Must specify heads, a list of them. Given: {self.heads!r}.")
+        names = [head.name for head in self.heads]
+        if not all(names):
+            unnamed = next(head for head in self.heads if not head.name)
+            raise ValueError(f"All given heads must have name specified. Given: {unnamed!r}. Pass name= to it.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"Heads of a MultiHead must have different names. Given: {names}.")
+        weights = tuple(self.head_weights or ())
+        if weights and len(weights) != len(self.heads):
+            raise ValueError(
+                f"heads and head_weights must have the same size. Given len(heads): {len(self.heads)}. Given "
+                f"len(head_weights): {len(weights)}."
+            )
+        if not all(isinstance(w, (int, float)) and np.isfinite(w) for w in weights):
+            raise ValueError(f"head_weights must be finite numbers. Given {self.head_weights!r}.")
+        object.__setattr__(self, "head_weights", weights or None)
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting must be one of {WEIGHTINGS}. Given {self.weighting!r}.")
+        keys = [f"loss/{name}" for name in names]
+        keys += [key for head in self.heads for key in metric_names(fields.unbound(head))]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ValueError(f"Metric keys of these heads collide: {twice}. Give the heads of {names} other names.")
+
+    # What each head is given.
+
+    def _named(self, value: Any, what: str) -> dict[str, Any]:
+        """One value for all heads, or a dict by head."""
+        if not isinstance(value, Mapping):
+            return dict.fromkeys(self._by_name, value)
+        if unknown := [key for key in value if key not in self._by_name]:
+            raise ValueError(f"{what} given for heads that are not there: {unknown}. The heads are {[*self._by_name]}.")
+        return {name: value.get(name) for name in self._by_name}
+
+    def _every(self, value: Any, what: str, asked: Sequence[str]) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"You must provide {what}: {what} must be a dict by head, {[*asked]}. Given: {value!r}.")
+        if missing := [name for name in asked if name not in value]:
+            raise ValueError(f"{what} has missing values for head(s): {missing}. Given {sorted(map(str, value))}.")
+        return {name: value[name] for name in asked}
+
+    def _split(self, logits: Any, asked: Sequence[str]) -> dict[str, Any]:
+        """The logits of the heads that are asked for, from a dict or one array."""
+        if isinstance(logits, Mapping):
+            return self._every(logits, "logits", asked)
+        sizes = [head.logits_dimension for head in self.heads]
+        if isinstance(logits, LinearLogits):
+            logits.check()
+        else:
+            logits = inputs.as_numbers(logits, "logits")
+        shape = tuple(logits.shape)
+        if len(shape) < 2 or shape[-1] != sum(sizes):
+            raise ValueError(
+                f"Could not split logits of shape {shape} among the heads with individual logits dimensions: "
+                f"{sizes}. The last dimension of the logits tensor should equal {sum(sizes)} but is "
+                f"{shape[-1] if shape else None}, and the rank must be at least 2. A dict by head is taken too."
+            )
+        stops = np.cumsum(sizes)
+        every = zip(self._by_name, sizes, stops.tolist(), strict=True)
+        return {name: _columns(logits, stop - size, stop) for name, size, stop in every if name in asked}
+
+    def _gather(
+        self, labels: Any, logits: Any, features: Any, weights: Any, where: Any, check: bool | None
+    ) -> dict[str, Any]:
+        split, labels = self._split(logits, [*self._by_name]), self._every(labels, "labels", [*self._by_name])
+        weights, where = self._named(weights, "weights"), self._named(where, "where")
+        gathered = {}
+        for name, head in self._by_name.items():
+            with _naming(name):
+                gathered[name] = head._gather(labels[name], split[name], features, weights[name], where[name], check)
+        return {"heads": gathered}
+
+    def encode_labels(self, labels: Any, where: Any = None) -> Any:
+        """Each head's labels, encoded by it; `where` for all, or by head."""
+        where, labels = self._named(where, "where"), self._every(labels, "labels", [*self._by_name])
+        encoded = {}
+        for name, head in self._by_name.items():
+            with _naming(name):
+                encoded[name] = head.encode_labels(labels[name], where[name])
+        return encoded
+
+    # Loss.
+
+    def losses(self, labels: Any, logits: Any) -> Any:
+        """The per-element losses of each head, by name."""
+        split = self._split(logits, [*self._by_name])
+        return {name: head.losses(labels[name], split[name]) for name, head in self._by_name.items()}
+
+    @property
+    def _loss_size(self) -> int:
+        return sum(head._loss_size for head in self.heads)
+
+    def _loss_sums(self, batch: dict[str, Any]) -> jax.Array:
+        sums = []
+        for i, (name, head) in enumerate(self._by_name.items()):
+            # A weight of 0 hides a head, as it hides an element: even a NaN, and in the gradient too.
+            hidden = self.head_weights is not None and self.head_weights[i] == 0
+            sums.append(jnp.zeros(head._loss_size) if hidden else head._loss_sums(batch["heads"][name]))
+        return jnp.concatenate(sums)
+
+    def _normalizer(self, normalizer: Any) -> Any:
+        by_head = self._named(normalizer, "normalizer")
+        return {name: head._normalizer(by_head[name]) for name, head in self._by_name.items()}
+
+    def _loss_of(self, sums: jax.Array, normalizer: Any) -> jax.Array:
+        normalizers, total, start = self._named(normalizer, "normalizer"), jnp.float32(0), 0
+        for i, (name, head) in enumerate(self._by_name.items()):
+            part = sums[start : start + head._loss_size]
+            start += head._loss_size
+            total += self._weighted(i, head._loss_of(part, normalizers[name]), head._has_elements(part))
+        return total
+
+    def _weighted(self, i: int, loss: jax.Array, present: jax.Array) -> jax.Array:
+        weight = self.head_weights[i] if self.head_weights else 1.0
+        if self.log_variances is None:
+            return weight * loss
+        s = jnp.clip(self.log_variances[i], -20, 20)
+        return jnp.exp(-s) * weight * loss + jnp.where(present, s / 2, jnp.zeros_like(s))
+
+    def _has_elements(self, sums: jax.Array) -> jax.Array:
+        found, start = [], 0
+        for head in self.heads:
+            found.append(head._has_elements(sums[start : start + head._loss_size]))
+            start += head._loss_size
+        return jnp.any(jnp.stack(found))
+
+    # Metrics.
+
+    def observed(self) -> dict[str, Observation]:
+        """Those of all heads, each with what its loss is divided by."""
+        out: dict[str, Observation] = {}
+        for name, head in self._by_name.items():
+            out |= {f"{name}/{key}": observation for key, observation in head.observed().items()}
+            if head._has_divisor:
+                out[f"{name}/{DIVISOR}"] = Total()
+        return out
+
+    @property
+    def _has_divisor(self) -> bool:
+        return False
+
+    def _sums(self, batch: dict[str, Any]) -> jax.Array:
+        bad, sums = jnp.float32(0), []
+        for name, head in self._by_name.items():
+            inner = batch["heads"][name]
+            both = tiles.summed(head._sums_and_divisor, inner) if head.rowwise else head._sums_and_divisor(inner)
+            bad, sums = bad + both[0], [*sums, both[1:]]
+        return jnp.concatenate([bad[None], *sums])
+
+    def _sums_and_divisor(self, batch: dict[str, Any]) -> jax.Array:
+        return self._sums(batch)
+
+    def _views(self, seen: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """What each head has seen."""
+        return {
+            name: {key.removeprefix(f"{name}/"): view for key, view in seen.items() if key.startswith(f"{name}/")}
+            for name in self._by_name
+        }
+
+    def read(self, seen: Mapping[str, Any]) -> dict[tuple[str, str | None], Any]:
+        """The loss of each head, then its metrics."""
+        views, out = self._views(seen), {}
+        for name, head in self._by_name.items():
+            out["loss", name] = head.read_loss(views[name])
+        for name, head in self._by_name.items():
+            out |= head.read({key: view for key, view in views[name].items() if key != DIVISOR})
+        return out
+
+    def read_loss(self, seen: Mapping[str, Any]) -> Any:
+        """The sum of the heads' losses by `head_weights`; learned weights are not applied."""
+        views, weights = self._views(seen), self.head_weights or (1.0,) * len(self.heads)
+        every = zip(weights, self._by_name.items(), strict=True)
+        losses = [weight * head.read_loss(views[name]) for weight, (name, head) in every]
+        return sum(losses[1:], losses[0])
+
+    # What goes out.
+
+    def outputs(self, logits: Any) -> dict[str, Any]:
+        split = self._split(logits, [*self._by_name])
+        return {name: head.outputs(split[name]) for name, head in self._by_name.items()}
+
+    def _predict(self, logits: Any, keys: Any) -> dict[str, Any]:
+        by_head = self._named(keys, "keys")
+        asked = [name for name in self._by_name if not isinstance(keys, Mapping) or name in keys]
+        split = self._split(logits, asked)
+        predicted = {}
+        for name in asked:
+            with _naming(name):
+                predicted[name] = self._by_name[name]._predict(split[name], by_head[name])
+        return predicted
+
+    def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, Any]:
+        """Each head's predictions, decoded by it."""
+        return {name: self._by_name[name].decode_predictions(value) for name, value in predictions.items()}
+
+    def signatures(self, predictions: Mapping[str, Any]) -> dict[str, ExportOutput]:
+        return merged_signatures({name: head.signatures(predictions[name]) for name, head in self._by_name.items()})
+
+    def _advance(self, batch: dict[str, Any], psum: Callable[[Any], Any]) -> dict[str, Any]:
+        new = {name: head._advance(batch["heads"][name], psum) for name, head in self._by_name.items()}
+        return {name: value for name, value in new.items() if value}
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Says which head refuses."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Head {name!r}: {error}") from error
+
+
+def _columns(logits: Any, start: int, stop: int) -> Any:
+    """Some columns of logits, multiplied out or not."""
+    if not isinstance(logits, LinearLogits):
+        return logits[..., start:stop]
+    bias = None if logits.bias is None else logits.bias[start:stop]
+    return LinearLogits(logits.hidden, logits.kernel[:, start:stop], bias)

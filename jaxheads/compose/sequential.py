@@ -1,0 +1,289 @@
+"""Any head on sequences of different lengths."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxheads.compose._abstract import AbstractCompositeHead
+from jaxheads.head import Head, subheads
+from jaxheads.metrics import Observation
+from jaxheads.numerics import batch as batches
+from jaxheads.numerics import columns, inputs, tiles
+from jaxheads.numerics.batch import Mask, Masks
+from jaxheads.spec import ExportOutput
+
+AVERAGES = ("steps", "sequences")
+
+
+class SequentialHeadWrapper(AbstractCompositeHead):
+    """A head applied at every step of padded sequences: tagging, forecasting, language.
+
+    The steps that a mask (or lengths) says are there are the batch of the inner head; nothing is reshaped, so it works
+    under `jit`. The inner head may be of any kind, a `MultiHead` too.
+
+    **Domain**: `labels` and `logits` as the inner head takes them, with leading axes `[B, T]`. The mask is a column of
+    `features`, bool or 0/1 `[B, T]`, not necessarily a prefix; or `sequence_lengths` names a column of lengths `[B]`.
+    Without `features` all steps are there that `where` says.
+
+    **Link**: that of the inner head.
+
+    **loss** = the inner head's loss of the steps that are there. `average_over="sequences"` first takes the mean over
+    the steps of each sequence, so that long ones do not count more; `average_loss` likewise, other metrics count steps.
+
+    **Predictions**: those of the inner head, at every step, padding included.
+    **Metrics**: those of the inner head, under its names.
+
+    Args:
+        static_head: the inner head.
+        sequence_length_mask: the key of the mask in `features`.
+        feature_columns: keys of `features` that reach the inner head (a weight column, what a `loss_fn` reads),
+            `[B, T]` columns as `[B, T, 1]`; others do not reach it.
+        sequence_lengths: the key of a column of lengths, in place of the mask.
+        average_over: `"steps"` or `"sequences"`.
+
+    Raises:
+        ValueError: keys that are not strings; features without the mask or without a listed column; a mask that is not
+            `[B, T]`, or lengths outside 0 ... T; and what the inner head raises.
+
+    Source: `SequentialHeadWrapper` of `tf.estimator` (TensorFlow 2.15), behind its `RNNClassifier`.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxheads as jh
+    >>> head = jh.SequentialHeadWrapper(jh.BinaryClassHead(), sequence_lengths="lengths")
+    >>> labels, logits = jnp.array([[1, 0, 9], [1, 9, 9]]), jnp.zeros((2, 3, 1))
+    >>> features = {"lengths": jnp.array([2, 1])}
+    >>> head.measure(labels=labels, logits=logits, features=features).compute()["label/mean"]
+    np.float32(0.6666667)
+    """
+
+    static_head: Head = subheads()
+    sequence_length_mask: str = "sequence_length_mask"
+    feature_columns: Sequence[str] | str | None = None
+    sequence_lengths: str | None = None
+    average_over: str = "steps"
+
+    @property
+    def name(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]  # made of the inner head's
+        """The inner head's, with `_sequential` appended; its metrics keep the inner head's own."""
+        return f"{self.static_head.name}_sequential" if self.static_head.name else None
+
+    @property
+    def suffix(self) -> str | None:
+        """The inner head's."""
+        return self.static_head.suffix
+
+    @property
+    def loss_reduction(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the inner head's
+        """The inner head's."""
+        return self.static_head.loss_reduction
+
+    @property
+    def logits_dimension(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # see Head
+        return self.static_head.logits_dimension
+
+    @property
+    def label_spec(self) -> Any:
+        return self.static_head.label_spec
+
+    @property
+    def rowwise(self) -> bool:
+        return self.static_head.rowwise
+
+    def validate(self) -> None:
+        for field in ("sequence_length_mask", "sequence_lengths"):
+            key = getattr(self, field)
+            if not isinstance(key, str) and not (field == "sequence_lengths" and key is None):
+                raise ValueError(f"{field} must be a string, a key of features. Given type: {type(key).__name__}.")
+        listed = self.feature_columns
+        if not (listed is None or isinstance(listed, (str, tuple))):
+            raise ValueError(
+                "feature_columns must be either a string or an iterable of strings. Given type: "
+                f"{type(listed).__name__}."
+            )
+        for key in listed if isinstance(listed, tuple) else ():
+            if not isinstance(key, str):
+                raise ValueError(f"feature_columns must be strings. Given type: {type(key).__name__} in {listed!r}.")
+        if not isinstance(self.static_head, Head):
+            raise ValueError(f"static_head must be a head. Given {self.static_head!r}.")
+        if self.average_over not in AVERAGES:
+            raise ValueError(f"average_over must be one of {AVERAGES}. Given {self.average_over!r}.")
+
+    # What the inner head is given.
+
+    def _gather(
+        self, labels: Any, logits: Any, features: Any, weights: Any, where: Any, check: bool | None
+    ) -> dict[str, Any]:
+        first = next(iter(_leaves(logits)))
+        shape = tuple(first.shape) if hasattr(first, "shape") else np.shape(first)
+        if features is not None:
+            mask = Mask(*self._mask(columns.table(features), shape))
+            if isinstance(where, Mapping):
+                names = [head.name for head in getattr(self.static_head, "heads", ())]
+                unknown = [key for key in where if key not in names]
+                if unknown:
+                    raise ValueError(f"where has no such head(s): {unknown}. The heads are {names}.")
+                where = {name: Masks((mask, *batches.masks_of(where.get(name)))) for name in names}
+            else:
+                where = Masks((mask, *batches.masks_of(where)))
+            features = self._columns(columns.table(features))
+        return self.static_head._gather(labels, logits, features, weights, where, check)
+
+    def _mask(self, features: Any, logits_shape: tuple[int, ...]) -> tuple[Any, str]:
+        """Which steps are there, in the leading shape of the logits, and its name."""
+        lead = logits_shape[:-1]
+        key = self.sequence_lengths or self.sequence_length_mask
+        kind = "sequence_lengths" if self.sequence_lengths else "sequence_length_mask"
+        if features is None or key not in features:
+            found = None if features is None else sorted(map(str, features))
+            raise ValueError(
+                f"The provided {kind} key {key!r} should be included in the features dictionary, but was not found. "
+                f"Found keys: {found}. Without any features (features=None) all steps are there that where= says."
+            )
+        mask = inputs.as_array(features[key], f"features[{key!r}]")
+        shape = tuple(mask.shape)
+        if len(lead) < 2:
+            raise ValueError(
+                f"logits of sequences must be [B, T, ..., {self.logits_dimension}]. Given shape {logits_shape}."
+            )
+        if self.sequence_lengths:
+            if shape != lead[:1] or inputs.dtype_kind(mask) != "int":
+                raise ValueError(
+                    f"features[{key!r}] must be integer lengths of shape {lead[:1]}. Given {mask.dtype}{list(shape)}."
+                )
+            if inputs.is_readable(mask, None) and not np.logical_and(mask >= 0, mask <= lead[1]).all():
+                raise ValueError(f"features[{key!r}]: lengths must lie in 0 ... {lead[1]}. Given {np.asarray(mask)}.")
+            xp = np if isinstance(mask, np.ndarray) else jnp
+            mask = xp.arange(lead[1])[None] < mask[:, None]
+        elif len(shape) != 2 or shape != lead[:2]:
+            raise ValueError(
+                f"Mask is expected to have two dimensions, those of the logits, {lead[:2]}. Given features[{key!r}] of "
+                f"shape {shape}."
+            )
+        if len(lead) > 2:
+            xp = np if isinstance(mask, np.ndarray) else jnp
+            mask = xp.broadcast_to(xp.expand_dims(mask, tuple(range(2, len(lead)))), lead)
+        return mask, f"features[{key!r}]"
+
+    def _columns(self, features: Any) -> dict[str, Any]:
+        """The listed columns, as the inner head gets them."""
+        listed = self.feature_columns
+        kept = {}
+        for column in _weight_columns(self.static_head):
+            if column in features and column not in ((listed,) if isinstance(listed, str) else listed or ()):
+                raise ValueError(
+                    f"Feature {column} (the weight_column of the inner head) does not reach it: only feature_columns "
+                    f"do. Given feature_columns={listed!r}. Add it there."
+                )
+        for key in (listed,) if isinstance(listed, str) else listed or ():
+            if key not in features:
+                raise ValueError(
+                    f"{key!r} column (of feature_columns) expected in features dictionary. Found keys: "
+                    f"{sorted(map(str, features))}."
+                )
+            column = inputs.as_array(features[key], f"features[{key!r}]")
+            if column.ndim < 2:
+                raise ValueError(
+                    f"features[{key!r}] of a sequence is expected to have at least 2 dimensions, [B, T]. Given shape "
+                    f"{tuple(column.shape)}."
+                )
+            kept[key] = column[..., None] if column.ndim == 2 else column
+        return kept
+
+    def _scaled(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with each step counted as its share of a sequence, where that is asked for."""
+        if self.average_over == "steps":
+            return batch
+        if "heads" in batch:
+            return {**batch, "heads": {name: self._scaled(inner) for name, inner in batch["heads"].items()}}
+        exists = batches.existing(batch).astype(jnp.float32)
+        steps = jnp.sum(exists, axis=tuple(range(1, exists.ndim)), keepdims=True)
+        return {**batch, "scale": exists / jnp.maximum(steps, jnp.ones_like(steps))}
+
+    # All else is the inner head's.
+
+    def losses(self, labels: Any, logits: Any, features: Any = None) -> Any:
+        extra = () if features is None else (features,)
+        return self.static_head.losses(labels, logits, *extra)
+
+    def encode_labels(self, labels: Any, where: Any = None) -> Any:
+        """As the inner head encodes them."""
+        return self.static_head.encode_labels(labels, where)
+
+    def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, Any]:
+        """As the inner head decodes them."""
+        return self.static_head.decode_predictions(predictions)
+
+    def outputs(self, logits: Any) -> Mapping[str, Any]:
+        return self.static_head.outputs(logits)
+
+    def signatures(self, predictions: Mapping[str, Any]) -> Mapping[str, ExportOutput]:
+        return self.static_head.signatures(predictions)
+
+    def observed(self) -> dict[str, Observation]:
+        """Those of the inner head."""
+        return self.static_head.observed()
+
+    def read(self, seen: Mapping[str, Any]) -> dict[tuple[str, str | None], Any]:
+        """As the inner head reads them."""
+        return self.static_head.read(seen)
+
+    def read_loss(self, seen: Mapping[str, Any]) -> Any:
+        """As the inner head reads it."""
+        return self.static_head.read_loss(seen)
+
+    def class_names(self) -> tuple[str, ...] | None:
+        return self.static_head.class_names()
+
+    def _predict(self, logits: Any, keys: Any) -> dict[str, Any]:
+        return self.static_head._predict(logits, keys)
+
+    def _normalizer(self, normalizer: Any) -> Any:
+        return self.static_head._normalizer(normalizer)
+
+    @property
+    def _loss_size(self) -> int:
+        return self.static_head._loss_size
+
+    def _loss_sums(self, batch: dict[str, Any]) -> jax.Array:
+        return self.static_head._loss_sums(self._scaled(batch))
+
+    def _loss_of(self, sums: jax.Array, normalizer: Any) -> jax.Array:
+        return self.static_head._loss_of(sums, normalizer)
+
+    def _has_elements(self, sums: jax.Array) -> jax.Array:
+        return self.static_head._has_elements(sums)
+
+    @property
+    def _has_divisor(self) -> bool:
+        return self.static_head._has_divisor
+
+    def _sums(self, batch: dict[str, Any]) -> jax.Array:
+        return self.static_head._sums(self._scaled(batch))
+
+    def _sums_and_divisor(self, batch: dict[str, Any]) -> jax.Array:
+        return self.static_head._sums_and_divisor(self._scaled(batch))
+
+    def _all_sums(self, batch: dict[str, Any]) -> jax.Array:
+        return tiles.summed(self._sums, batch) if self.rowwise else self._sums(batch)
+
+    def _advance(self, batch: dict[str, Any], psum: Callable[[Any], Any]) -> dict[str, Any]:
+        new = self.static_head._advance(batch, psum)
+        return {"static_head": new} if new else {}
+
+
+def _weight_columns(head: Any) -> list[str]:
+    """The weight columns that a head, or the heads in it, look for."""
+    inside = [column for inner in getattr(head, "heads", ()) for column in _weight_columns(inner)]
+    return inside + ([head.weight_column] if isinstance(head.weight_column, str) else [])
+
+
+def _leaves(logits: Any) -> Any:
+    """The logits inside nested dicts."""
+    if isinstance(logits, Mapping):
+        for inner in logits.values():
+            yield from _leaves(inner)
+    else:
+        yield logits

@@ -1,0 +1,66 @@
+"""Regression of a probability."""
+
+from typing import Any
+
+import jax
+
+from jaxheads import losses, spec
+from jaxheads.head import Head, LabelSpec
+from jaxheads.metrics import Mean, Observation
+
+
+class LogisticRegressionHead(Head):
+    """Regression of a probability or a share in [0, 1], by the logistic loss.
+
+    For classes, with accuracy and AUC, use `BinaryClassHead`.
+
+    **Domain**: `labels` in [0, 1], `[D0, ..., DN, 1]` or `[D0, ..., DN]`; fractions, int and bool.
+
+    **Link**: `E(y) = sigmoid(z)`.
+
+    **loss** = `softplus(z) - y z`; `[..., 1]`.
+
+    **Predictions**: `predictions [..., 1]` = sigmoid(z), and `logits`.
+    **Metrics**: `average_loss`, `prediction/mean`, `label/mean`, and `regularization_loss` if one is given. All
+    float32.
+
+    Args:
+        weight_column: a key of `features`, or a function `features -> weights`; may be positional.
+        loss_reduction: a `Reduction` or its text.
+        name: suffixes the metric keys.
+
+    Raises:
+        ValueError: labels outside [0, 1] in an unmasked row.
+
+    Source: `tf.estimator.LogisticRegressionHead` (TensorFlow 2.15).
+
+    >>> import jax.numpy as jnp
+    >>> import jaxheads as jh
+    >>> head = jh.LogisticRegressionHead()
+    >>> labels, logits = jnp.array([[0.25], [1.0]]), jnp.array([[0.0], [2.0]])
+    >>> float(head.loss(labels=labels, logits=logits))  # (ln 2 + ln(1 + e^-2)) / 2
+    0.4100...
+    >>> head.predictions(logits, "predictions")["predictions"].ravel()
+    Array([0.5     , 0.88079...], dtype=float32)
+    """
+
+    weight_column: Any = None
+
+    logits_dimension = 1
+    rowwise = True  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]  # see Head
+
+    @property
+    def label_spec(self) -> LabelSpec:
+        return LabelSpec(1, "float", 0, 1)
+
+    def losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
+        return losses.sigmoid_cross_entropy(labels, logits)
+
+    def outputs(self, logits: jax.Array) -> dict[str, Any]:
+        return {"predictions": lambda: jax.nn.sigmoid(logits), "logits": logits}
+
+    def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
+        return {"prediction/mean": Mean(jax.nn.sigmoid(logits)), "label/mean": Mean(labels)}
+
+    def signatures(self, predictions: Any) -> dict[str, spec.ExportOutput]:
+        return spec.regression_signatures(predictions, "predictions")

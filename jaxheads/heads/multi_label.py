@@ -1,0 +1,175 @@
+"""Any number of n classes at once."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxheads import losses, spec
+from jaxheads.head import LabelSpec
+from jaxheads.heads import _abstract
+from jaxheads.metrics import ColumnMeans, LogitGrid, Observation, Scores
+from jaxheads.metrics.grids import AbstractGrid
+from jaxheads.numerics import inputs, vocabulary
+
+
+class MultiLabelHead(_abstract.AbstractLossFnHead):
+    """Classification in which an example may have any number of `n_classes` classes.
+
+    **Domain**: `labels` multi-hot `[D0, ..., DN, n_classes]`: int, bool, or numbers in [0, 1]; a soft label y counts as
+    weight y positive and 1 - y negative in every metric. `encode_labels` makes them of lists of class ids or names,
+    one list an example, nested as deep as the leading axes; an eager call takes lists of names straight in.
+
+    **Link**: `P(y_k = 1) = sigmoid(z_k)`, each class by itself.
+
+    **loss** = the mean over classes of `softplus(z_k) - y_k z_k`, or `loss_fn`; `[..., 1]`.
+
+    **Predictions**: `logits [..., n]`, `probabilities [..., n]`; `decode_predictions` adds `classes` and `all_classes`,
+    both the names behind the last axis, `[D0, n]`.
+    **Metrics**: `average_loss`; over all entries of all examples (micro average) `auc`, `auc_precision_recall`, and for
+    each threshold t `accuracy|precision|recall/positive_threshold_t` (positive: p > t); for each class c of
+    `classes_for_class_based_metrics` `probability_mean/c`, `auc/c`, `auc_precision_recall/c`, where c is its name or
+    `class7`; `regularization_loss` if one is given. All float32, all areas from one histogram with `bins`.
+
+    Args:
+        n_classes: at least 2.
+        weight_column: a key of `features`, or a function `features -> weights`; one weight an example.
+        thresholds: numbers in (0, 1).
+        label_vocabulary: the names of the classes.
+        loss_reduction: a `Reduction` or its text.
+        loss_fn: `loss_fn(labels, logits[, features])` giving one loss an example, `[..., 1]`; labels are float32.
+            Called by keyword; other arguments must be keyword-only with a default, as `functools.partial` makes them.
+        classes_for_class_based_metrics: class ids, or names of the vocabulary.
+        name: suffixes the metric keys.
+        bins: `LogitGrid(...)` (default), or `ThresholdGrid(200)` for TensorFlow's numbers.
+
+    Raises:
+        ValueError: `n_classes` below 2; thresholds outside (0, 1) or printing alike; a vocabulary of another length;
+            classes that are not there; labels outside [0, 1] in an unmasked example; ids or names that are not there.
+
+    Source: `tf.estimator.MultiLabelHead` (TensorFlow 2.15).
+
+    >>> import jax.numpy as jnp
+    >>> import jaxheads as jh
+    >>> head = jh.MultiLabelHead(3, label_vocabulary=("sea", "sun", "sand"), classes_for_class_based_metrics=["sun"])
+    >>> labels = head.encode_labels([["sun"], ["sand", "sea"]])
+    >>> labels
+    array([[0., 1., 0.],
+           [1., 0., 1.]], dtype=float32)
+    >>> logits = jnp.array([[-1.0, 1.0, -1.0], [-1.5, 1.5, 2.5]])
+    >>> values = head.measure(labels=labels, logits=logits).compute()
+    >>> print(*(f"{key} {values[key]:.4f}" for key in ("average_loss", "auc", "probability_mean/sun")), sep=", ")
+    average_loss 0.7369, auc 0.5556, probability_mean/sun 0.7743
+
+    The original's documented example:
+
+    >>> head = jh.MultiLabelHead(2)
+    >>> labels, logits = jnp.array([[1, 0], [1, 1]]), jnp.array([[-1.0, 1.0], [-1.5, 1.5]])
+    >>> print(f"{head.loss(labels=labels, logits=logits):.2f}")  # (1.3133 + 0.9514) / 2
+    1.13
+    >>> values = head.measure(labels=labels, logits=logits).compute()
+    >>> print(f"auc {values['auc']:.2f}, auc_precision_recall {values['auc_precision_recall']:.2f}")
+    auc 0.33, auc_precision_recall 0.77
+    """
+
+    n_classes: int
+    _: dataclasses.KW_ONLY
+    thresholds: Sequence[float] | None = None
+    label_vocabulary: Sequence[str] | None = None
+    classes_for_class_based_metrics: Sequence[int | str] | None = None
+    bins: AbstractGrid = LogitGrid()
+
+    def validate(self) -> None:
+        n = self.n_classes
+        if isinstance(n, bool) or not isinstance(n, int) or n <= 1:
+            raise ValueError(f"n_classes must be an integer > 1 for multi-label classification. Given: {n!r}.")
+        _abstract.check_thresholds(self.thresholds or ())
+        vocabulary.check(self.label_vocabulary, n, "MultiLabelHead")
+        super().validate()
+        _abstract.check_bins(self.bins)
+        self._watched()
+
+    def _watched(self) -> dict[str, int]:
+        """The classes that have metrics of their own: ids by what stands in the metric keys."""
+        names, watched = self.label_vocabulary, {}
+        chosen = self.classes_for_class_based_metrics or ()
+        if not isinstance(chosen, tuple):
+            raise ValueError(f"classes_for_class_based_metrics must be a list of ids or names. Given {chosen!r}.")
+        for c in chosen:
+            if isinstance(c, str):
+                if names is None:
+                    raise ValueError(
+                        "label_vocabulary must be provided when classes_for_class_based_metrics are strings. Given "
+                        f"{c!r}."
+                    )
+                if c not in names:
+                    raise ValueError(
+                        f"classes_for_class_based_metrics: {c!r} is not in the label_vocabulary {tuple(names)!r}."
+                    )
+                c = names.index(c)
+            if isinstance(c, bool) or not isinstance(c, int) or not 0 <= c < self.n_classes:
+                raise ValueError(
+                    f"All classes_for_class_based_metrics must be in range [0, {self.n_classes - 1}], or names of the "
+                    f"label_vocabulary. Given: {c!r}."
+                )
+            watched[names[c] if names else f"class{c}"] = c
+        return watched
+
+    @property
+    def logits_dimension(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # see Head
+        return self.n_classes
+
+    @property
+    def label_spec(self) -> LabelSpec:
+        return LabelSpec(self.n_classes, "float", 0, 1)
+
+    def to_array(self, labels: Any, ids: bool) -> Any:
+        if inputs.is_text(labels) and labels.size:
+            raise ValueError(
+                "labels of a multi-label head are multi-hot arrays, or lists of names. Given an array of strings (dtype"
+                f" str, e.g. {str(labels.flat[0])!r}) of shape {labels.shape}: if each row lists names, pass "
+                "labels.tolist()."
+            )
+        lists = isinstance(labels, (list, tuple))
+        named = vocabulary.has_names(labels) or (self.vocabulary is not None and vocabulary.is_empty(labels))
+        return vocabulary.multi_hot(labels, self.n_classes, self.vocabulary) if lists and (ids or named) else labels
+
+    def standard_losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
+        return jnp.mean(losses.sigmoid_cross_entropy(labels, logits), axis=-1, keepdims=True)
+
+    def outputs(self, logits: jax.Array) -> dict[str, Any]:
+        return {"logits": logits, "probabilities": lambda: jax.nn.sigmoid(logits)}
+
+    def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
+        classes = tuple(self._watched().values())
+        # A row of the histogram for each class that is watched, and the first for all others together.
+        rows = [0] * self.n_classes if classes else []
+        for row, c in enumerate(classes, start=1):
+            rows[c] = row
+        thresholds = tuple(dict.fromkeys(self.thresholds or ()))
+        seen: dict[str, Observation] = {"scores": Scores(labels, logits, self.bins, thresholds, tuple(rows))}
+        return {**seen, "probability_mean": ColumnMeans(jax.nn.sigmoid(logits), classes)} if classes else seen
+
+    def summarize(self, seen: Mapping[str, Any]) -> dict[str, Any]:
+        scores = seen["scores"]
+        out = {"auc": scores.roc_auc(), "auc_precision_recall": scores.pr_auc()}
+        out |= _abstract.at_thresholds(scores, self.thresholds)
+        for i, name in enumerate(self._watched()):
+            out[f"probability_mean/{name}"] = seen["probability_mean"].mean[..., i]
+            out[f"auc/{name}"] = scores.rows[i + 1].roc_auc()
+            out[f"auc_precision_recall/{name}"] = scores.rows[i + 1].pr_auc()
+        return out
+
+    def signatures(self, predictions: Mapping[str, Any]) -> dict[str, spec.ExportOutput]:
+        return spec.classification_signatures(predictions, self.class_names())
+
+    def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """As NumPy arrays; `classes` and `all_classes` are both the names behind the last axis, `[D0, n]`."""
+        out = super().decode_predictions(predictions)
+        return {**out, "classes": out["all_classes"]} if "all_classes" in out else out
+
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.label_vocabulary or ()) or tuple(map(str, np.arange(self.n_classes)))

@@ -1,0 +1,83 @@
+"""Regression of counts."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxheads import losses, spec
+from jaxheads.head import Head, LabelSpec
+from jaxheads.heads import _abstract
+from jaxheads.metrics import Mean, Observation
+
+
+class PoissonRegressionHead(Head):
+    """Regression of counts and rates by the Poisson likelihood.
+
+    **Domain**: `labels` finite and not negative (fractions are taken), `[D0, ..., DN, label_dimension]`, or `[D0, ...,
+    DN]` where `label_dimension` is 1. `weights` may also have the shape of the logits.
+
+    **Link**: `E(y) = exp(z)`: the logit is the logarithm of the mean.
+
+    **loss** = `exp(z) - y z`, and with `compute_full_loss`, where y > 1, also `y ln y - y + ln(2 pi y) / 2`, Stirling's
+    approximation of `ln y!`: a constant, that makes the loss comparable to other likelihoods. +inf where exp(z)
+    overflows, at z > 88.7.
+
+    **Predictions**: `predictions [..., label_dimension]` = exp(z), and `logits`.
+    **Metrics**: `average_loss`, `prediction/mean`, `label/mean`, and `regularization_loss` if one is given; weighted
+    means over all elements, the last axis included. All float32.
+
+    Args:
+        label_dimension: the number of targets.
+        weight_column: a key of `features`, or a function `features -> weights`.
+        compute_full_loss: whether to add Stirling's term.
+        loss_reduction: a `Reduction` or its text.
+        name: suffixes the metric keys.
+
+    Raises:
+        ValueError: `label_dimension` below 1; labels that are negative, NaN or infinite in an unmasked row.
+
+    Source: `tf.estimator.PoissonRegressionHead` (TensorFlow 2.15).
+
+    >>> import jax.numpy as jnp
+    >>> import jaxheads as jh
+    >>> head = jh.PoissonRegressionHead()
+    >>> labels, logits = jnp.array([[0.0], [3.0]]), jnp.array([[0.0], [1.0]])
+    >>> float(head.loss(labels=labels, logits=logits))  # (1 + (2.7183 - 3 + 1.7641)) / 2
+    1.2411...
+    >>> head.predictions(logits, "predictions")["predictions"].ravel()
+    Array([1.       , 2.7182817], dtype=float32)
+    """
+
+    label_dimension: int = 1
+    _: dataclasses.KW_ONLY
+    compute_full_loss: bool = True
+
+    per_logit_weights = True  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]  # see Head
+    rowwise = True  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]  # see Head
+
+    def validate(self) -> None:
+        _abstract.check_label_dimension(self.label_dimension)
+        if not isinstance(self.compute_full_loss, bool):
+            raise ValueError(f"compute_full_loss must be True or False. Given {self.compute_full_loss!r}.")
+
+    @property
+    def logits_dimension(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # see Head
+        return self.label_dimension
+
+    @property
+    def label_spec(self) -> LabelSpec:
+        return LabelSpec(self.label_dimension, "float", 0)
+
+    def losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
+        return losses.poisson(labels, logits, self.compute_full_loss)
+
+    def outputs(self, logits: jax.Array) -> dict[str, Any]:
+        return {"predictions": lambda: jnp.exp(logits), "logits": logits}
+
+    def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
+        return {"prediction/mean": Mean(jnp.exp(logits)), "label/mean": Mean(labels)}
+
+    def signatures(self, predictions: Any) -> dict[str, spec.ExportOutput]:
+        return spec.regression_signatures(predictions, "predictions")

@@ -1,0 +1,355 @@
+"""Heads made of heads: each task's own masks, weights and parameters; sequences by mask and by lengths."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from zoo import OrdinalHead, PriorCorrectedHead
+
+import jaxheads as jh
+
+LATE, MINUTES = jh.BinaryClassHead(name="late"), jh.RegressionHead(name="minutes")
+BOTH = jh.MultiHead([LATE, MINUTES], head_weights=[2.0, 0.5])
+RNG = np.random.default_rng(0)
+N = 12
+LABELS = {"late": RNG.integers(0, 2, N), "minutes": RNG.normal(size=N).astype(np.float32)}
+LOGITS = RNG.normal(size=(N, 2)).astype(np.float32)
+SOME = {"minutes": RNG.random(N) < 0.6}
+WEIGHTS = {"late": RNG.choice(np.array([0.1, 0.3, 2], np.float32), N)}
+
+
+def late_losses():
+    z, y = LOGITS[:, 0].astype(np.float64), LABELS["late"]
+    return np.logaddexp(0, z) - y * z
+
+
+def minutes_losses():
+    return (LOGITS[:, 1].astype(np.float64) - LABELS["minutes"]) ** 2
+
+
+def test_each_task_has_missing_labels_and_weights_of_its_own():
+    spoiled = {**LABELS, "minutes": np.where(SOME["minutes"], LABELS["minutes"], np.nan)}
+    late = (late_losses() * WEIGHTS["late"]).sum() / N
+    minutes = minutes_losses()[SOME["minutes"]].mean()
+    loss, gradient = jax.value_and_grad(lambda z: BOTH.loss(spoiled, z, where=SOME, weights=WEIGHTS))(LOGITS)
+    np.testing.assert_allclose(loss, 2 * late + 0.5 * minutes, rtol=1e-6)
+    np.testing.assert_array_equal(np.asarray(gradient)[~SOME["minutes"], 1], 0)
+    values = BOTH.measure(spoiled, LOGITS, where=SOME, weights=WEIGHTS).compute()
+    np.testing.assert_allclose(values["loss/late"], late, rtol=1e-6)
+    np.testing.assert_allclose(values["loss/minutes"], minutes, rtol=1e-6)
+    average = np.average(late_losses(), weights=WEIGHTS["late"])
+    np.testing.assert_allclose(values["average_loss/late"], average, rtol=1e-6)
+
+
+def test_what_is_given_for_a_head_that_is_not_there_is_refused():
+    refused: tuple[dict[str, Any], ...] = (
+        {"where": {"x": SOME["minutes"]}},
+        {"weights": {"x": WEIGHTS["late"]}},
+        {"normalizer": {"x": 1.0}},
+    )
+    for given in refused:
+        with pytest.raises(ValueError, match=r"heads that are not there: \['x'\](.|\n)*late(.|\n)*minutes"):
+            BOTH.loss(LABELS, LOGITS, **given)
+    with pytest.raises(ValueError, match="not there"):
+        BOTH.predictions(LOGITS, {"x": "logits"})
+
+
+def test_normalizers_by_head_add_up():
+    parts = [slice(0, 5), slice(5, N)]
+    total = {"late": N, "minutes": N}
+    losses = [
+        BOTH.loss(
+            {k: v[p] for k, v in LABELS.items()}, LOGITS[p], normalizer=total, weights={"late": WEIGHTS["late"][p]}
+        )
+        for p in parts
+    ]
+    np.testing.assert_allclose(sum(losses), BOTH.loss(LABELS, LOGITS, weights=WEIGHTS), rtol=1e-6)
+    with pytest.raises(ValueError, match="normalizer"):
+        BOTH.loss(LABELS, LOGITS, normalizer={"late": -1.0})
+
+
+def test_one_array_dicts_and_lazy_logits_are_the_same():
+    by_name = {"late": LOGITS[:, :1], "minutes": LOGITS[:, 1:]}
+    expected = BOTH.loss(LABELS, LOGITS)
+    hidden, kernel = jnp.asarray(LOGITS), jnp.eye(2)
+    lazy = jh.LinearLogits(hidden, kernel, jnp.zeros(2))
+    each = {"late": jh.LinearLogits(hidden, kernel[:, :1]), "minutes": LOGITS[:, 1:]}
+    for logits in (by_name, lazy, each, {**by_name, "stranger": None}):
+        np.testing.assert_allclose(BOTH.loss(LABELS, logits), expected, rtol=1e-6)
+        predictions = BOTH.predictions(logits, {"late": "logistic"})
+        assert {name: list(keys) for name, keys in predictions.items()} == {"late": ["logistic"]}
+    assert set(BOTH.predictions(LOGITS)) == {"late", "minutes"}
+    decoded = BOTH.decode_predictions(BOTH.predictions(LOGITS))
+    assert decoded["late"]["classes"].shape == (N, 1)
+
+
+def test_learned_weights_are_kendalls():
+    head = jh.MultiHead([LATE, MINUTES], weighting="uncertainty")
+    params = head.init(jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == {"log_variances": (2,)}
+    s = np.array([0.7, -0.4])
+    params = {"log_variances": jnp.asarray(s, jnp.float32)}
+    losses = np.array([late_losses().mean(), minutes_losses().mean()])
+    loss, gradient = jax.value_and_grad(lambda p: head.loss(LABELS, LOGITS, params=p))(params)
+    np.testing.assert_allclose(loss, (np.exp(-s) * losses + s / 2).sum(), rtol=1e-6)
+    np.testing.assert_allclose(gradient["log_variances"], 0.5 - np.exp(-s) * losses, rtol=1e-5)
+    # Stationary at ln(2 L).
+    best = {"log_variances": jnp.log(2 * jnp.asarray(losses, jnp.float32))}
+    at_best = jax.grad(lambda p: head.loss(LABELS, LOGITS, params=p))(best)["log_variances"]
+    np.testing.assert_allclose(at_best, 0, atol=1e-6)
+    # A head without labels in the batch, or of weight 0, leaves its weight alone.
+    nowhere = {"minutes": np.zeros(N, bool)}
+    masked = jax.grad(lambda p: head.loss(LABELS, LOGITS, where=nowhere, params=p))(params)["log_variances"]
+    unweighted = jh.MultiHead([LATE, MINUTES], [1.0, 0.0], weighting="uncertainty")
+    ignored = jax.grad(lambda p: unweighted.loss(LABELS, LOGITS, params=p))(params)["log_variances"]
+    assert masked[1] == ignored[1] == 0
+    far = {"log_variances": jnp.array([50.0, -50.0])}
+    clipped = np.clip([50.0, -50.0], -20, 20)
+    expected = (np.exp(-clipped) * losses + clipped / 2).sum()
+    np.testing.assert_allclose(head.loss(LABELS, LOGITS, params=far), expected, rtol=1e-6)
+    assert head.metrics().compute().keys() == jh.MultiHead([LATE, MINUTES]).metrics().compute().keys()
+    with pytest.raises(ValueError, match="log_variances"):
+        head.loss(LABELS, LOGITS)
+    assert jh.MultiHead([LATE, MINUTES]).init(jax.random.key(0)) == {}
+
+
+def test_a_weight_of_zero_hides_a_head_even_a_nan():
+    head = jh.MultiHead([LATE, MINUTES], [1.0, 0.0])
+    spoiled = LOGITS.copy()
+    spoiled[3, 1] = np.nan
+    loss, gradient = jax.value_and_grad(lambda z: head.loss(LABELS, z))(spoiled)
+    np.testing.assert_allclose(loss, late_losses().mean(), rtol=1e-6)
+    np.testing.assert_array_equal(np.asarray(gradient)[:, 1], 0)
+
+
+def test_nested_heads_learn_and_remember():
+    stars, prior = OrdinalHead(4, name="stars"), PriorCorrectedHead(name="prior")
+    inner = jh.MultiHead([stars, prior])
+    head = jh.MultiHead([LATE, inner], [1.0, 3.0])
+    assert head.name == "late_stars_prior"
+    assert (
+        eval(repr(inner), {**vars(jh), "OrdinalHead": OrdinalHead, "PriorCorrectedHead": PriorCorrectedHead}) == inner
+    )
+    params, state = head.init(jax.random.key(0)), head.init_state()
+    assert jax.tree.map(jnp.shape, params) == {"stars_prior": {"stars": {"cuts": (3,)}}}
+    assert jax.tree.map(jnp.shape, state) == {"stars_prior": {"prior": {"counts": (2, 2)}}}
+    rng = np.random.default_rng(1)
+    labels = {"late": rng.integers(0, 2, N), "stars_prior": {"stars": rng.integers(0, 4, N), "prior": np.ones(N)}}
+    logits = rng.normal(size=(N, 3)).astype(np.float32)
+    bound = head.bind(params).bind(state)
+    parts = (
+        LATE.loss(labels["late"], logits[:, :1]),
+        stars.loss(labels["stars_prior"]["stars"], logits[:, 1:2], params=params["stars_prior"]["stars"]),
+        prior.loss(np.ones(N), logits[:, 2:], params=state["stars_prior"]["prior"]),
+    )
+    np.testing.assert_allclose(bound.loss(labels, logits), parts[0] + 3 * (parts[1] + parts[2]), rtol=1e-6)
+    new = head.update_state(state, labels, logits, params=params, where={"stars_prior": {"prior": np.arange(N) < 5}})
+    np.testing.assert_allclose(new["stars_prior"]["prior"]["counts"].sum(-1), [6, 7])
+    values = bound.measure(labels, logits).compute()
+    np.testing.assert_allclose(values["loss/stars_prior"], values["loss/stars"] + values["loss/prior"], rtol=1e-6)
+    assert "mean_absolute_error/stars" in values
+    gradient = jax.grad(lambda p: head.bind(p).bind(state).loss(labels, logits))(params)
+    updates: Any = optax.sgd(0.1).update(gradient, optax.sgd(0.1).init(params))[0]
+    assert np.abs(updates["stars_prior"]["stars"]["cuts"]).min() > 0
+
+
+@pytest.mark.parametrize(
+    ("heads", "match"),
+    [
+        ([], "Must specify heads"),
+        ([LATE, jh.RegressionHead()], "must have name"),
+        ([LATE, LATE], "different names|names clash"),
+        ([LATE, 3], "holds heads"),
+        ([jh.BinaryClassHead(name="b", thresholds=(0.5,)), jh.RegressionHead(name="threshold")], None),
+        ([jh.MultiHead([LATE, MINUTES]), jh.RegressionHead(name="late")], "collide"),
+    ],
+)
+def test_heads_that_do_not_go_together_are_refused(heads, match):
+    if match is None:
+        assert jh.MultiHead(heads).logits_dimension == 2
+        return
+    with pytest.raises(ValueError, match=match):
+        jh.MultiHead(heads)
+
+
+def test_curves_are_found_by_the_name_of_the_head():
+    labels = {"late": LABELS["late"], "soon": 1 - LABELS["late"]}
+    head = jh.MultiHead([LATE, jh.BinaryClassHead(name="soon")])
+    metrics = head.measure(labels, LOGITS)
+    fpr, tpr, _ = metrics.curve("roc", "late/scores")
+    np.testing.assert_allclose(np.trapezoid(tpr, fpr), metrics.compute()["auc/late"], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"late/scores(.|\n)*soon/scores"):
+        metrics.curve("roc")
+
+
+def test_exports_are_merged_and_the_first_head_is_served():
+    exported: dict[str, Any] = BOTH.export_outputs(LOGITS)
+    assert set(exported) == {
+        *("serving_default", "late", "late/classification", "late/regression", "late/predict"),
+        *("minutes", "minutes/regression", "minutes/predict", "predict"),
+    }
+    assert exported["serving_default"] is exported["late"]
+    assert exported["late"].classes == ("0", "1")
+    assert "minutes/predictions" in exported["predict"].outputs
+    compiled = jax.jit(BOTH.export_outputs)(LOGITS)
+    jax.tree.map(np.testing.assert_allclose, compiled, exported)
+
+
+# Sequences
+
+
+T = 5
+LENGTHS = np.array([3, 0, 5, 1], np.int32)
+MASK = np.arange(T) < LENGTHS[:, None]
+STEPS = RNG.integers(0, 2, (4, T))
+SEQUENCES = RNG.normal(size=(4, T, 1)).astype(np.float32)
+STEP_WEIGHTS = RNG.choice(np.array([0.1, 0.3, 2], np.float32), (4, T))
+
+
+def step_losses():
+    z = SEQUENCES[..., 0].astype(np.float64)
+    return np.logaddexp(0, z) - STEPS * z
+
+
+@pytest.mark.parametrize("form", ["mask", "lengths", "where", "traced", "holes"])
+def test_steps_that_are_not_there_are_absent(form):
+    mask = MASK if form != "holes" else MASK & (RNG.random((4, T)) < 0.7)
+    column = "weights"
+    inner = jh.BinaryClassHead(weight_column=column)
+    head = jh.SequentialHeadWrapper(inner, "mask", (column,), sequence_lengths="n" if form == "lengths" else None)
+    labels = np.where(mask, STEPS, 7)
+    logits = np.where(mask[..., None], SEQUENCES, np.nan)
+    features = {"mask": mask, "n": LENGTHS, column: np.where(mask, STEP_WEIGHTS, np.nan), "words": np.array(["a"] * 4)}
+    where = None
+    if form == "where":
+        features["mask"], where = np.ones_like(mask), mask
+    weights = STEP_WEIGHTS[mask].astype(np.float64)
+    expected = (step_losses()[mask] * weights).sum() / mask.sum()
+
+    def both(labels, logits, features):
+        arguments = {"features": features, "where": where}
+        loss, gradient = jax.value_and_grad(lambda z: head.loss(labels, z, **arguments))(logits)
+        return loss, gradient, head.measure(labels, logits, **arguments)
+
+    if form == "traced":
+        del features["words"]
+        both = jax.jit(both)
+    loss, gradient, measured = both(labels, logits, features)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_array_equal(np.asarray(gradient)[~mask], 0)
+    values = measured.compute()
+    np.testing.assert_allclose(values["average_loss"], np.average(step_losses()[mask], weights=weights), rtol=1e-6)
+    np.testing.assert_allclose(values["label/mean"], np.average(STEPS[mask], weights=weights), rtol=1e-6)
+
+
+def test_sequences_count_alike_if_asked():
+    head = jh.SequentialHeadWrapper(jh.BinaryClassHead(), sequence_lengths="n", average_over="sequences")
+    features = {"n": LENGTHS}
+    means = [step_losses()[i, : LENGTHS[i]].mean() for i in (0, 2, 3)]
+    np.testing.assert_allclose(head.loss(STEPS, SEQUENCES, features), np.mean(means), rtol=1e-6)
+    values = head.measure(STEPS, SEQUENCES, features).compute()
+    np.testing.assert_allclose(values["average_loss"], np.mean(means), rtol=1e-6)
+    np.testing.assert_allclose(values["label/mean"], STEPS[MASK].mean(), rtol=1e-6)
+    total = jh.SequentialHeadWrapper(
+        jh.BinaryClassHead(loss_reduction="sum"), sequence_lengths="n", average_over="sequences"
+    )
+    np.testing.assert_allclose(total.loss(STEPS, SEQUENCES, features), np.sum(means), rtol=1e-6)
+
+
+@pytest.mark.parametrize("average_over", ["steps", "sequences"])
+def test_several_tasks_on_sequences(average_over):
+    head = jh.SequentialHeadWrapper(BOTH, sequence_lengths="n", average_over=average_over)
+    labels = {"late": STEPS, "minutes": RNG.normal(size=(4, T)).astype(np.float32)}
+    logits = RNG.normal(size=(4, T, 2)).astype(np.float32)
+    features, some = {"n": LENGTHS}, {"minutes": RNG.random((4, T)) < 0.5}
+    each = {
+        name: jh.SequentialHeadWrapper(inner, sequence_lengths="n", average_over=average_over)
+        for name, inner in (("late", LATE), ("minutes", MINUTES))
+    }
+    losses = {
+        name: one.loss(labels[name], logits[..., i : i + 1], features, where=some.get(name))
+        for i, (name, one) in enumerate(each.items())
+    }
+    loss = head.loss(labels, logits, features, where=some)
+    np.testing.assert_allclose(loss, 2 * losses["late"] + 0.5 * losses["minutes"], rtol=1e-6)
+    values = jax.jit(lambda y, z: head.measure(y, z, features, where=some))(labels, logits).compute()
+    for name in losses:
+        np.testing.assert_allclose(values[f"loss/{name}"], losses[name], rtol=1e-6)
+
+
+def test_large_and_sharded_sequences():
+    n = 20_008
+    rng = np.random.default_rng(2)
+    lengths = rng.integers(0, 3, n)
+    labels, logits = rng.integers(0, 2, (n, 2)), rng.normal(size=(n, 2, 1)).astype(np.float32)
+    mask = np.arange(2) < lengths[:, None]
+    z = logits[..., 0].astype(np.float64)
+    losses = np.logaddexp(0, z) - labels * z
+    per_sequence = (losses * mask).sum(1)[lengths > 0] / lengths[lengths > 0]
+    for average_over, expected in (("steps", losses[mask].mean()), ("sequences", per_sequence.mean())):
+        head = jh.SequentialHeadWrapper(LATE, sequence_lengths="n", average_over=average_over)
+        multi = jh.SequentialHeadWrapper(jh.MultiHead([LATE]), sequence_lengths="n", average_over=average_over)
+        values = head.measure(labels, logits, {"n": lengths}).compute()
+        np.testing.assert_allclose(values["average_loss/late"], expected, rtol=1e-6)
+        values = multi.measure({"late": labels}, logits, {"n": lengths}).compute()
+        np.testing.assert_allclose(values["loss/late"], expected, rtol=1e-6)
+        mesh = jax.make_mesh((8,), ("d",))
+        put = jax.device_put((labels, logits, {"n": lengths}), NamedSharding(mesh, PartitionSpec("d")))
+        values = jax.jit(lambda y, z, f, head=head: head.measure(y, z, f))(*put).compute()
+        np.testing.assert_allclose(values["average_loss/late"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [np.array([3, 9, 1, 0]), np.array([-1, 0, 1, 2]), np.ones(4), np.ones((4, 1), int)])
+def test_lengths_that_do_not_fit_are_refused(lengths):
+    head = jh.SequentialHeadWrapper(jh.BinaryClassHead(), sequence_lengths="n")
+    with pytest.raises(ValueError, match=r"features\['n'\]"):
+        head.loss(STEPS, SEQUENCES, {"n": lengths})
+
+
+# Labels by lists
+
+
+def test_lists_of_ids_and_names_become_multi_hot():
+    head = jh.MultiLabelHead(3, label_vocabulary=("a", "b", "c"))
+    expected = np.array([[[1, 0, 1], [0, 0, 0]], [[0, 1, 0], [1, 1, 1]]], np.float32)
+    for lists in ([[["a", "c"], []], [["b"], ["c", "b", "a", "a"]]], [[[0, 2], []], [[1], [2, 1, 0]]]):
+        np.testing.assert_array_equal(head.encode_labels(lists), expected)
+    logits = RNG.normal(size=(2, 2, 3)).astype(np.float32)
+    names = [[["a", "c"], []], [["b"], ["c", "b", "a"]]]
+    assert head.loss(names, logits) == head.loss(expected, logits)
+    np.testing.assert_array_equal(head.encode_labels(expected), expected)
+    assert head.loss([[[], []], [[], []]], logits) == head.loss(np.zeros((2, 2, 3)), logits)
+
+
+@pytest.mark.parametrize(
+    ("labels", "match"),
+    [
+        ([["a"], ["x"]], r"'x' in the row at index \(1,\)"),
+        ([[0], [3]], r"3 in the row at index \(1,\)"),
+        ([[0], [-1]], r"-1 in the row"),
+        ([["a"], [["b"]]], "one list a row"),
+        ([[["a"]], [["a"], ["b"]]], "equal lengths"),
+        (np.array([["a", "b", "c"]] * 2), "tolist"),
+    ],
+)
+def test_lists_that_cannot_be_encoded_are_refused(labels, match):
+    head = jh.MultiLabelHead(3, label_vocabulary=("a", "b", "c"))
+    with pytest.raises(ValueError, match=match):
+        head.encode_labels(labels)
+
+
+def test_unknown_names_are_absent_in_rows_that_are():
+    head = jh.MultiLabelHead(3, label_vocabulary=("a", "b", "c"))
+    labels, logits = [["a"], ["x"]], RNG.normal(size=(2, 3)).astype(np.float32)
+    alone = head.loss([["a"]], logits[:1])
+    np.testing.assert_allclose(head.loss(labels, logits, where=[True, False]), alone, rtol=1e-6)
+    np.testing.assert_allclose(head.loss(labels, logits, where=jnp.array([True, False])), alone, rtol=1e-6)
+    encoded = head.encode_labels(labels, where=[True, False])
+    np.testing.assert_allclose(jax.jit(head.loss)(encoded, logits, where=np.array([True, False])), alone, rtol=1e-6)
+    assert np.isnan(jax.jit(head.loss)(encoded, logits))
+    with pytest.raises(ValueError, match="label_vocabulary"):
+        jh.MultiLabelHead(3).loss(labels, logits)
