@@ -80,7 +80,12 @@ def is_empty(labels: Any) -> bool:
 
 def multi_hot(labels: Any, n: int, vocabulary: tuple[str, ...] | None) -> Encoded:
     """Lists of ids or names, one an example, nested as deep as the leading axes: int32 `[..., n]`."""
-    lead = _lead(labels, _depth(labels) - 1)
+    depth = _depth(labels)
+    if depth < 2 and len(labels):
+        raise ValueError(f"labels must be lists of class ids or names, one list a row: [[...], ...]. Given {labels!r}.")
+    if not len(labels):
+        return Encoded(np.zeros((0, n), np.int32), {})
+    lead = _lead(labels, depth - 1)
     rows = list(_rows(labels, len(lead)))
     if vocabulary is None and has_names(rows):
         encode(np.asarray([name for row in rows for name in row if isinstance(name, (str, bytes))]), None)
@@ -88,6 +93,11 @@ def multi_hot(labels: Any, n: int, vocabulary: tuple[str, ...] | None) -> Encode
     array = np.zeros((len(rows), n), np.int32)
     strangers = {}
     for i, row in enumerate(rows):
+        if len(row) == n and len(set(map(str, row))) < n and all(type(x) is int and x in (0, 1) for x in row):
+            raise ValueError(
+                f"labels: {row!r} reads as a list of class ids, and as multi-hot. Pass multi-hot labels as an array, "
+                "np.asarray(labels); a list of ids without repetitions."
+            )
         for name in row:
             number = isinstance(name, (int, np.integer)) and not isinstance(name, bool)
             k = int(name) if number else ids.get(_text(name), -1)
