@@ -92,12 +92,13 @@ def multi_hot(labels: Any, n: int, vocabulary: tuple[str, ...] | None) -> Encode
     ids: dict[Any, int] = {name: i for i, name in enumerate(vocabulary or ())}
     array = np.zeros((len(rows), n), np.int32)
     strangers = {}
+    flags = all(len(row) == n and all(type(x) is int and x in (0, 1) for x in row) for row in rows)
+    if flags and len(rows) > 1 and any(len(set(row)) < n for row in rows):
+        raise ValueError(
+            f"labels: {rows[0]!r} and all other rows read as multi-hot, not as lists of class ids. Pass multi-hot labels "
+            "as an array, np.asarray(labels)."
+        )
     for i, row in enumerate(rows):
-        if len(row) == n and len(set(map(str, row))) < n and all(type(x) is int and x in (0, 1) for x in row):
-            raise ValueError(
-                f"labels: {row!r} reads as a list of class ids, and as multi-hot. Pass multi-hot labels as an array, "
-                "np.asarray(labels); a list of ids without repetitions."
-            )
         for name in row:
             number = isinstance(name, (int, np.integer)) and not isinstance(name, bool)
             k = int(name) if number else ids.get(_text(name), -1)
