@@ -442,10 +442,10 @@ class Head(Configuration, abc.ABC):
     @property
     def _loss_size(self) -> int:
         """How many numbers `_loss_sums` gives."""
-        return 2
+        return 3
 
     def _loss_sums(self, batch: dict[str, Any]) -> jax.Array:
-        """What the loss is made of, `[_loss_size]`, additive over devices: the weighted sum and its divisor."""
+        """What the loss is made of, `[_loss_size]`, additive over devices: weighted sum, divisor, live elements."""
         elements = batches.clean(self.label_spec, batch)
         batches.debug_check(elements, type(self).__name__)
         return terms.loss_sums(self._term(elements), elements, Reduction.of(self.loss_reduction))
@@ -454,11 +454,12 @@ class Head(Configuration, abc.ABC):
         """The loss from sums over all devices; a normalizer is global already."""
         if normalizer is not None:
             return reduction.divide(sums[0], jnp.asarray(normalizer, jnp.float32))
-        return sums[0] if self.loss_reduction is Reduction.SUM else reduction.divide(*sums)
+        return sums[0] if self.loss_reduction is Reduction.SUM else reduction.divide(sums[0], sums[1])
 
-    def _has_elements(self, sums: jax.Array) -> jax.Array:
-        """Whether anything was there to lose on."""
-        return sums[1] > 0
+    def _share(self, sums: jax.Array, normalizer: Any) -> jax.Array:
+        """Which part of the whole batch this is, for what is added once a batch: 0 if nothing in it weighs anything."""
+        part = jnp.float32(1) if normalizer is None else reduction.divide(sums[1], jnp.asarray(normalizer, jnp.float32))
+        return jnp.where(sums[2] > 0, part, jnp.zeros_like(part))
 
     @property
     def _has_divisor(self) -> bool:
@@ -475,8 +476,14 @@ class Head(Configuration, abc.ABC):
 
     def read_loss(self, seen: Mapping[str, Any]) -> Any:
         """The loss of all data seen, under the head's reduction; `seen` with the divisor."""
-        mean = seen[AVERAGE_LOSS]
-        return mean.total if self.loss_reduction is Reduction.SUM else mean.ratio(mean.total, seen[DIVISOR].total)
+        mean, divisor = seen[AVERAGE_LOSS], seen[DIVISOR].total
+        if self.loss_reduction is not Reduction.SUM:
+            return mean.ratio(mean.total, divisor)
+        return mean.xp.where(divisor > 0, mean.total, mean.xp.full_like(mean.total, mean.undefined))
+
+    def was_seen(self, seen: Mapping[str, Any]) -> Any:
+        """Whether there was anything to divide by."""
+        return seen[DIVISOR].total > 0
 
     def _all_sums(self, batch: dict[str, Any]) -> jax.Array:
         """`_sums`, of large batches tile by tile."""
@@ -513,7 +520,7 @@ class Head(Configuration, abc.ABC):
                 raise ValueError(
                     f"{what} must be an observation such as jh.Mean(values). Given a {type(observation).__name__}."
                 )
-            if key == AVERAGE_LOSS:
+            if key in (AVERAGE_LOSS, DIVISOR):
                 raise ValueError(f"{what} is kept by every head already. Use another key.")
             observation.check(what, tuple(logits.shape)[:-1])
         return observations

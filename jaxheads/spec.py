@@ -93,7 +93,7 @@ def merged_signatures(by_head: Mapping[str, Mapping[str, ExportOutput]]) -> dict
             merged[name if default else f"{name}/{signature}"] = output
             if default:
                 merged.setdefault("serving_default", output)
-        predict = signatures["predict"]
+        predict = signatures.get("predict", PredictOutput({}))
         outputs |= {f"{name}/{key}": value for key, value in predict.tensors.items()}
         named = predict.classes if isinstance(predict, PredictOutput) else ()
         classes += [(f"{name}/{prefix}" if prefix else name, names) for prefix, names in named]

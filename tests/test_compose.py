@@ -117,6 +117,90 @@ def test_learned_weights_are_kendalls():
     assert jh.MultiHead([LATE, MINUTES]).init(jax.random.key(0)) == {}
 
 
+LEARNED = jh.MultiHead([LATE, MINUTES], weighting="uncertainty")
+VARIANCES = {"log_variances": jnp.array([0.7, -0.4])}
+
+
+def test_micro_batches_add_up_under_learned_weights():
+    def whole(params):
+        return LEARNED.loss(LABELS, LOGITS, params=params, where=SOME)
+
+    def in_parts(params):
+        total = {"late": float(N), "minutes": float(SOME["minutes"].sum())}
+        return sum(
+            LEARNED.loss(
+                {k: v[p] for k, v in LABELS.items()},
+                LOGITS[p],
+                params=params,
+                where={"minutes": SOME["minutes"][p]},
+                normalizer=total,
+            )
+            for p in (slice(0, 5), slice(5, 6), slice(6, N))
+        )
+
+    for got, expected in zip(*(jax.value_and_grad(f)(VARIANCES) for f in (in_parts, whole)), strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, expected)
+
+
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "mean"])
+def test_a_task_of_weight_zero_everywhere_leaves_its_learned_weight_alone(reduction):
+    minutes = jh.RegressionHead(name="minutes", loss_reduction=reduction)
+    head = jh.MultiHead([LATE, minutes], weighting="uncertainty")
+    nothing = {"minutes": np.zeros(N, np.float32)}
+    gradient = jax.grad(lambda p: head.loss(LABELS, LOGITS, params=p, weights=nothing))(VARIANCES)["log_variances"]
+    assert gradient[1] == 0
+    assert gradient[0] != 0
+
+
+def test_a_learned_weight_that_has_overshot_comes_back():
+    far = {"log_variances": jnp.array([30.0, -30.0])}
+    gradient = jax.grad(lambda p: LEARNED.loss(LABELS, LOGITS, params=p))(far)["log_variances"]
+    assert gradient[0] > 0 > gradient[1]
+
+
+def test_the_loss_of_a_nested_head_leaves_out_what_was_not_seen():
+    inner = jh.MultiHead([jh.BinaryClassHead(name="b"), jh.RegressionHead(name="c")])
+    head = jh.MultiHead([LATE, inner])
+    labels = {"late": LABELS["late"], "b_c": {"b": LABELS["late"], "c": LABELS["minutes"]}}
+    logits = np.concatenate([LOGITS[:, :1], LOGITS], -1)
+    metrics = head.measure(labels, logits, where={"b_c": {"c": np.zeros(N, bool)}})
+    np.testing.assert_allclose(metrics.compute()["loss/b_c"], late_losses().mean(), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(lambda m: m.compute())(metrics)["loss/b_c"], late_losses().mean(), rtol=1e-6)
+    assert np.isnan(head.metrics().compute()["loss/b_c"])
+    hidden = jh.MultiHead([LATE, jh.MultiHead(inner.heads, [1.0, 0.0])])
+    logits[3, 2] = np.nan
+    np.testing.assert_allclose(hidden.measure(labels, logits).compute()["loss/b_c"], late_losses().mean(), rtol=1e-6)
+
+
+def test_composites_stay_float32_in_64_bit_mode():
+    with jax.enable_x64(True):
+        for head in (jh.MultiHead([LATE, MINUTES], [1.0, 0.0]), LEARNED):
+            params = head.init(jax.random.key(0))
+            assert head.loss(LABELS, LOGITS, params=params).dtype == jnp.float32
+            assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+
+
+class RememberingHead(jh.Head):
+    """A running field that nothing moves."""
+
+    scale: jax.Array = jh.running(lambda head: jnp.ones(()))
+    logits_dimension = 1
+
+    def losses(self, labels, logits):
+        return self.scale * (labels - logits) ** 2
+
+
+def test_running_fields_that_do_not_move_stay():
+    inner = RememberingHead(name="r")
+    head = jh.MultiHead([LATE, inner])
+    state = head.init_state()
+    new = head.update_state(state, {"late": LABELS["late"], "r": LABELS["minutes"]}, LOGITS)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    wrapped = jh.SequentialHeadWrapper(inner, None)
+    state = wrapped.init_state()
+    assert wrapped.update_state(state, np.zeros((2, 3, 1)), np.zeros((2, 3, 1))) == state
+
+
 def test_a_weight_of_zero_hides_a_head_even_a_nan():
     head = jh.MultiHead([LATE, MINUTES], [1.0, 0.0])
     spoiled = LOGITS.copy()
@@ -166,6 +250,9 @@ def test_nested_heads_learn_and_remember():
         ([LATE, 3], "holds heads"),
         ([jh.BinaryClassHead(name="b", thresholds=(0.5,)), jh.RegressionHead(name="threshold")], None),
         ([jh.MultiHead([LATE, MINUTES]), jh.RegressionHead(name="late")], "collide"),
+        ([LATE, jh.RegressionHead(name="serving_default")], "must not hold"),
+        ([LATE, jh.RegressionHead(name="predict")], "must not hold"),
+        ([LATE, jh.RegressionHead(name="a/b")], "must not hold"),
     ],
 )
 def test_heads_that_do_not_go_together_are_refused(heads, match):
@@ -281,6 +368,45 @@ def test_several_tasks_on_sequences(average_over):
         np.testing.assert_allclose(values[f"loss/{name}"], losses[name], rtol=1e-6)
 
 
+def test_masks_of_nested_tasks_on_sequences():
+    nested = jh.MultiHead([LATE, jh.MultiHead([jh.BinaryClassHead(name="b"), jh.RegressionHead(name="c")])])
+    head = jh.SequentialHeadWrapper(nested, sequence_lengths="n")
+    labels = {"late": STEPS, "b_c": {"b": STEPS, "c": STEPS.astype(np.float32)}}
+    logits = np.repeat(SEQUENCES, 3, -1)
+    some = RNG.random((4, T)) < 0.5
+    loss = head.loss(labels, logits, {"n": LENGTHS}, where={"b_c": {"b": some}})
+    losses = step_losses()
+    squares = (STEPS - SEQUENCES[..., 0].astype(np.float64)) ** 2
+    expected = losses[MASK].mean() + losses[MASK & some].mean() + squares[MASK].mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    stranger = {"stranger": None, "late": logits[..., :1], "b_c": logits[..., 1:]}
+    np.testing.assert_allclose(head.loss(labels, stranger, {"n": LENGTHS}, where={"b_c": {"b": some}}), loss, rtol=1e-6)
+    with pytest.raises(ValueError, match="not there"):
+        head.loss(labels, logits, {"n": LENGTHS}, where={"b_c": {"x": some}})
+
+
+def test_illegal_lengths_on_the_device_are_visible():
+    head = jh.SequentialHeadWrapper(jh.BinaryClassHead(), sequence_lengths="n")
+    for bad in (jnp.array([3, 99, 5, 1]), jnp.array([3, -2, 5, 1])):
+        with pytest.raises(ValueError, match="lengths must lie"):
+            head.loss(STEPS, SEQUENCES, {"n": bad}, check=True)
+        loss, gradient = jax.jit(jax.value_and_grad(lambda z, bad=bad: head.loss(STEPS, z, {"n": bad})))(SEQUENCES)
+        assert np.isnan(loss)
+        assert np.isnan(gradient[1]).all()
+        with pytest.warns(jh.BadInputWarning, match="5 elements"):
+            head.measure(STEPS, SEQUENCES, {"n": bad}).compute()
+    for dtype in (jnp.uint8, jnp.int16):
+        head.loss(STEPS, SEQUENCES, {"n": jnp.asarray(LENGTHS, dtype)})
+
+
+def test_a_mask_that_is_configured_must_be_there():
+    head = jh.SequentialHeadWrapper(jh.BinaryClassHead())
+    with pytest.raises(ValueError, match="sequence_length_mask=None"):
+        head.loss(STEPS, SEQUENCES)
+    unmasked = jh.SequentialHeadWrapper(jh.BinaryClassHead(), None)
+    np.testing.assert_allclose(unmasked.loss(STEPS, SEQUENCES), step_losses().mean(), rtol=1e-6)
+
+
 def test_large_and_sharded_sequences():
     n = 20_008
     rng = np.random.default_rng(2)
@@ -332,6 +458,8 @@ def test_lists_of_ids_and_names_become_multi_hot():
         ([[0], [3]], r"3 in the row at index \(1,\)"),
         ([[0], [-1]], r"-1 in the row"),
         ([["a"], [["b"]]], "one list a row"),
+        (["a", "b"], "one list a row"),
+        ([[1, 0, 1], [0, 0, 1]], "multi-hot"),
         ([[["a"]], [["a"], ["b"]]], "equal lengths"),
         (np.array([["a", "b", "c"]] * 2), "tolist"),
     ],
@@ -340,6 +468,19 @@ def test_lists_that_cannot_be_encoded_are_refused(labels, match):
     head = jh.MultiLabelHead(3, label_vocabulary=("a", "b", "c"))
     with pytest.raises(ValueError, match=match):
         head.encode_labels(labels)
+
+
+def test_no_rows_at_all_are_no_rows():
+    assert jh.MultiLabelHead(3, label_vocabulary=("a", "b", "c")).encode_labels([]).shape == (0, 3)
+
+
+def test_per_class_metrics_of_many_classes_stay_small():
+    """A histogram a class is 33 MB; blocks of rows are counted in examples, not in entries."""
+    head = jh.MultiLabelHead(1000, classes_for_class_based_metrics=list(range(1000)))
+    shapes = (jax.ShapeDtypeStruct((18_000, 1000), jnp.float32),) * 2
+    measure = jax.jit(lambda y, z: head.measure(y, z).state)
+    analysis: Any = measure.lower(*shapes).compile().memory_analysis()
+    assert analysis.temp_size_in_bytes < 12 * 33e6
 
 
 def test_unknown_names_are_absent_in_rows_that_are():

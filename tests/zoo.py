@@ -531,10 +531,10 @@ ZOO += (
         ),
         (1.0, 2.0, 0.25),
     ),
-    # Without features all steps are there, at any leading shape; masks have tests of their own.
+    # Without a mask in the features, at any leading shape; masks have tests of their own.
     dataclasses.replace(
         _named("s", "multi_class"),
         name="sequential",
-        head=jh.SequentialHeadWrapper(jh.MultiClassHead(5, name="s")),
+        head=jh.SequentialHeadWrapper(jh.MultiClassHead(5, name="s"), None),
     ),
 )

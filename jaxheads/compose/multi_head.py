@@ -1,6 +1,8 @@
 """Several tasks on one network."""
 
 import contextlib
+import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,10 +14,11 @@ from jaxheads.compose._abstract import AbstractCompositeHead
 from jaxheads.head import DIVISOR, Head, LinearLogits, learned, subheads
 from jaxheads.metrics import Observation, Total
 from jaxheads.metrics.state import metric_names
-from jaxheads.numerics import fields, inputs, tiles
+from jaxheads.numerics import fields, inputs, reduction, tiles
 from jaxheads.spec import ExportOutput, merged_signatures
 
 WEIGHTINGS = ("fixed", "uncertainty")
+RESERVED = ("serving_default", "predict")
 
 
 class MultiHead(AbstractCompositeHead):
@@ -80,7 +83,7 @@ class MultiHead(AbstractCompositeHead):
     head_weights: Sequence[float] | None = None
     weighting: str = "fixed"
     log_variances: jax.Array | None = learned(
-        lambda head, key: jnp.zeros(len(head.heads)) if head.weighting == "uncertainty" else None
+        lambda head, key: jnp.zeros(len(head.heads), jnp.float32) if head.weighting == "uncertainty" else None
     )
 
     @property
@@ -117,9 +120,16 @@ class MultiHead(AbstractCompositeHead):
         if not all(names):
             unnamed = next(head for head in self.heads if not head.name)
             raise ValueError(f"All given heads must have name specified. Given: {unnamed!r}. Pass name= to it.")
+        if reserved := [name for name in names if "/" in str(name) or name in RESERVED]:
+            raise ValueError(
+                f"Names of heads in a MultiHead must not hold a slash or be one of {RESERVED}: those are keys of "
+                f"metrics and exports. Given {reserved}."
+            )
         if len(set(names)) < len(names):
             raise ValueError(f"Heads of a MultiHead must have different names. Given: {names}.")
-        weights = tuple(self.head_weights or ())
+        if not isinstance(self.head_weights, (tuple, type(None))):
+            raise ValueError(f"head_weights must be a list of numbers, one for each head. Given {self.head_weights!r}.")
+        weights = self.head_weights or ()
         if weights and len(weights) != len(self.heads):
             raise ValueError(
                 f"heads and head_weights must have the same size. Given len(heads): {len(self.heads)}. Given "
@@ -208,7 +218,7 @@ class MultiHead(AbstractCompositeHead):
         for i, (name, head) in enumerate(self._by_name.items()):
             # A weight of 0 hides a head, as it hides an element: even a NaN, and in the gradient too.
             hidden = self.head_weights is not None and self.head_weights[i] == 0
-            sums.append(jnp.zeros(head._loss_size) if hidden else head._loss_sums(batch["heads"][name]))
+            sums.append(jnp.zeros(head._loss_size, jnp.float32) if hidden else head._loss_sums(batch["heads"][name]))
         return jnp.concatenate(sums)
 
     def _normalizer(self, normalizer: Any) -> Any:
@@ -220,22 +230,26 @@ class MultiHead(AbstractCompositeHead):
         for i, (name, head) in enumerate(self._by_name.items()):
             part = sums[start : start + head._loss_size]
             start += head._loss_size
-            total += self._weighted(i, head._loss_of(part, normalizers[name]), head._has_elements(part))
+            normalizer = normalizers[name]
+            total += self._weighted(i, head._loss_of(part, normalizer), head._share(part, normalizer))
         return total
 
-    def _weighted(self, i: int, loss: jax.Array, present: jax.Array) -> jax.Array:
+    def _weighted(self, i: int, loss: jax.Array, share: jax.Array) -> jax.Array:
         weight = self.head_weights[i] if self.head_weights else 1.0
         if self.log_variances is None:
             return weight * loss
-        s = jnp.clip(self.log_variances[i], -20, 20)
-        return jnp.exp(-s) * weight * loss + jnp.where(present, s / 2, jnp.zeros_like(s))
+        s = self.log_variances[i]
+        # A clip that passes the gradient on: an s that has overshot comes back.
+        s = s + jax.lax.stop_gradient(jnp.clip(s, -20, 20) - s)
+        return jnp.exp(-s) * weight * loss + share * s / 2
 
-    def _has_elements(self, sums: jax.Array) -> jax.Array:
-        found, start = [], 0
-        for head in self.heads:
-            found.append(head._has_elements(sums[start : start + head._loss_size]))
+    def _share(self, sums: jax.Array, normalizer: Any) -> jax.Array:
+        normalizers, shares, start = self._named(normalizer, "normalizer"), [], 0
+        for name, head in self._by_name.items():
+            shares.append(head._share(sums[start : start + head._loss_size], normalizers[name]))
             start += head._loss_size
-        return jnp.any(jnp.stack(found))
+        found = jnp.stack(shares)
+        return reduction.divide(jnp.sum(found), jnp.sum((found > 0).astype(jnp.float32)))
 
     # Metrics.
 
@@ -282,9 +296,22 @@ class MultiHead(AbstractCompositeHead):
     def read_loss(self, seen: Mapping[str, Any]) -> Any:
         """The sum of the heads' losses by `head_weights`; learned weights are not applied."""
         views, weights = self._views(seen), self.head_weights or (1.0,) * len(self.heads)
+        known, total = self.was_seen(seen), 0.0
+        for weight, (name, head) in zip(weights, self._by_name.items(), strict=True):
+            loss = head.read_loss(views[name])
+            xp = jnp if isinstance(loss, jax.Array) else np
+            if weight != 0:
+                total = total + xp.where(head.was_seen(views[name]), weight * loss, xp.zeros_like(loss))
+        view = next(iter(seen.values()))
+        return view.xp.where(known, total, view.xp.full_like(total, view.undefined))
+
+    def was_seen(self, seen: Mapping[str, Any]) -> Any:
+        """Whether any head that counts has seen anything."""
+        views, weights = self._views(seen), self.head_weights or (1.0,) * len(self.heads)
         every = zip(weights, self._by_name.items(), strict=True)
-        losses = [weight * head.read_loss(views[name]) for weight, (name, head) in every]
-        return sum(losses[1:], losses[0])
+        return functools.reduce(
+            operator.or_, (head.was_seen(views[name]) for w, (name, head) in every if w != 0), False
+        )
 
     # What goes out.
 
@@ -311,7 +338,7 @@ class MultiHead(AbstractCompositeHead):
 
     def _advance(self, batch: dict[str, Any], psum: Callable[[Any], Any]) -> dict[str, Any]:
         new = {name: head._advance(batch["heads"][name], psum) for name, head in self._by_name.items()}
-        return {name: value for name, value in new.items() if value}
+        return {name: value for name, value in new.items() if fields.has_state(self._by_name[name])}
 
 
 @contextlib.contextmanager

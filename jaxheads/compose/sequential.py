@@ -11,7 +11,7 @@ from jaxheads.compose._abstract import AbstractCompositeHead
 from jaxheads.head import Head, subheads
 from jaxheads.metrics import Observation
 from jaxheads.numerics import batch as batches
-from jaxheads.numerics import columns, inputs, tiles
+from jaxheads.numerics import columns, fields, inputs, tiles
 from jaxheads.numerics.batch import Mask, Masks
 from jaxheads.spec import ExportOutput
 
@@ -26,7 +26,7 @@ class SequentialHeadWrapper(AbstractCompositeHead):
 
     **Domain**: `labels` and `logits` as the inner head takes them, with leading axes `[B, T]`. The mask is a column of
     `features`, bool or 0/1 `[B, T]`, not necessarily a prefix; or `sequence_lengths` names a column of lengths `[B]`.
-    Without `features` all steps are there that `where` says.
+    With `sequence_length_mask=None` all steps are there that `where` says.
 
     **Link**: that of the inner head.
 
@@ -38,11 +38,11 @@ class SequentialHeadWrapper(AbstractCompositeHead):
 
     Args:
         static_head: the inner head.
-        sequence_length_mask: the key of the mask in `features`.
+        sequence_length_mask: the key of the mask in `features`; None if there is none.
         feature_columns: keys of `features` that reach the inner head (a weight column, what a `loss_fn` reads),
             `[B, T]` columns as `[B, T, 1]`; others do not reach it.
         sequence_lengths: the key of a column of lengths, in place of the mask.
-        average_over: `"steps"` or `"sequences"`.
+        average_over: `"steps"` or `"sequences"`. For the latter the steps of a sequence must be on one device.
 
     Raises:
         ValueError: keys that are not strings; features without the mask or without a listed column; a mask that is not
@@ -60,7 +60,7 @@ class SequentialHeadWrapper(AbstractCompositeHead):
     """
 
     static_head: Head = subheads()
-    sequence_length_mask: str = "sequence_length_mask"
+    sequence_length_mask: str | None = "sequence_length_mask"
     feature_columns: Sequence[str] | str | None = None
     sequence_lengths: str | None = None
     average_over: str = "steps"
@@ -95,7 +95,7 @@ class SequentialHeadWrapper(AbstractCompositeHead):
     def validate(self) -> None:
         for field in ("sequence_length_mask", "sequence_lengths"):
             key = getattr(self, field)
-            if not isinstance(key, str) and not (field == "sequence_lengths" and key is None):
+            if not isinstance(key, str) and key is not None:
                 raise ValueError(f"{field} must be a string, a key of features. Given type: {type(key).__name__}.")
         listed = self.feature_columns
         if not (listed is None or isinstance(listed, (str, tuple))):
@@ -116,22 +116,16 @@ class SequentialHeadWrapper(AbstractCompositeHead):
     def _gather(
         self, labels: Any, logits: Any, features: Any, weights: Any, where: Any, check: bool | None
     ) -> dict[str, Any]:
-        first = next(iter(_leaves(logits)))
-        shape = tuple(first.shape) if hasattr(first, "shape") else np.shape(first)
+        if self.sequence_length_mask is not None or self.sequence_lengths is not None:
+            first = _first(self.static_head, logits)
+            shape = tuple(first.shape) if hasattr(first, "shape") else np.shape(first)
+            mask = Mask(*self._mask(columns.table(features), shape, check))
+            where = _with_mask(self.static_head, where, mask)
         if features is not None:
-            mask = Mask(*self._mask(columns.table(features), shape))
-            if isinstance(where, Mapping):
-                names = [head.name for head in getattr(self.static_head, "heads", ())]
-                unknown = [key for key in where if key not in names]
-                if unknown:
-                    raise ValueError(f"where has no such head(s): {unknown}. The heads are {names}.")
-                where = {name: Masks((mask, *batches.masks_of(where.get(name)))) for name in names}
-            else:
-                where = Masks((mask, *batches.masks_of(where)))
             features = self._columns(columns.table(features))
         return self.static_head._gather(labels, logits, features, weights, where, check)
 
-    def _mask(self, features: Any, logits_shape: tuple[int, ...]) -> tuple[Any, str]:
+    def _mask(self, features: Any, logits_shape: tuple[int, ...], check: bool | None) -> tuple[Any, str]:
         """Which steps are there, in the leading shape of the logits, and its name."""
         lead = logits_shape[:-1]
         key = self.sequence_lengths or self.sequence_length_mask
@@ -140,7 +134,7 @@ class SequentialHeadWrapper(AbstractCompositeHead):
             found = None if features is None else sorted(map(str, features))
             raise ValueError(
                 f"The provided {kind} key {key!r} should be included in the features dictionary, but was not found. "
-                f"Found keys: {found}. Without any features (features=None) all steps are there that where= says."
+                f"Found keys: {found}. With sequence_length_mask=None all steps are there that where= says."
             )
         mask = inputs.as_array(features[key], f"features[{key!r}]")
         shape = tuple(mask.shape)
@@ -153,10 +147,12 @@ class SequentialHeadWrapper(AbstractCompositeHead):
                 raise ValueError(
                     f"features[{key!r}] must be integer lengths of shape {lead[:1]}. Given {mask.dtype}{list(shape)}."
                 )
-            if inputs.is_readable(mask, None) and not np.logical_and(mask >= 0, mask <= lead[1]).all():
+            xp, illegal = (np if isinstance(mask, np.ndarray) else jnp), (mask < 0) | (mask > lead[1])
+            if inputs.is_readable(mask, check) and np.asarray(illegal).any():
                 raise ValueError(f"features[{key!r}]: lengths must lie in 0 ... {lead[1]}. Given {np.asarray(mask)}.")
-            xp = np if isinstance(mask, np.ndarray) else jnp
-            mask = xp.arange(lead[1])[None] < mask[:, None]
+            there = xp.arange(lead[1], dtype=np.int32)[None] < mask.astype(np.int32)[:, None]
+            # What cannot be refused is made a mask that no element may have, for the compiled check to see.
+            mask = xp.where(illegal[:, None], np.int32(2), there.astype(np.int32))
         elif len(shape) != 2 or shape != lead[:2]:
             raise ValueError(
                 f"Mask is expected to have two dimensions, those of the logits, {lead[:2]}. Given features[{key!r}] of "
@@ -253,8 +249,12 @@ class SequentialHeadWrapper(AbstractCompositeHead):
     def _loss_of(self, sums: jax.Array, normalizer: Any) -> jax.Array:
         return self.static_head._loss_of(sums, normalizer)
 
-    def _has_elements(self, sums: jax.Array) -> jax.Array:
-        return self.static_head._has_elements(sums)
+    def _share(self, sums: jax.Array, normalizer: Any) -> jax.Array:
+        return self.static_head._share(sums, normalizer)
+
+    def was_seen(self, seen: Mapping[str, Any]) -> Any:
+        """As the inner head tells."""
+        return self.static_head.was_seen(seen)
 
     @property
     def _has_divisor(self) -> bool:
@@ -270,8 +270,7 @@ class SequentialHeadWrapper(AbstractCompositeHead):
         return tiles.summed(self._sums, batch) if self.rowwise else self._sums(batch)
 
     def _advance(self, batch: dict[str, Any], psum: Callable[[Any], Any]) -> dict[str, Any]:
-        new = self.static_head._advance(batch, psum)
-        return {"static_head": new} if new else {}
+        return {"static_head": self.static_head._advance(batch, psum)} if fields.has_state(self) else {}
 
 
 def _weight_columns(head: Any) -> list[str]:
@@ -280,10 +279,22 @@ def _weight_columns(head: Any) -> list[str]:
     return inside + ([head.weight_column] if isinstance(head.weight_column, str) else [])
 
 
-def _leaves(logits: Any) -> Any:
-    """The logits inside nested dicts."""
-    if isinstance(logits, Mapping):
-        for inner in logits.values():
-            yield from _leaves(inner)
-    else:
-        yield logits
+def _first(head: Any, logits: Any) -> Any:
+    """The logits of the first head, where they are a dict by head."""
+    if not isinstance(logits, Mapping):
+        return logits
+    inside = {inner.name: inner for inner in getattr(getattr(head, "static_head", head), "heads", ())}
+    for name, inner in inside.items():
+        if name in logits:
+            return _first(inner, logits[name])
+    raise ValueError(f"logits has missing values for head(s): {[*inside]}. Given {sorted(map(str, logits))}.")
+
+
+def _with_mask(head: Any, where: Any, mask: Mask) -> Any:
+    """`where`, one for all or nested by head, and the mask of the sequences."""
+    if not isinstance(where, Mapping):
+        return Masks((mask, *batches.masks_of(where)))
+    inside = {inner.name: inner for inner in getattr(getattr(head, "static_head", head), "heads", ())}
+    if unknown := [key for key in where if key not in inside]:
+        raise ValueError(f"where given for heads that are not there: {unknown}. The heads are {[*inside]}.")
+    return {name: _with_mask(inner, where.get(name), mask) for name, inner in inside.items()}

@@ -42,10 +42,12 @@ def as_term(losses: Any, lead: tuple[int, ...], dimension: int, who: str) -> Ter
 
 
 def loss_sums(term: Term, elements: Elements, how: Reduction) -> jax.Array:
-    """The weighted sum of a term's values, and what it is divided by: `[2]`."""
+    """The weighted sum of a term's values, what it is divided by, and how many elements weigh anything: `[3]`."""
     # By multiplication: `where(bad, nan, loss)` would have gradient 0.
     values = term.values * jnp.where(elements.bad, jnp.nan, masking.ones_like(elements.weights))
-    return jnp.stack([masking.total(masking.weighted(values, elements.weights)), divisor(term, elements, how)])
+    total = masking.total(masking.weighted(values, elements.weights))
+    live = masking.total((elements.weights != 0).astype(jnp.float32))
+    return jnp.stack([total, divisor(term, elements, how), live])
 
 
 def divisor(term: Term, elements: Elements, how: Reduction) -> jax.Array:

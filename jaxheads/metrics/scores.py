@@ -62,7 +62,9 @@ class Scores(Observation):
             first = np.asarray(self.rows, np.int32) * layout.n_buckets
             buckets = buckets + jnp.expand_dims(jnp.asarray(first), tuple(range(buckets.ndim - 1)))
         both = (weights * (1 - labels), weights * labels)
-        return jnp.concatenate([histogram(buckets, each, self._n_rows * layout.n_buckets) for each in both])
+        most = max(map(self.rows.count, set(self.rows)), default=None)
+        n = self._n_rows * layout.n_buckets
+        return jnp.concatenate([histogram(buckets, each, n, most) for each in both])
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "ScoresView":
         """The histogram, with the metrics that it tells."""

@@ -1,6 +1,7 @@
 """The bucket of every number among fixed edges, exactly, at a cost that does not grow with the edges."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -63,22 +64,31 @@ def take(table: np.ndarray, index: jax.Array) -> jax.Array:
     return jnp.asarray(table).at[index].get(mode="promise_in_bounds", out_sharding=out_sharding)
 
 
-def histogram(buckets: jax.Array, weights: jax.Array, n: int) -> jax.Array:
+def histogram(buckets: jax.Array, weights: jax.Array, n: int, most: int | None = None) -> jax.Array:
     """Sums non-negative `weights` by `buckets`, of any one shape: float32 `[n]`, right to the last bits.
 
     A scatter adds to each bucket one by one, and a running float32 sum drifts: a million weights of 0.1 in one bucket
     are off by 1 %. So each weight is split in a multiple of a quantum, of which a block of rows adds up exactly, and a
     small rest; every block has a histogram of its own; and the blocks are added pairwise.
+
+    Args:
+        buckets: which of `n` sums each entry adds to, `[..., c]`.
+        weights: the same shape.
+        n: the number of sums.
+        most: how many entries of a last axis can meet in one sum; all c by default.
     """
+    examples = buckets.shape[:-1] if buckets.ndim > 1 else buckets.shape
+    most = (buckets.shape[-1] if buckets.ndim > 1 else 1) if most is None else most
     if buckets.ndim > 1 and buckets.shape[-1] == 1:
         buckets, weights = buckets[..., 0], weights[..., 0]
     mesh = meshes.explicit_mesh(buckets)
     replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec(None))
     # Under shape polymorphism the number of rows is no number: then all is one block.
-    rows = buckets.size if all(isinstance(size, int) for size in buckets.shape) else BLOCK
+    rows = math.prod(examples) * most if all(isinstance(size, int) for size in buckets.shape) else BLOCK
     blocks = max(1, -(-rows // BLOCK))
     if blocks > 1:
-        buckets = meshes.flat_index(buckets) // BLOCK * n + buckets
+        width = math.prod(buckets.shape[len(examples) :])
+        buckets = meshes.flat_index(buckets) // width * most // BLOCK * n + buckets
 
     def sums(weights):
         zeros = jnp.zeros(blocks * n, jnp.float32)

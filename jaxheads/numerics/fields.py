@@ -250,6 +250,16 @@ def _may_learn(node: Any) -> bool:
     return bool(of_kind(type(node), LEARNED, RUNNING)) or any(map(_may_learn, children(node).values()))
 
 
+def has_state(node: Any) -> bool:
+    """Whether the node or a head inside it has running fields."""
+    return bool(init_state_shapes(node))
+
+
+def init_state_shapes(node: Any) -> Any:
+    """Shapes and dtypes of what `init_state` makes."""
+    return jax.eval_shape(functools.partial(init_state, unbound(node)))
+
+
 def carry(node: Any, state: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """The new state with the fields that it does not mention left as they were; a head inside it must mention."""
     inside = children(node)
@@ -260,7 +270,7 @@ def carry(node: Any, state: Mapping[str, Any], new: Mapping[str, Any]) -> dict[s
 
 def check_state(node: Any, state: Mapping[str, Any], what: str, fix: str) -> None:
     """Refuses a running state of other keys, shapes or dtypes than `init_state` makes."""
-    expected = jax.eval_shape(functools.partial(init_state, unbound(node)))
+    expected = init_state_shapes(node)
 
     def kinds(tree: Any) -> dict[str, str]:
         leaves = jax.tree.leaves_with_path(tree)

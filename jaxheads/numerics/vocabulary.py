@@ -80,13 +80,24 @@ def is_empty(labels: Any) -> bool:
 
 def multi_hot(labels: Any, n: int, vocabulary: tuple[str, ...] | None) -> Encoded:
     """Lists of ids or names, one an example, nested as deep as the leading axes: int32 `[..., n]`."""
-    lead = _lead(labels, _depth(labels) - 1)
+    depth = _depth(labels)
+    if depth < 2 and len(labels):
+        raise ValueError(f"labels must be lists of class ids or names, one list a row: [[...], ...]. Given {labels!r}.")
+    if not len(labels):
+        return Encoded(np.zeros((0, n), np.int32), {})
+    lead = _lead(labels, depth - 1)
     rows = list(_rows(labels, len(lead)))
     if vocabulary is None and has_names(rows):
         encode(np.asarray([name for row in rows for name in row if isinstance(name, (str, bytes))]), None)
     ids: dict[Any, int] = {name: i for i, name in enumerate(vocabulary or ())}
     array = np.zeros((len(rows), n), np.int32)
     strangers = {}
+    flags = all(len(row) == n and all(type(x) is int and x in (0, 1) for x in row) for row in rows)
+    if flags and len(rows) > 1 and any(len(set(row)) < n for row in rows):
+        raise ValueError(
+            f"labels: {rows[0]!r} and all other rows read as multi-hot, not as lists of class ids. Pass multi-hot labels "
+            "as an array, np.asarray(labels)."
+        )
     for i, row in enumerate(rows):
         for name in row:
             number = isinstance(name, (int, np.integer)) and not isinstance(name, bool)
