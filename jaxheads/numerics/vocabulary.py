@@ -95,8 +95,8 @@ def multi_hot(labels: Any, n: int, vocabulary: tuple[str, ...] | None) -> Encode
     flags = all(len(row) == n and all(type(x) is int and x in (0, 1) for x in row) for row in rows)
     if flags and len(rows) > 1 and any(len(set(row)) < n for row in rows):
         raise ValueError(
-            f"labels: {rows[0]!r} and all other rows read as multi-hot, not as lists of class ids. Pass multi-hot labels "
-            "as an array, np.asarray(labels)."
+            f"labels: {rows[0]!r} and all other rows read as multi-hot, not as lists of class ids. Pass multi-hot "
+            "labels as an array, np.asarray(labels)."
         )
     for i, row in enumerate(rows):
         for name in row:
