@@ -7,7 +7,9 @@ timetable, the route, the weather at the airport so far.
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,25 @@ WIDE = (
 )  # fmt: skip
 
 Arrays = dict[str, np.ndarray]
+
+
+def arguments(description: str, out: str) -> argparse.ArgumentParser:
+    """The command line that the examples on flights have in common."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--rows", type=int, help="flights, evenly spread by date (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(out))
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, checked; the folder for the output is made."""
+    args = parser.parse_args(argv)
+    if args.epochs < 1 or (args.rows is not None and args.rows < 1_000):
+        parser.error("--epochs has to be at least 1, and --rows at least 1000")
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args
 
 
 def load_flights(rows: int | None = None) -> Arrays:

@@ -31,7 +31,6 @@ for these two months. The AUC differs from scikit-learn's exact one by less than
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -41,7 +40,17 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
-from _flights import LATE_MINUTES, Arrays, WideAndDeep, load_flights, make_inputs, split_by_date, write_json
+from _flights import (
+    LATE_MINUTES,
+    Arrays,
+    WideAndDeep,
+    arguments,
+    load_flights,
+    make_inputs,
+    parse,
+    split_by_date,
+    write_json,
+)
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
@@ -164,15 +173,7 @@ def draw(metrics: Any, values: dict[str, float], thresholds: Sequence[float], pa
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains, tests, prints the table and writes the files; returns what `metrics.json` holds."""
-    parser = argparse.ArgumentParser(description="Predict late flights with a wide & deep network.")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--rows", type=int, help="flights, evenly spread by date (default: all)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("flight_delays_out"))
-    args = parser.parse_args(argv)
-    if args.epochs < 1 or (args.rows is not None and args.rows < 1_000):
-        parser.error("--epochs has to be at least 1, and --rows at least 1000")
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = parse(arguments("Predict late flights with a wide & deep network.", "flight_delays_out"), argv)
     started = time.perf_counter()
 
     flights = load_flights(args.rows)

@@ -33,7 +33,6 @@ epoch. Tried with seed 0, that was worse in November and December (AUC 0.675; mi
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +42,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _flights import LATE_MINUTES, Arrays, WideAndDeep, load_flights, make_inputs, split_by_date, write_json
+from _flights import (
+    LATE_MINUTES,
+    Arrays,
+    WideAndDeep,
+    arguments,
+    load_flights,
+    make_inputs,
+    parse,
+    split_by_date,
+    write_json,
+)
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -332,16 +341,9 @@ def draw(model: Model, data: Data, columns: Mapping[str, Values], path: Path) ->
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains, tests, prints the table and writes the files; returns what `metrics.json` holds."""
-    parser = argparse.ArgumentParser(description="Three tasks on flights: one network against three.")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--rows", type=int, help="flights, evenly spread by date (default: all)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("multi_task_flights_out"))
+    parser = arguments("Three tasks on flights: one network against three.", "multi_task_flights_out")
     parser.add_argument("--weighting", choices=("fixed", "uncertainty", "both"), default="both")
-    args = parser.parse_args(argv)
-    if args.epochs < 1 or (args.rows is not None and args.rows < 1_000):
-        parser.error("--epochs has to be at least 1, and --rows at least 1000")
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = parse(parser, argv)
     started = time.perf_counter()
 
     data = make_data(args.rows)

@@ -463,16 +463,8 @@ class Head(Configuration, abc.ABC):
 
     @property
     def _has_divisor(self) -> bool:
-        """Whether `_sums_and_divisor` adds a number."""
+        """Whether `_sums` adds a number for `with_divisor`."""
         return True
-
-    def _sums_and_divisor(self, batch: dict[str, Any]) -> jax.Array:
-        """`_sums`, and what the loss of all the elements that metrics count is divided by."""
-        elements = batches.clean(self.label_spec, batch)
-        bad = jnp.any(elements.bad, -1, keepdims=True)
-        good = elements._replace(weights=elements.counted, exists=elements.exists & ~bad)
-        by = terms.divisor(self._term(elements), good, Reduction.of(self.loss_reduction))
-        return jnp.concatenate([self._sums(batch), by[None]])
 
     def read_loss(self, seen: Mapping[str, Any]) -> Any:
         """The loss of all data seen, under the head's reduction; `seen` with the divisor."""
@@ -485,19 +477,26 @@ class Head(Configuration, abc.ABC):
         """Whether there was anything to divide by."""
         return seen[DIVISOR].total > 0
 
-    def _all_sums(self, batch: dict[str, Any]) -> jax.Array:
+    def _all_sums(self, batch: dict[str, Any], with_divisor: bool = False) -> jax.Array:
         """`_sums`, of large batches tile by tile."""
-        return tiles.summed(self._sums, batch) if self.rowwise else self._sums(batch)
+        sums = functools.partial(self._sums, with_divisor=with_divisor)
+        return tiles.summed(sums, batch) if self.rowwise else sums(batch)
 
-    def _sums(self, batch: dict[str, Any]) -> jax.Array:
-        """The packed sums `[slots]` of a gathered batch: the bad elements, then what the head observes."""
+    def _sums(self, batch: dict[str, Any], with_divisor: bool) -> jax.Array:
+        """The packed sums `[slots]` of a gathered batch: the bad elements, then what the head observes.
+
+        With the divisor, also what the loss of all the elements that metrics count is divided by.
+        """
         elements = batches.clean(self.label_spec, batch)
-        observations = {
-            AVERAGE_LOSS: Mean(*self._term(elements)),
-            **self._observations(elements.labels, elements.logits),
-        }
-        bad = masking.total(elements.bad.astype(jnp.float32))
-        return jnp.concatenate([bad[None], *(x.reduce(elements.counted) for x in observations.values())])
+        term = self._term(elements)
+        observations = {AVERAGE_LOSS: Mean(*term), **self._observations(elements.labels, elements.logits)}
+        sums = [masking.total(elements.bad.astype(jnp.float32))[None]]
+        sums += [observation.reduce(elements.counted) for observation in observations.values()]
+        if with_divisor:
+            bad = jnp.any(elements.bad, -1, keepdims=True)
+            good = elements._replace(weights=elements.counted, exists=elements.exists & ~bad)
+            sums.append(terms.divisor(term, good, Reduction.of(self.loss_reduction))[None])
+        return jnp.concatenate(sums)
 
     def _advance(self, batch: dict[str, Any], psum: Callable[[Any], Any]) -> Mapping[str, Any]:
         """The new running state from a gathered batch."""

@@ -14,7 +14,7 @@ from jaxheads.compose._abstract import AbstractCompositeHead
 from jaxheads.head import DIVISOR, Head, LinearLogits, learned, subheads
 from jaxheads.metrics import Observation, Total
 from jaxheads.metrics.state import metric_names
-from jaxheads.numerics import fields, inputs, reduction, tiles
+from jaxheads.numerics import fields, inputs, reduction
 from jaxheads.spec import ExportOutput, merged_signatures
 
 WEIGHTINGS = ("fixed", "uncertainty")
@@ -225,14 +225,19 @@ class MultiHead(AbstractCompositeHead):
         by_head = self._named(normalizer, "normalizer")
         return {name: head._normalizer(by_head[name]) for name, head in self._by_name.items()}
 
-    def _loss_of(self, sums: jax.Array, normalizer: Any) -> jax.Array:
-        normalizers, total, start = self._named(normalizer, "normalizer"), jnp.float32(0), 0
-        for i, (name, head) in enumerate(self._by_name.items()):
-            part = sums[start : start + head._loss_size]
+    def _parts(self, sums: jax.Array, normalizer: Any) -> Iterator[tuple[Head, jax.Array, Any]]:
+        """Each head with its loss sums and its normalizer."""
+        normalizers, start = self._named(normalizer, "normalizer"), 0
+        for name, head in self._by_name.items():
+            yield head, sums[start : start + head._loss_size], normalizers[name]
             start += head._loss_size
-            normalizer = normalizers[name]
-            total += self._weighted(i, head._loss_of(part, normalizer), head._share(part, normalizer))
-        return total
+
+    def _loss_of(self, sums: jax.Array, normalizer: Any) -> jax.Array:
+        losses = [
+            self._weighted(i, head._loss_of(part, by), head._share(part, by))
+            for i, (head, part, by) in enumerate(self._parts(sums, normalizer))
+        ]
+        return functools.reduce(jnp.add, losses)
 
     def _weighted(self, i: int, loss: jax.Array, share: jax.Array) -> jax.Array:
         weight = self.head_weights[i] if self.head_weights else 1.0
@@ -244,11 +249,7 @@ class MultiHead(AbstractCompositeHead):
         return jnp.exp(-s) * weight * loss + share * s / 2
 
     def _share(self, sums: jax.Array, normalizer: Any) -> jax.Array:
-        normalizers, shares, start = self._named(normalizer, "normalizer"), [], 0
-        for name, head in self._by_name.items():
-            shares.append(head._share(sums[start : start + head._loss_size], normalizers[name]))
-            start += head._loss_size
-        found = jnp.stack(shares)
+        found = jnp.stack([head._share(part, by) for head, part, by in self._parts(sums, normalizer)])
         return reduction.divide(jnp.sum(found), jnp.sum((found > 0).astype(jnp.float32)))
 
     # Metrics.
@@ -266,16 +267,10 @@ class MultiHead(AbstractCompositeHead):
     def _has_divisor(self) -> bool:
         return False
 
-    def _sums(self, batch: dict[str, Any]) -> jax.Array:
-        bad, sums = jnp.float32(0), []
-        for name, head in self._by_name.items():
-            inner = batch["heads"][name]
-            both = tiles.summed(head._sums_and_divisor, inner) if head.rowwise else head._sums_and_divisor(inner)
-            bad, sums = bad + both[0], [*sums, both[1:]]
-        return jnp.concatenate([bad[None], *sums])
-
-    def _sums_and_divisor(self, batch: dict[str, Any]) -> jax.Array:
-        return self._sums(batch)
+    def _sums(self, batch: dict[str, Any], with_divisor: bool) -> jax.Array:
+        each = [head._all_sums(batch["heads"][name], True) for name, head in self._by_name.items()]
+        bad = functools.reduce(jnp.add, (sums[:1] for sums in each))
+        return jnp.concatenate([bad, *(sums[1:] for sums in each)])
 
     def _views(self, seen: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """What each head has seen."""
@@ -293,25 +288,24 @@ class MultiHead(AbstractCompositeHead):
             out |= head.read({key: view for key, view in views[name].items() if key != DIVISOR})
         return out
 
-    def read_loss(self, seen: Mapping[str, Any]) -> Any:
-        """The sum of the heads' losses by `head_weights`; learned weights are not applied."""
+    def _counting(self, seen: Mapping[str, Any]) -> list[tuple[float, Head, dict[str, Any]]]:
+        """The heads whose weight is not 0, with it and what they have seen."""
         views, weights = self._views(seen), self.head_weights or (1.0,) * len(self.heads)
-        known, total = self.was_seen(seen), 0.0
-        for weight, (name, head) in zip(weights, self._by_name.items(), strict=True):
-            loss = head.read_loss(views[name])
-            xp = jnp if isinstance(loss, jax.Array) else np
-            if weight != 0:
-                total = total + xp.where(head.was_seen(views[name]), weight * loss, xp.zeros_like(loss))
-        view = next(iter(seen.values()))
-        return view.xp.where(known, total, view.xp.full_like(total, view.undefined))
+        every = zip(weights, self._by_name.items(), strict=True)
+        return [(weight, head, views[name]) for weight, (name, head) in every if weight != 0]
+
+    def read_loss(self, seen: Mapping[str, Any]) -> Any:
+        """The sum of the heads' losses by `head_weights`, of those that saw data; learned weights are not applied."""
+        view, total = next(iter(seen.values())), 0.0
+        for weight, head, views in self._counting(seen):
+            loss = head.read_loss(views)
+            total = total + view.xp.where(head.was_seen(views), weight * loss, view.xp.zeros_like(loss))
+        return view.xp.where(self.was_seen(seen), total, view.xp.full_like(total, view.undefined))
 
     def was_seen(self, seen: Mapping[str, Any]) -> Any:
         """Whether any head that counts has seen anything."""
-        views, weights = self._views(seen), self.head_weights or (1.0,) * len(self.heads)
-        every = zip(weights, self._by_name.items(), strict=True)
-        return functools.reduce(
-            operator.or_, (head.was_seen(views[name]) for w, (name, head) in every if w != 0), False
-        )
+        found = (head.was_seen(views) for _, head, views in self._counting(seen))
+        return functools.reduce(operator.or_, found, False)
 
     # What goes out.
 

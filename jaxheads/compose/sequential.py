@@ -11,7 +11,7 @@ from jaxheads.compose._abstract import AbstractCompositeHead
 from jaxheads.head import Head, subheads
 from jaxheads.metrics import Observation
 from jaxheads.numerics import batch as batches
-from jaxheads.numerics import columns, fields, inputs, tiles
+from jaxheads.numerics import columns, fields, inputs
 from jaxheads.numerics.batch import Mask, Masks
 from jaxheads.spec import ExportOutput
 
@@ -97,19 +97,24 @@ class SequentialHeadWrapper(AbstractCompositeHead):
             key = getattr(self, field)
             if not isinstance(key, str) and key is not None:
                 raise ValueError(f"{field} must be a string, a key of features. Given type: {type(key).__name__}.")
-        listed = self.feature_columns
-        if not (listed is None or isinstance(listed, (str, tuple))):
+        if not (self.feature_columns is None or isinstance(self.feature_columns, (str, tuple))):
             raise ValueError(
                 "feature_columns must be either a string or an iterable of strings. Given type: "
-                f"{type(listed).__name__}."
+                f"{type(self.feature_columns).__name__}."
             )
-        for key in listed if isinstance(listed, tuple) else ():
+        for key in self._listed:
             if not isinstance(key, str):
-                raise ValueError(f"feature_columns must be strings. Given type: {type(key).__name__} in {listed!r}.")
+                given = f"{type(key).__name__} in {self.feature_columns!r}"
+                raise ValueError(f"feature_columns must be strings. Given type: {given}.")
         if not isinstance(self.static_head, Head):
             raise ValueError(f"static_head must be a head. Given {self.static_head!r}.")
         if self.average_over not in AVERAGES:
             raise ValueError(f"average_over must be one of {AVERAGES}. Given {self.average_over!r}.")
+
+    @property
+    def _listed(self) -> tuple[str, ...]:
+        """The feature columns, one or several."""
+        return (self.feature_columns,) if isinstance(self.feature_columns, str) else tuple(self.feature_columns or ())
 
     # What the inner head is given.
 
@@ -165,15 +170,14 @@ class SequentialHeadWrapper(AbstractCompositeHead):
 
     def _columns(self, features: Any) -> dict[str, Any]:
         """The listed columns, as the inner head gets them."""
-        listed = self.feature_columns
         kept = {}
         for column in _weight_columns(self.static_head):
-            if column in features and column not in ((listed,) if isinstance(listed, str) else listed or ()):
+            if column in features and column not in self._listed:
                 raise ValueError(
                     f"Feature {column} (the weight_column of the inner head) does not reach it: only feature_columns "
-                    f"do. Given feature_columns={listed!r}. Add it there."
+                    f"do. Given feature_columns={self.feature_columns!r}. Add it there."
                 )
-        for key in (listed,) if isinstance(listed, str) else listed or ():
+        for key in self._listed:
             if key not in features:
                 raise ValueError(
                     f"{key!r} column (of feature_columns) expected in features dictionary. Found keys: "
@@ -260,14 +264,8 @@ class SequentialHeadWrapper(AbstractCompositeHead):
     def _has_divisor(self) -> bool:
         return self.static_head._has_divisor
 
-    def _sums(self, batch: dict[str, Any]) -> jax.Array:
-        return self.static_head._sums(self._scaled(batch))
-
-    def _sums_and_divisor(self, batch: dict[str, Any]) -> jax.Array:
-        return self.static_head._sums_and_divisor(self._scaled(batch))
-
-    def _all_sums(self, batch: dict[str, Any]) -> jax.Array:
-        return tiles.summed(self._sums, batch) if self.rowwise else self._sums(batch)
+    def _sums(self, batch: dict[str, Any], with_divisor: bool) -> jax.Array:
+        return self.static_head._sums(self._scaled(batch), with_divisor)
 
     def _advance(self, batch: dict[str, Any], psum: Callable[[Any], Any]) -> dict[str, Any]:
         return {"static_head": self.static_head._advance(batch, psum)} if fields.has_state(self) else {}

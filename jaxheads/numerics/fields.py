@@ -252,12 +252,13 @@ def _may_learn(node: Any) -> bool:
 
 def has_state(node: Any) -> bool:
     """Whether the node or a head inside it has running fields."""
-    return bool(init_state_shapes(node))
+    return bool(_state_shapes(unbound(node)))
 
 
-def init_state_shapes(node: Any) -> Any:
-    """Shapes and dtypes of what `init_state` makes."""
-    return jax.eval_shape(functools.partial(init_state, unbound(node)))
+@functools.lru_cache(maxsize=1024)
+def _state_shapes(node: Any) -> dict[str, Any]:
+    """Shapes and dtypes of what `init_state` of an unbound head makes."""
+    return jax.eval_shape(functools.partial(init_state, node))
 
 
 def carry(node: Any, state: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,7 +271,7 @@ def carry(node: Any, state: Mapping[str, Any], new: Mapping[str, Any]) -> dict[s
 
 def check_state(node: Any, state: Mapping[str, Any], what: str, fix: str) -> None:
     """Refuses a running state of other keys, shapes or dtypes than `init_state` makes."""
-    expected = init_state_shapes(node)
+    expected = _state_shapes(unbound(node))
 
     def kinds(tree: Any) -> dict[str, str]:
         leaves = jax.tree.leaves_with_path(tree)
