@@ -43,7 +43,7 @@ from jaxheads.losses.terms import Term as Term
 from jaxheads.metrics import Mean, MeanView, Metrics, Observation, ScoresView
 from jaxheads.metrics.state import joined, slots
 from jaxheads.numerics import batch as batches
-from jaxheads.numerics import columns, fields, inputs, masking, pairs, reduction, tiles
+from jaxheads.numerics import columns, fields, inputs, masking, meshes, pairs, reduction, tiles
 from jaxheads.numerics import labels as rules
 from jaxheads.numerics.batch import Elements
 from jaxheads.numerics.configuration import Configuration
@@ -250,6 +250,12 @@ class Head(Configuration, abc.ABC):
         batch = head._gather(labels, logits, features, weights, where, check)
         batch["regularization"] = inputs.as_scalars(regularization_losses)
         eval_metrics.check_size()
+        if lead := jnp.shape(eval_metrics.state)[:-2]:
+            raise ValueError(
+                f"update_metrics adds one batch to one state. Given a state with leading axes {lead}: the batch would "
+                "count once for each of its entries. Call it inside the pmap, shard_map or vmap that made them; or "
+                "merge them there, with .psum(axis_name), and go on with one: jax.tree.map(lambda x: x[0], metrics)."
+            )
         eval_metrics.check_same_kind(Metrics(None, fields.unbound(self), regularization_losses is not None))
         update = _update if inputs.is_traced((eval_metrics, head, batch)) else _update_compiled
         return dataclasses.replace(eval_metrics, state=update(eval_metrics.state, head, batch))
@@ -338,7 +344,7 @@ class Head(Configuration, abc.ABC):
         """
         head = self._ready(params)
         sums = head._loss_sums(head._gather(labels, logits, features, weights, where, None))
-        return head._divisor_of(sums if axis_name is None else jax.lax.psum(sums, axis_name))
+        return head._divisor_of(meshes.psum(sums, axis_name))
 
     def create_estimator_spec(
         self,
@@ -503,7 +509,7 @@ class Head(Configuration, abc.ABC):
     def _reduced_loss(self, batch: dict[str, Any], normalizer: Any, axis_name: Any) -> jax.Array:
         """The loss of a gathered batch, without regularization."""
         sums = self._loss_sums(batch)
-        return self._loss_of(sums if axis_name is None else jax.lax.psum(sums, axis_name), normalizer)
+        return self._loss_of(meshes.psum(sums, axis_name), normalizer)
 
     @property
     def _loss_size(self) -> int:
@@ -542,7 +548,7 @@ class Head(Configuration, abc.ABC):
     def _evaluated(self, batch: dict[str, Any], axis_name: Any) -> tuple[jax.Array, dict[str, jax.Array], Metrics]:
         """The regularized loss of a gathered batch, its summaries, its metrics: all of them over all devices."""
         sums, losses = self._loss_sums(batch), batch["regularization"]
-        sums = sums if axis_name is None else jax.lax.psum(sums, axis_name)
+        sums = meshes.psum(sums, axis_name)
         regularization = None if losses is None else inputs.add_scalars(losses)
         loss = self._loss_of(sums, None)
         loss = loss if regularization is None else loss + regularization
@@ -590,7 +596,7 @@ class Head(Configuration, abc.ABC):
 
     def _advanced(self, batch: dict[str, Any], axis_name: Any) -> dict[str, Any]:
         """The new running state of a bound head from a gathered batch, checked."""
-        psum = (lambda x: x) if axis_name is None else functools.partial(jax.lax.psum, axis_name=axis_name)
+        psum = functools.partial(meshes.psum, axis_name=axis_name)
         new = fields.carry(self, fields.state_of(self), self._advance(batch, psum))
         fields.check_state(self, new, f"{type(self).__name__}.advance", "those of the heads inside it included")
         return jax.tree.map(jax.lax.stop_gradient, new)

@@ -16,9 +16,12 @@ def _clear_caches():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """How many golden cases passed, at the end of every run that holds any."""
+    """How many golden cases passed, and the law of devices, at the end of every run that holds any."""
+    import devices
     from goldens import loader
 
     passed = [report.nodeid for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
     if line := loader.golden_summary(passed):
+        terminalreporter.write_line(line)
+    for line in devices.law_summary(passed):
         terminalreporter.write_line(line)

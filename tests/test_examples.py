@@ -188,3 +188,49 @@ def test_networks_of_any_kind_learn(tmp_path):
         assert 0.85 < values["accuracy"] < 0.97, name
         assert values["average_loss"] < 0.5, name
     assert "not installed" not in printed
+
+
+@pytest.mark.slow
+def test_a_mesh_gives_the_numbers_of_one_device(tmp_path):
+    arguments = ("--rows", "20000", "--epochs", "1", "--devices", "8", "--model-devices", "2")
+    printed, results = run_example("train_on_mesh.py", tmp_path, *arguments)
+    meshes, differences = results["meshes"], results["differences"]
+    assert [*meshes] == ["mesh 1 x 1", "mesh 8 x 1", "mesh 4 x 2"]
+    assert [*differences] == ["mesh 8 x 1", "mesh 4 x 2"]
+    # The last batch is uneven: padding alone on two devices.
+    assert results["last_batch_by_device"] == [128] * 5 + [18, 0, 0]
+    for name, difference in differences.items():
+        assert difference["metric"] < 1e-5, name
+        assert difference["loss of a step"] < 2e-6, name
+        assert difference["parameter"] < 2e-5, name
+    for name, mesh in meshes.items():
+        first, last = mesh["losses"]
+        assert 0.85 < mesh["test"]["average_loss"] / 0.5538 < 0.97, name  # that of the base rate
+        assert 0.64 < mesh["test"]["auc"] < 0.75, name
+        assert last < first, name
+        assert mesh["test"]["label/mean"] == pytest.approx(0.24235, abs=1e-4), name
+    reduced = {name: mesh["collectives"].pop("all-reduce") for name, mesh in meshes.items()}
+    # The loss, then gradients and metrics; the split layers add one on the way forth and one back.
+    assert reduced == {"mesh 1 x 1": 0, "mesh 8 x 1": 2, "mesh 4 x 2": 4}
+    assert not any(any(mesh["collectives"].values()) for mesh in meshes.values())
+    assert [mesh["kernel"][1] for mesh in meshes.values()] == [256, 256, 128]
+    assert "\nall-reduce in a step" in printed
+
+
+@pytest.mark.slow
+def test_pmap_is_right_and_the_mean_of_means_is_not(tmp_path):
+    printed, results = run_example("pmap_tpu_cores.py", tmp_path, "--devices", "8", "--epochs", "15")
+    assert (results["devices"], results["traces"], results["steps"]) == (8, 1, 165)
+    assert results["parameters"] < 1e-5
+    assert results["test"] == pytest.approx(results["test_one_core"], abs=1e-5)
+    assert 0.85 < results["test"]["accuracy"] < 0.97
+    assert results["test"]["average_loss"] < 0.5
+    missing, last = results["gradients"].values()
+    assert last["rows"] == [16, 1, 0, 0, 0, 0, 0, 0]
+    assert 0.3 * 128 < sum(missing["rows"]) < 0.7 * 128
+    for batch in (missing, last):
+        assert batch["loss(axis_name=...), then pmean"] < 1e-6
+    wrong = "each core's own mean, then pmean"
+    assert missing[wrong] > 0.1
+    assert last[wrong] > 0.7
+    assert f"\n  {wrong}" in printed

@@ -2,17 +2,19 @@
 
 from fractions import Fraction
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxheads as jh
 from jaxheads.metrics.grids import LogitGrid, ThresholdGrid
-from jaxheads.numerics import fields, pairs, stable, vocabulary
-from jaxheads.numerics.edges import Edges, histogram
+from jaxheads.numerics import fields, histograms, pairs, stable, vocabulary
+from jaxheads.numerics.edges import Edges, in_three
 from jaxheads.numerics.linear import LinearLogits
 from jaxheads.numerics.reduction import Reduction, divide
 
@@ -72,6 +74,8 @@ EDGE_SETS = {
     "uniform": np.linspace(-20, 20, 2047),
     "one": np.array([0.25]),
     "crowded": np.concatenate([[-20.0, 20.0], 0.3 + np.arange(500) * 1e-7, np.arange(7) * 1e-30]),
+    "crowded_at_zero": np.arange(3) * 1e-37,
+    "many": np.random.default_rng(1).normal(size=10_000),
     "wide": np.array([-1e30, -1.0, 0.0, 1e-20, 1.0, 3.4e38]),
     "thresholds": np.arange(1, 199) / 199,
 }
@@ -84,6 +88,26 @@ def test_edges_locate_every_number_exactly(name):
     expected = np.searchsorted(edges.values.astype(np.float64), x.astype(np.float64), side="left")
     np.testing.assert_array_equal(jax.jit(edges.locate)(jnp.asarray(x)), expected)
     np.testing.assert_array_equal(edges.locate(jnp.asarray(x)), expected)
+    # What a TPU does, in plain columns and in more axes. Edges whose parts are subnormal it looks up too.
+    assert edges.exact == (name != "crowded_at_zero")
+    if edges.exact:
+        for shape in ((-1,), (-1, 1), (-1, 1, 1)):
+            found = jax.jit(edges.by_product)(jnp.asarray(x).reshape(shape))
+            np.testing.assert_array_equal(found, expected.reshape(shape))
+
+
+@few
+@given(st.lists(st.floats(width=32, allow_subnormal=False), min_size=1, max_size=20))
+def test_a_float_is_three_of_eight_bits(values):
+    x = np.asarray(values, np.float32)
+    for parts in (in_three(x), jax.tree.map(np.asarray, in_three(jnp.asarray(x)))):
+        first, second, third = (np.asarray(part, np.float64) for part in parts)
+        for part in parts:
+            np.testing.assert_array_equal(np.asarray(jnp.asarray(part, jnp.bfloat16), np.float32), part)
+        np.testing.assert_array_equal(first[~np.isfinite(x)], x[~np.isfinite(x)])
+        apart = np.where(np.isfinite(x), first + second + third, x)
+        # A part below the normal numbers may be 0.
+        np.testing.assert_allclose(apart, x, rtol=0, atol=1.2e-38)
 
 
 @few
@@ -129,12 +153,73 @@ def test_every_float32_between_0_and_1_has_its_bucket():
     assert sum(int(wrong(jnp.int32(start))) for start in range(0, last + 1, 2**22)) == 0
 
 
-def test_histogram_sums_by_bucket():
+HISTOGRAMS = {
+    "few": ((5, 3), 7, None),
+    "one_row": ((1, 1), 3, None),
+    "nothing": ((0, 1), 3, None),
+    "rows_by_column": ((16, 3), 200, (1, 2, 3)),
+    "columns_share_a_row": ((16, 4), 200, (0, 1, 0, 2)),
+    "blocks": ((40_000, 1), 2050, None),
+    "blocks_of_columns": ((32_768, 3), 130, (2, 0, 1)),
+    "blocks_that_do_not_divide": ((40_001, 2), 70, None),
+    "more_axes": ((8, 5000, 1), 2050, None),
+}
+FORMS = {"scatter": histograms._by_scatter, "product": histograms._by_product}
+
+
+def histogram_case(name):
+    """Buckets, two arrays of weights, and their sums in float64."""
+    shape, n, columns = HISTOGRAMS[name]
     rng = np.random.default_rng(0)
-    buckets, weights = rng.integers(0, 7, (5, 3)), rng.random((5, 3)).astype(np.float32)
-    expected = np.zeros(7)
-    np.add.at(expected, buckets, weights)
-    np.testing.assert_allclose(histogram(jnp.asarray(buckets, jnp.int32), jnp.asarray(weights), 7), expected, 1e-6)
+    buckets = rng.integers(0, n, shape).astype(np.int32)
+    weights = (rng.random(shape) ** 8 * 10).astype(np.float32), np.full(shape, 0.1, np.float32)
+    rows = np.broadcast_to(np.zeros(shape[-1], int) if columns is None else np.asarray(columns), shape)
+    expected = np.zeros((2, rows.max(initial=0) + 1, n))
+    for sums, each in zip(expected, weights, strict=True):
+        np.add.at(sums, (rows, buckets), each.astype(np.float64))
+    return buckets, weights, n, columns, expected
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", HISTOGRAMS)
+def test_histograms_sum_by_bucket(name, form):
+    """What a CPU and a GPU do, and what a TPU does: the same to the last bits."""
+    buckets, weights, n, columns, expected = histogram_case(name)
+    found = jax.jit(lambda buckets, *weights: FORMS[form](buckets, weights, n, columns))(buckets, *weights)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=3e-7, atol=1e-30)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_million_equal_weights_in_one_bucket_do_not_drift(form):
+    buckets, weights = np.zeros((2**20, 1), np.int32), np.full((2**20, 1), 0.1, np.float32)
+    found = jax.jit(lambda buckets, weights: FORMS[form](buckets, (weights,), 2050, None))(buckets, weights)
+    np.testing.assert_allclose(found[0, 0, 0], 2**20 * float(np.float32(0.1)), rtol=1e-7)
+    assert not np.any(found[0, 0, 1:])
+
+
+@pytest.mark.parametrize("axes", devices.AXES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["rows_by_column", "columns_share_a_row", "blocks", "blocks_of_columns", "more_axes"])
+def test_histograms_of_spread_rows_are_one_all_reduce(name, form, axes):
+    buckets, weights, n, columns, expected = histogram_case(name)
+    call = jax.jit(lambda buckets, *weights: FORMS[form](buckets, weights, n, columns))
+    placed = jax.device_put((buckets, *weights), NamedSharding(devices.mesh_of(8, axes), PartitionSpec("d")))
+    np.testing.assert_allclose(call(*placed), expected, rtol=3e-7, atol=1e-30)
+    text = call.lower(*placed).compile().as_text()
+    assert devices.count(text, "all-reduce") == 1
+    for other in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert devices.count(text, other) == 0
+
+
+def test_infinite_and_nan_weights_show_in_their_row():
+    buckets = np.array([[0, 1], [2, 3]], np.int32)
+    for bad in (np.nan, np.inf):
+        weights = np.array([[1, bad], [2, 3]], np.float32)
+        for form in FORMS.values():
+            found = jax.jit(lambda b, w, form=form: form(b, (w,), 4, (0, 1)))(buckets, weights)[0]
+            assert not np.isfinite(found[1]).all()
+            np.testing.assert_array_equal(found[0], [1, 0, 2, 0])
 
 
 @pytest.mark.parametrize("grid", [LogitGrid(), LogitGrid(-3, 5, 100), ThresholdGrid(200), ThresholdGrid(3)])

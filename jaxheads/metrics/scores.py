@@ -11,7 +11,7 @@ import numpy as np
 from jaxheads.metrics.base import Observation, View
 from jaxheads.metrics.grids import AbstractGrid, Layout
 from jaxheads.numerics import masking
-from jaxheads.numerics.edges import histogram
+from jaxheads.numerics.histograms import histogram
 
 
 @jax.tree_util.register_dataclass
@@ -54,17 +54,14 @@ class Scores(Observation):
         """One pass: the bucket of each element, then its two weights."""
         layout = self.layout
         labels = jnp.asarray(self.labels, jnp.float32)
+        # By multiplication, for labels may lie as the rows do, and logits be spread over classes too.
+        labels = labels * masking.ones_like(self.logits)
         weights = weights * masking.ones_like(labels)
         # A NaN score has no bucket; it must show, so it makes a NaN of the histogram.
         weights = jnp.where(jnp.isnan(self.logits) & (weights != 0), self.logits, weights)
         buckets = self.grid.buckets(layout, self.logits)
-        if self.rows:
-            first = np.asarray(self.rows, np.int32) * layout.n_buckets
-            buckets = buckets + jnp.expand_dims(jnp.asarray(first), tuple(range(buckets.ndim - 1)))
         both = (weights * (1 - labels), weights * labels)
-        most = max(map(self.rows.count, set(self.rows)), default=None)
-        n = self._n_rows * layout.n_buckets
-        return jnp.concatenate([histogram(buckets, each, n, most) for each in both])
+        return histogram(buckets, both, layout.n_buckets, self.rows or None).ravel()
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "ScoresView":
         """The histogram, with the metrics that it tells."""

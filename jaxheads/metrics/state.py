@@ -1,9 +1,10 @@
 """`Metrics`: one pytree a head, whose arrays add."""
 
+import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -13,7 +14,7 @@ from jax.core import Tracer
 
 from jaxheads.metrics.base import Observation, View
 from jaxheads.metrics.scores import Interval, ScoresView
-from jaxheads.numerics import pairs
+from jaxheads.numerics import meshes, pairs
 
 
 class BadInputWarning(UserWarning):
@@ -102,6 +103,52 @@ class Metrics:
         # sum(list_of_metrics) starts from the integer 0.
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
+    @classmethod
+    def merge(cls, states: "Iterable[Metrics]") -> "Metrics":
+        """The metrics of all states, added on the host in float64: no device is needed, nor is one touched.
+
+        For the combiners of Beam, Ray or Spark, and for states that processes computed on their own: pickled, a state
+        is a NumPy array, as is what this returns.
+
+        Args:
+            states: at least one, of equal leading axes.
+
+        Raises:
+            ValueError: no states, states of different heads or shapes.
+
+        >>> import jax, numpy as np
+        >>> import jaxheads as jh
+        >>> head = jh.RegressionHead()
+        >>> parts = [head.measure(labels=np.array([y]), logits=np.array([[0.0]], np.float32)) for y in (1.0, 2.0)]
+        >>> jh.Metrics.merge(parts).compute()["average_loss"]  # (1 + 4) / 2
+        np.float32(2.5)
+        """
+        states = list(states)
+        if not states or not all(isinstance(state, Metrics) for state in states):
+            kinds = sorted({type(state).__name__ for state in states})
+            raise ValueError(f"merge() needs at least one Metrics, and nothing else. Given {kinds or 'nothing'}.")
+        first = states[0]
+        for state in states:
+            first.check_same_kind(state)
+            state.check_size()
+        leads = {np.shape(state.state)[:-2] for state in states}
+        if len(leads) > 1:
+            raise ValueError(f"merge() adds states of equal leading axes. Given {sorted(leads)} of {first.head!r}.")
+        if any(isinstance(state.state, Tracer) for state in states):
+            raise ValueError("merge() works on the host, outside jit. There, metrics add: a + b.")
+        return dataclasses.replace(first, state=pairs.merge([_on_host(state.state) for state in states]))
+
+    def __reduce__(self) -> Any:
+        # Where it is unpickled there may be no device.
+        state = np.asarray(_on_host(self.state)) if isinstance(self.state, jax.Array) else self.state
+        return type(self), (state, self.head, self.regularized)
+
+    def __deepcopy__(self, memo: Any) -> "Metrics":
+        return dataclasses.replace(self, state=copy.deepcopy(self.state, memo))
+
+    def __copy__(self) -> "Metrics":
+        return dataclasses.replace(self)
+
     def check_same_kind(self, other: "Metrics") -> None:
         """Refuses a state that does not add to this one, saying why."""
         if self.head != other.head:
@@ -135,6 +182,7 @@ class Metrics:
 
     def varying(self, axis_name: Any) -> "Metrics":
         """The same values, typed as differing over `axis_name`: the first carry of a scan inside `shard_map`."""
+        meshes.check_axis(axis_name)
         return dataclasses.replace(self, state=jax.lax.pcast(self.state, axis_name, to="varying"))
 
     def _views(self, undefined: float) -> tuple[dict[str, Any], Any, Any, Any]:

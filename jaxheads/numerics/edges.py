@@ -1,16 +1,16 @@
 """The bucket of every number among fixed edges, exactly, at a cost that does not grow with the edges."""
 
 import functools
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxheads.numerics import meshes, pairs
+from jaxheads.numerics import meshes
 
-BLOCK = 2**14
+WIDTH = 64
+LARGEST = np.finfo(np.float32).max
 
 
 class Edges:
@@ -20,6 +20,10 @@ class Edges:
     cell's range of candidates reaches one cell further on both sides, and a branch-free binary search of a few steps
     compares with the edges themselves. The number of steps depends on the fullest cell alone: two for uniform
     edges, six for 10,000 user thresholds.
+
+    A TPU is slow at looking numbers up, and quick at matrix products: there the edges lie in rows of 64; a number is
+    compared with the first edge of every row, a product with a one-hot vector brings its row, and it is compared with
+    that. The product is exact, for it adds nothing up but the three bfloat16 parts of one float32.
     """
 
     def __init__(self, values):
@@ -37,6 +41,10 @@ class Edges:
         self.first = first.astype(np.int32)
         self.steps = int(np.max(last - first)).bit_length()
         self.padded = np.concatenate([self.values, np.full(2**self.steps, np.inf, np.float32)])
+        self.rows = np.concatenate([self.values, np.full(-m % WIDTH, LARGEST, np.float32)]).reshape(-1, WIDTH)
+        self.parts = np.stack(in_three(self.rows))
+        # Parts below the normal numbers are 0 to XLA. Edges that small are looked up.
+        self.exact = bool(np.all((self.parts == 0) | (np.abs(self.parts) >= np.finfo(np.float32).tiny)))
 
     def _cell(self, x, xp):
         scaled = (x - self.low) * self.scale
@@ -45,11 +53,37 @@ class Edges:
     def locate(self, x: jax.Array) -> jax.Array:
         """How many edges lie strictly below `x`: int32 in `[0, len(values)]`. NaN counts as below all."""
         x = jnp.where(jnp.isnan(x), jnp.full_like(x, -jnp.inf), x)
+        if not self.exact:
+            return self.by_table(x)
+        return jax.lax.platform_dependent(x, tpu=self.by_product, default=self.by_table)
+
+    def by_table(self, x: jax.Array) -> jax.Array:
+        """`locate` by looking up."""
         count = take(self.first, self._cell(x, jnp))
         for step in (2**k for k in reversed(range(self.steps))):
             below = take(self.padded, count + (step - 1)) < x
             count = jnp.where(below, count + step, count)
         return count
+
+    def by_product(self, x: jax.Array) -> jax.Array:
+        """`locate` by comparisons and a matrix product."""
+        if x.ndim > 1 and x.shape[-1] == 1:
+            # A last axis of size 1 makes the layout of what follows, and so the time, ten times as large.
+            return self.by_product(x[..., 0])[..., None]
+        x, n = jnp.minimum(x, LARGEST)[None], len(self.rows)
+
+        def column(values: np.ndarray) -> jax.Array:
+            return jnp.asarray(values).reshape(-1, *[1] * (x.ndim - 1))
+
+        def below(values: jax.Array) -> jax.Array:
+            return jnp.sum(values < x, axis=0, keepdims=True, dtype=jnp.int32)
+
+        row = below(column(self.rows[1:, 0]))
+        # One product of three times the length, not three: their sum would be written out.
+        chosen = (row == column(np.tile(np.arange(n, dtype=np.int32), 3))).astype(jnp.bfloat16)
+        parts = jnp.asarray(self.parts.reshape(3 * n, WIDTH), jnp.bfloat16)
+        edges = jax.lax.dot_general(parts, chosen, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        return (row * WIDTH + below(edges))[0]
 
 
 @functools.lru_cache(maxsize=256)
@@ -64,53 +98,19 @@ def take(table: np.ndarray, index: jax.Array) -> jax.Array:
     return jnp.asarray(table).at[index].get(mode="promise_in_bounds", out_sharding=out_sharding)
 
 
-def histogram(buckets: jax.Array, weights: jax.Array, n: int, most: int | None = None) -> jax.Array:
-    """Sums non-negative `weights` by `buckets`, of any one shape: float32 `[n]`, right to the last bits.
+def in_three(x: Any) -> Any:
+    """A float32 as three numbers of 8 bits, largest first, that bfloat16 holds and that add up to it exactly."""
+    if isinstance(x, np.ndarray):
+        xp, bits = np, lambda x, dtype: x.view(dtype)
+    else:
+        xp, bits = jnp, jax.lax.bitcast_convert_type
 
-    A scatter adds to each bucket one by one, and a running float32 sum drifts: a million weights of 0.1 in one bucket
-    are off by 1 %. So each weight is split in a multiple of a quantum, of which a block of rows adds up exactly, and a
-    small rest; every block has a histogram of its own; and the blocks are added pairwise.
+    def leading(x: Any) -> Any:
+        return bits(bits(x, np.int32) & np.int32(-(2**16)), np.float32)
 
-    Args:
-        buckets: which of `n` sums each entry adds to, `[..., c]`.
-        weights: the same shape.
-        n: the number of sums.
-        most: how many entries of a last axis can meet in one sum; all c by default.
-    """
-    examples = buckets.shape[:-1] if buckets.ndim > 1 else buckets.shape
-    most = (buckets.shape[-1] if buckets.ndim > 1 else 1) if most is None else most
-    if buckets.ndim > 1 and buckets.shape[-1] == 1:
-        buckets, weights = buckets[..., 0], weights[..., 0]
-    mesh = meshes.explicit_mesh(buckets)
-    replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec(None))
-    # Under shape polymorphism the number of rows is no number: then all is one block.
-    rows = math.prod(examples) * most if all(isinstance(size, int) for size in buckets.shape) else BLOCK
-    blocks = max(1, -(-rows // BLOCK))
-    if blocks > 1:
-        width = math.prod(buckets.shape[len(examples) :])
-        buckets = meshes.flat_index(buckets) // width * most // BLOCK * n + buckets
-
-    def sums(weights):
-        zeros = jnp.zeros(blocks * n, jnp.float32)
-        added = zeros.at[buckets].add(weights, mode="promise_in_bounds", out_sharding=replicated)
-        return pairs.fold(added.reshape(blocks, n), jnp.add)
-
-    if not meshes.is_local(buckets):
-        # The quantum below would be a second all-reduce. Nine bits of each weight are as good unless weights of a
-        # million to one share a bucket.
-        coarse = jax.lax.reduce_precision(weights, exponent_bits=8, mantissa_bits=8)
-        return sums(coarse) + sums(weights - coarse)
-    coarse = _multiples(weights, min(rows, BLOCK)) if rows else weights
-    exact, rest = sums(coarse), weights - coarse
-    return exact + jax.lax.cond(jnp.any(rest != 0), sums, lambda _: jnp.zeros_like(exact), rest)
-
-
-def _multiples(weights: jax.Array, rows: int) -> jax.Array:
-    """The weights rounded down to multiples of a power of two, such that any `rows` of them add up exactly."""
-    bound = jnp.minimum(jnp.sum(weights), rows * jnp.max(weights))
-    exponent = jnp.frexp(bound)[1]
-    # A sum below 2^e in multiples of 2^(e - 23) has 23 bits; a float32 holds 24. Where the rest would be subnormal, and
-    # so 0 to XLA, and where the sum is no number, the quantum is so large that all is rest.
-    usual = jnp.isfinite(bound) & (exponent > -80)
-    quantum = jnp.ldexp(jnp.float32(1), jnp.where(usual, exponent - 23, 127))
-    return jnp.floor(weights / quantum) * quantum
+    # What is not finite is all in the first.
+    finite = xp.where(xp.isfinite(x), x, xp.zeros_like(x))
+    first = xp.where(xp.isfinite(x), leading(x), x)
+    rest = finite - leading(finite)
+    second = leading(rest)
+    return first, second, rest - second

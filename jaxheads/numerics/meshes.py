@@ -23,6 +23,31 @@ def is_local(tree: Any) -> bool:
     return all(mesh.empty or set(mesh.axis_types) == {AxisType.Manual} for mesh in meshes)
 
 
+def size(x: jax.Array) -> int:
+    """Over how many devices `x` may be spread, as far as its type tells."""
+    return jax.typeof(x).sharding.mesh.size
+
+
+def check_axis(axis_name: Any) -> None:
+    """Refuses a name that no mapped axis has here."""
+    try:
+        jax.lax.axis_size(axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"axis_name={axis_name!r} is not the name of a mapped axis here. Call this inside jax.shard_map over a "
+            "mesh with such an axis, or inside jax.pmap(..., axis_name=...). Under plain jit, arrays that are sharded "
+            "over a mesh need no axis_name: leave it out."
+        ) from error
+
+
+def psum(tree: Any, axis_name: Any) -> Any:
+    """The sum over the devices of a mapped axis; without one the same."""
+    if axis_name is None:
+        return tree
+    check_axis(axis_name)
+    return jax.lax.psum(tree, axis_name)
+
+
 def columns(x: jax.Array, dtype: Any) -> jax.Array:
     """The index of the last axis at every entry of `x`, laid out like `x`."""
     return _index(x, x.ndim - 1, dtype)

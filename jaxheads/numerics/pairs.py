@@ -8,10 +8,13 @@ A trailing axis of size 1 is a plain float32 array, which is what one batch cont
 any two gives a pair, so that a `lax.scan` that starts from zero pairs never changes type.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jaxheads.numerics import meshes
 
 
 def two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -47,7 +50,8 @@ def psum(x: jax.Array, axis_name) -> jax.Array:
     its pair in a slot of its own of a zero array; adding zeros loses nothing; then the slots are added as pairs.
     """
     if x.shape[-1] == 1:
-        return jax.lax.psum(x, axis_name)
+        return meshes.psum(x, axis_name)
+    meshes.check_axis(axis_name)
     n = jax.lax.axis_size(axis_name)
     slots = jnp.zeros((n, *x.shape), x.dtype).at[jax.lax.axis_index(axis_name)].set(x)
     slots = jax.lax.psum(slots, axis_name)
@@ -61,3 +65,12 @@ def fold(x: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array]) -> 
         merged = combine(x[:half], x[half : 2 * half])
         x = jnp.concatenate([merged, x[2 * half :]]) if n % 2 else merged
     return x[0]
+
+
+def merge(states: Sequence[np.ndarray]) -> np.ndarray:
+    """The sum of states `[..., 1 or 2]` of equal leading shape as pairs `[..., 2]`: in float64, on the host."""
+    total = sum(np.asarray(x, np.float64).sum(-1) for x in states)
+    high = np.asarray(total, np.float32)
+    with np.errstate(invalid="ignore"):
+        low = np.where(np.isfinite(high), total - high, 0).astype(np.float32)
+    return np.stack([high, low], axis=-1)

@@ -1,10 +1,12 @@
-"""Batches of one size, so that a step compiles once."""
+"""Batches of one size, so that a step compiles once, on one device, on many, and on many hosts."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxheads.numerics import columns
 
@@ -59,3 +61,97 @@ def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
 
     where = arrays.pop("where", None)
     return {**jax.tree.map(fill, arrays), "where": exists(where, arrays.get("labels"))}
+
+
+def shard_batch(batch: Any, mesh: Mesh, axis_name: str | tuple[str, ...] | None = None) -> Any:
+    """The batch laid out over a mesh, its rows cut in equal parts: what a compiled step takes as it is.
+
+    Among several processes each passes the rows of its own, the same number everywhere, and gets global arrays.
+
+    Args:
+        batch: a pytree of arrays with one row for each example.
+        mesh: of devices; of all processes, if there are several.
+        axis_name: the axis of the mesh, or the axes, that rows are spread over; by default the first.
+
+    Raises:
+        ValueError: an axis that the mesh does not have; rows that its devices do not divide.
+
+    >>> import jax, numpy as np
+    >>> import jaxheads as jh
+    >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    >>> batch = jh.training.shard_batch({"labels": np.zeros(8 * jax.device_count())}, mesh)
+    >>> len(batch["labels"].sharding.device_set) == jax.device_count()
+    True
+    """
+    axes = mesh.axis_names[:1] if axis_name is None else axis_name
+    names = (axes,) if isinstance(axes, str) else tuple(axes)
+    if unknown := [name for name in names if name not in mesh.axis_names]:
+        raise ValueError(f"The mesh has the axes {mesh.axis_names}. Given axis_name={axis_name!r}: no {unknown} there.")
+    devices = math.prod(mesh.shape[name] for name in names)
+    # A process may also have a mesh of its own.
+    processes = len({device.process_index for device in mesh.devices.flat})
+    sharding = NamedSharding(mesh, PartitionSpec(names))
+
+    def put(path: Any, x: Any) -> jax.Array:
+        x, shape = np.asarray(x) if processes > 1 else x, tuple(np.shape(x))
+        if not shape or shape[0] * processes % devices:
+            given = f"shape {shape}" + (f" in each of {processes} processes" if processes > 1 else "")
+            raise ValueError(
+                f"Rows are spread over {devices} devices, so their number must be a multiple of that. Given {given} at "
+                f"{jax.tree_util.keystr(path)}. Fill the batch up: jh.pad_batch(batch, size)."
+            )
+        return jax.make_array_from_process_local_data(sharding, x) if processes > 1 else jax.device_put(x, sharding)
+
+    return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def lockstep(batches: Iterable[Mapping[str, Any]], size: int, like: Mapping[str, Any] | None = None) -> Iterator[Any]:
+    """Batches filled up to `size` rows, as many in every process as the one with the most has.
+
+    Steps that devices of several processes take together wait for all of them: one that runs out of batches first
+    leaves the others waiting for ever. Here it goes on with batches in which no row exists, and which count nothing.
+    Before each batch the processes tell each other whether they have one left, and whether one failed: then all stop.
+
+    Args:
+        batches: of this process, as `pad_batch` takes them.
+        size: the rows of each.
+        like: a batch to take the shapes from, needed if a process may have none at all.
+
+    Raises:
+        ValueError: in all processes, if one has no batch at all and no `like`, while another has some.
+        RuntimeError: what `batches` raises in one process is raised there, and this in the others.
+
+    >>> import numpy as np
+    >>> import jaxheads as jh
+    >>> batches = ({"features": np.zeros((n, 1)), "labels": np.zeros(n)} for n in (4, 3))
+    >>> [batch["where"].tolist() for batch in jh.training.lockstep(batches, size=4)]
+    [[True, True, True, True], [True, True, True, False]]
+    """
+    own, last = iter(batches), None if like is None else pad_batch(like, size)
+    while True:
+        batch = error = None
+        try:
+            if (batch := next(own, None)) is not None:
+                last = pad_batch(batch, size)
+        except Exception as raised:
+            # Not yet: the others would wait for this process in their next step.
+            error = raised
+        left, shapeless, failed = _anywhere(batch is not None, last is None, error is not None)
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError("Another process failed while it made its batch; its own error says why.")
+        if not left:
+            return
+        if last is None or shapeless:
+            raise ValueError("A process has no batch to take the shapes from, and another has. Pass like=a_batch.")
+        yield last if batch is not None else {**last, "where": jax.tree.map(np.zeros_like, last["where"])}
+
+
+def _anywhere(*flags: bool) -> tuple[bool, ...]:
+    """Of each whether it is so in any process."""
+    if jax.process_count() == 1:
+        return flags
+    from jax.experimental import multihost_utils
+
+    return tuple(np.any(multihost_utils.process_allgather(np.asarray(flags)), axis=0).tolist())

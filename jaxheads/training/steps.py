@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxheads.head import Head
-from jaxheads.numerics import fields, pairs
+from jaxheads.numerics import fields, meshes, pairs
 from jaxheads.spec import averaged, check_optimizer, updated
 from jaxheads.training.state import TrainState, parted
 
@@ -126,6 +126,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, StepOutput]:
         given, key = _unpacked(batch), jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
+            meshes.check_axis(axis_name)
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         carried = state.model_state, state.head_state
         if micro_batches == 1:

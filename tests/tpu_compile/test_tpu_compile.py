@@ -1,0 +1,67 @@
+"""Every head compiled for five generations of TPU, on a machine that has none: collectives, bytes and memory."""
+
+import math
+
+import jax
+import pytest
+from zoo import ZOO
+
+from tpu_compile.programs import CHIPS, INPUTS, PROGRAMS, ROWS, analyzed, mesh_of
+
+pytestmark = pytest.mark.tpu
+each = pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
+each_chip = pytest.mark.parametrize("chip", CHIPS)
+
+# Bytes for each row and each logit of it, of what a program reads and writes and of its temporary memory: a third above
+# the most that was measured.
+ACCESSED = {"loss_and_gradient": 40, "update_metrics": 120, "train_step": 50}
+TEMPORARY = {"loss_and_gradient": 4, "update_metrics": 16, "train_step": 16}
+
+
+def check(entry, chip, program):
+    found = analyzed(PROGRAMS[program](entry, chip))
+    others = {name: n for name, n in found.collectives.items() if n and name != "all-reduce"}
+    assert not others
+    assert found.scatters == 0  # a TPU is slow at them
+    logits = ROWS * entry.head.logits_dimension
+    inputs = 2 * 4 * ROWS * INPUTS if program == "train_step" else 0  # read for the logits, and for the gradient
+    assert found.accessed <= inputs + logits * ACCESSED[program]
+    assert found.temp <= logits * TEMPORARY[program]
+    return found
+
+
+@each_chip
+@each
+def test_loss_and_gradient(entry, chip):
+    """Numerator and denominator cross the devices together; the gradient of a row stays where the row is."""
+    assert len(check(entry, chip, "loss_and_gradient").reduced) == 1
+
+
+@each_chip
+@each
+def test_an_update_of_metrics_is_one_all_reduce(entry, chip):
+    found = check(entry, chip, "update_metrics")
+    slots = entry.head.metrics().state.shape[0]
+    (elements,) = found.reduced
+    assert elements <= 1.3 * slots + 64
+    # Where there is a histogram, it is made by matrix products.
+    assert (found.products > 0) == (slots > 100)
+
+
+@each_chip
+@each
+def test_a_train_step_adds_gradients_up_once(entry, chip):
+    found = check(entry, chip, "train_step")
+    gradient = INPUTS * entry.head.logits_dimension
+    learned = sum(math.prod(x.shape) for x in jax.tree.leaves(entry.params()))
+    *before, last = sorted(found.reduced)
+    # What comes before are the few sums that the loss is made of, by which gradients are divided.
+    assert gradient <= last <= gradient + learned + 8
+    assert sum(before) <= 8
+    assert len(before) <= 1
+
+
+def test_the_chips_are_five_generations():
+    kinds = {chip: mesh_of(chip).devices.flat[0].device_kind for chip in CHIPS}
+    assert kinds == {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
+    assert all(mesh_of(chip).size >= 4 for chip in CHIPS)
