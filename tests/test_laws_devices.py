@@ -556,7 +556,7 @@ def test_shards_of_different_shapes_are_refused():
         BINARY.update_metrics(metrics, None, ROWS["logits"], ROWS["labels"][:3])
     four, eight = (jax.tree.map(lambda x, n=n: jnp.stack([x] * n), metrics) for n in (4, 8))
     with pytest.raises(ValueError, match=r"\(4,\) and \(8,\)"):
-        four + eight
+        _ = four + eight
 
 
 def test_a_mesh_that_does_not_divide_the_batch_is_refused_in_words():
