@@ -136,7 +136,9 @@ class Metrics:
             raise ValueError(f"merge() adds states of equal leading axes. Given {sorted(leads)} of {first.head!r}.")
         if any(isinstance(state.state, Tracer) for state in states):
             raise ValueError("merge() works on the host, outside jit. There, metrics add: a + b.")
-        return dataclasses.replace(first, state=pairs.merge([_on_host(state.state) for state in states]))
+        # As on a device, what overflows is inf and inf - inf is NaN, without a word.
+        with np.errstate(over="ignore", invalid="ignore"):
+            return dataclasses.replace(first, state=pairs.merge([_on_host(state.state) for state in states]))
 
     def __reduce__(self) -> Any:
         # Where it is unpickled there may be no device.

@@ -1,7 +1,7 @@
 """The table of what every head costs on TPUs, as their compiler tells: python tests/tpu_compile/report.py
 
-Needs `pip install -e '.[test,tpu-compile]'`, and no TPU. Rows are spread over the chips of one host. Cycles are the
-compiler's own estimate, for a device; what it has no estimate for is left out of them.
+Needs `pip install -e '.[test,tpu-compile]'`, and no TPU. Rows are spread over the chips of one host; all figures are of
+one device. Cycles are the compiler's own estimate; what it has no estimate for is left out of them.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", choices=[entry.name for entry in ZOO], help="by default all")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    print(f"{ROWS:,} rows over", ", ".join(f"{mesh_of(chip).size} {chip}" for chip in CHIPS))
+    print(f"{ROWS:,} rows on each of", ", ".join(f"{mesh_of(chip).size} {chip}" for chip in CHIPS))
     print(f"| head | program | all-reduces | bytes a row | temp a row | cycles: {', '.join(CHIPS)} |")
     print("| --- | --- | --- | --- | --- | --- |")
     for entry in ZOO:
