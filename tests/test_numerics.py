@@ -190,12 +190,32 @@ def test_histograms_sum_by_bucket(name, form):
     np.testing.assert_allclose(found, expected, rtol=3e-7, atol=1e-30)
 
 
+@pytest.mark.parametrize("spread", [False, True], ids=["one_device", "eight"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_million_equal_weights_in_one_bucket_do_not_drift(form):
-    buckets, weights = np.zeros((2**20, 1), np.int32), np.full((2**20, 1), 0.1, np.float32)
-    found = jax.jit(lambda buckets, weights: FORMS[form](buckets, (weights,), 2050, None))(buckets, weights)
-    np.testing.assert_allclose(found[0, 0, 0], 2**20 * float(np.float32(0.1)), rtol=1e-7)
+def test_a_million_equal_weights_in_one_bucket_do_not_drift(form, spread):
+    rows = NamedSharding(devices.mesh_of(8, "auto"), PartitionSpec("d")) if spread else None
+    arrays = jax.device_put((np.zeros((2**20, 1), np.int32), np.full((2**20, 1), 0.1, np.float32)), rows)
+    found = jax.jit(lambda buckets, weights: FORMS[form](buckets, (weights,), 2050, None))(*arrays)
+    np.testing.assert_allclose(found[0, 0, 0], 2**20 * float(np.float32(0.1)), rtol=3e-7)
     assert not np.any(found[0, 0, 1:])
+
+
+@pytest.mark.parametrize("spread", [False, True], ids=["one_device", "eight"])
+@pytest.mark.parametrize("rows", [2**20, 1_000_000])
+def test_products_add_up_a_block_of_rows_at_most(rows, spread):
+    """More of them in one float32 sum would drift on a device that adds them one by one."""
+    mesh = NamedSharding(devices.mesh_of(8, "auto"), PartitionSpec("d")) if spread else None
+    arrays = jax.device_put((np.zeros((rows, 1), np.int32), np.ones((rows, 1), np.float32)), mesh)
+    traced = jax.jit(lambda buckets, weights: histograms._by_product(buckets, (weights,), 2050, None)).trace(*arrays)
+    products = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    assert len(products) == 3
+    for product in products:
+        (contracted, _), (batch, _) = product.params["dimension_numbers"]
+        shape = product.invars[0].aval.shape
+        assert np.prod([shape[axis] for axis in contracted]) <= 2**14
+        blocks = np.prod([shape[axis] for axis in batch])
+        assert blocks >= rows // 2**14
+        assert not spread or blocks % 8 == 0  # none crosses devices
 
 
 @pytest.mark.parametrize("axes", devices.AXES)

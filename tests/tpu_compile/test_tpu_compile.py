@@ -12,10 +12,10 @@ pytestmark = pytest.mark.tpu
 each = pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
 each_chip = pytest.mark.parametrize("chip", CHIPS)
 
-# Bytes for each row and each logit of it, of what a program reads and writes and of its temporary memory: a third above
-# the most that was measured.
-ACCESSED = {"loss_and_gradient": 40, "update_metrics": 120, "train_step": 50}
-TEMPORARY = {"loss_and_gradient": 9, "update_metrics": 16, "train_step": 16}
+# Bytes for each row and each logit of it on a device: what a program reads and writes, as XLA counts them, and its
+# temporary memory. A fifth to a third above the most that was measured.
+ACCESSED = {"loss_and_gradient": 200, "update_metrics": 540, "train_step": 200}
+TEMPORARY = {"loss_and_gradient": 16, "update_metrics": 32, "train_step": 16}
 
 
 def check(entry, chip, program):
@@ -24,7 +24,8 @@ def check(entry, chip, program):
     assert not others
     assert found.scatters == 0  # a TPU is slow at them
     logits = ROWS * entry.head.logits_dimension
-    inputs = 2 * 4 * ROWS * INPUTS if program == "train_step" else 0  # read for the logits, and for the gradient
+    # The inputs are read for the logits and for the gradient; XLA counts them six times.
+    inputs = 6 * 4 * ROWS * INPUTS if program == "train_step" else 0
     assert found.accessed <= inputs + logits * ACCESSED[program]
     assert found.temp <= logits * TEMPORARY[program]
     return found
