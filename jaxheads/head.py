@@ -253,8 +253,9 @@ class Head(Configuration, abc.ABC):
         if lead := jnp.shape(eval_metrics.state)[:-2]:
             raise ValueError(
                 f"update_metrics adds one batch to one state. Given a state with leading axes {lead}: the batch would "
-                "count once for each of its entries. Call it inside the pmap, shard_map or vmap that made them; or "
-                "merge them there, with .psum(axis_name), and go on with one: jax.tree.map(lambda x: x[0], metrics)."
+                "count once for each of its entries. Call it inside the pmap or vmap that made them; inside shard_map, "
+                "where an axis of size 1 is left, take jax.tree.map(lambda x: x[0], metrics), and x[None] at the end; "
+                "or merge them there, with .psum(axis_name)."
             )
         eval_metrics.check_same_kind(Metrics(None, fields.unbound(self), regularization_losses is not None))
         update = _update if inputs.is_traced((eval_metrics, head, batch)) else _update_compiled

@@ -118,6 +118,7 @@ def everything() -> dict[str, Any]:
     zero = devices.entry_of("binary").head.metrics()
     states = np.zeros((2, *zero.state.shape), np.float32)
     spread = dataclasses.replace(zero, state=jh.training.shard_batch(states, mesh()))
+    crossed = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2).T, ("data", "model"))
     return {
         "uneven": evaluated("binary", (3, 1)),
         "none in one": evaluated("binary", (0, 2), jax.tree.map(lambda x: x[:2], batch)),
@@ -125,6 +126,9 @@ def everything() -> dict[str, Any]:
         "without like": message(lambda: evaluated("binary", (0, 2))),
         "broken": message(lambda: list(jh.training.lockstep(breaking(), 16))),
         "odd rows": message(lambda: jh.training.shard_batch({"x": np.zeros((3, 2))}, mesh())),
+        "odd rows in one": message(lambda: jh.training.shard_batch({"x": np.zeros(3 + jax.process_index())}, mesh())),
+        "uneven rows": message(lambda: jh.training.shard_batch({"x": np.zeros(4 + 4 * jax.process_index())}, mesh())),
+        "crossed mesh": message(lambda: jh.training.shard_batch({"x": np.zeros(4)}, crossed)),
         "no rows": message(lambda: jh.training.shard_batch({"x": np.float32(1)}, mesh())),
         "spread, merged": message(lambda: jh.Metrics.merge([spread])),
         "spread, pickled": message(lambda: pickle.dumps(spread)),

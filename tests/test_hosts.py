@@ -21,6 +21,7 @@ import host_worker
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 from zoo import bounds_of
 
@@ -133,13 +134,19 @@ def test_processes_without_batches_end_or_say_so(found):
 
 def test_what_cannot_be_spread_over_processes_is_refused(found):
     for one in found:
-        assert "over 4 devices" in one["odd rows"]
-        assert "shape (3, 2) in each of 2 processes at ['x']" in one["odd rows"]
+        assert "over 2 devices of this process" in one["odd rows"]
+        assert "3 rows" in one["odd rows"]
         assert "pad_batch" in one["odd rows"]
-        assert "shape ()" in one["no rows"]
+        assert "()" in one["no rows"]
+        # Each would hold other rows as the same ones, or count the rows otherwise.
+        assert "several processes hold the same rows" in one["crossed mesh"]
+        assert "Given [2, 4] by process" in one["uneven rows"]
+        assert "lockstep" in one["uneven rows"]
         for case in ("spread, merged", "spread, pickled"):
             assert "spread over processes" in one[case]
             assert "psum" in one[case]
+    assert "multiple of that" in found[0]["odd rows in one"]
+    assert "Given [-1, 2] by process (-1: refused there)" in found[1]["odd rows in one"]
 
 
 def test_states_of_processes_merge_to_the_truth(found):
@@ -270,6 +277,9 @@ def test_merge_refuses_what_does_not_add():
     others: Any = [one, 1.0]
     with pytest.raises(ValueError, match=r"nothing else. Given \['Metrics', 'float'\]"):
         jh.Metrics.merge(others)
+    alone: Any = one
+    with pytest.raises(ValueError, match=r"a list, \[metrics\]"):
+        jh.Metrics.merge(alone)
     with pytest.raises(ValueError, match="different heads"):
         jh.Metrics.merge([one, jh.RegressionHead(name="other").metrics()])
     with pytest.raises(ValueError, match="regularization"):
@@ -367,14 +377,30 @@ def test_shard_batch_in_one_process():
     both = shard_batch(batch_of(8), mesh, ("data", "model"))
     assert both["features"]["x"].addressable_shards[0].data.shape == (1, 1)
     np.testing.assert_array_equal(both["features"]["x"], batch_of(8)["features"]["x"])
-    with pytest.raises(ValueError, match=r"axes \('data', 'model'\). Given axis_name='rows'"):
-        shard_batch(batch_of(8), mesh, "rows")
-    with pytest.raises(ValueError, match=r"4 devices.*Given shape \(6,\) at \['labels'\].*pad_batch"):
+    names: Any
+    for names in ("rows", 0, (), ("data", "data"), ("data", "rows")):
+        with pytest.raises(ValueError, match=r"axes of the mesh.*Given .*expected some of \('data', 'model'\)"):
+            shard_batch(batch_of(8), mesh, names)
+    with pytest.raises(ValueError, match=r"4 devices.*Given 6 rows.*pad_batch"):
         shard_batch({"labels": np.zeros(6)}, mesh)
-    with pytest.raises(ValueError, match=r"8 devices.*shape \(4, 1\) at \['features'\]\['x'\]"):
+    with pytest.raises(ValueError, match=r"8 devices.*Given 4 rows"):
         shard_batch(batch_of(4), mesh, ("data", "model"))
-    with pytest.raises(ValueError, match=r"shape \(\) at \['weights'\]"):
+    with pytest.raises(ValueError, match=r"same number of rows.*'weights'.*\(\)"):
         shard_batch({"weights": np.float32(1)}, mesh)
+    with pytest.raises(ValueError, match=r"same number of rows.*\(8,\).*\(16,\)"):
+        shard_batch({"labels": np.zeros(8), "weights": np.zeros(16)}, mesh)
+    not_a_mesh: Any = None
+    with pytest.raises(ValueError, match=r"must be a jax\.sharding\.Mesh"):
+        shard_batch(batch_of(8), not_a_mesh)
+    # Lists and tables as pad_batch takes them.
+    placed = shard_batch({"features": pd.DataFrame({"x": range(8)}), "labels": [0] * 8}, mesh)
+    assert placed["features"]["x"].shape == placed["labels"].shape == (8,)
+
+
+def test_lockstep_takes_none_for_no_end():
+    bad: Any = [batch_of(2), None, batch_of(2)]
+    with pytest.raises(ValueError, match="Given NoneType"):
+        list(lockstep(bad, 3))
 
 
 @pytest.mark.slow

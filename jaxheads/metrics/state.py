@@ -123,6 +123,8 @@ class Metrics:
         >>> jh.Metrics.merge(parts).compute()["average_loss"]  # (1 + 4) / 2
         np.float32(2.5)
         """
+        if isinstance(states, Metrics):
+            raise ValueError("merge() takes several states. Given one Metrics alone; of one, pass a list, [metrics].")
         states = list(states)
         if not states or not all(isinstance(state, Metrics) for state in states):
             kinds = sorted({type(state).__name__ for state in states})

@@ -44,7 +44,8 @@ class Edges:
         self.rows = np.concatenate([self.values, np.full(-m % WIDTH, LARGEST, np.float32)]).reshape(-1, WIDTH)
         self.parts = np.stack(in_three(self.rows))
         # Parts below the normal numbers are 0 to XLA. Edges that small are looked up.
-        self.exact = bool(np.all((self.parts == 0) | (np.abs(self.parts) >= np.finfo(np.float32).tiny)))
+        normal = np.all((self.parts == 0) | (np.abs(self.parts) >= np.finfo(np.float32).tiny))
+        self.exact = bool(normal and self.values[-1] < LARGEST)
 
     def _cell(self, x, xp):
         scaled = (x - self.low) * self.scale

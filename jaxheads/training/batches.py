@@ -1,7 +1,7 @@
 """Batches of one size, so that a step compiles once, on one device, on many, and on many hosts."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -36,14 +36,7 @@ def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
         raise ValueError(f"size must be an integer of at least 1. Given {size!r}.")
     if not isinstance(batch, Mapping):
         raise ValueError(f"A batch must be a dict of features, labels, weights, where. Given {type(batch).__name__}.")
-    # Of a data frame the columns, each in its dtype; a list is one array.
-    given = {key: value if (table := columns.table(value)) is None else table for key, value in batch.items()}
-    arrays = jax.tree.map(np.asarray, given, is_leaf=lambda x: isinstance(x, list))
-    shapes = {jax.tree_util.keystr(path): array.shape for path, array in jax.tree.leaves_with_path(arrays)}
-    rows = {shape[0] for shape in shapes.values() if shape}
-    if len(rows) != 1 or () in shapes.values():
-        raise ValueError(f"All arrays of a batch must have the same number of rows. Given shapes {shapes}.")
-    n = rows.pop()
+    arrays, n = _read(batch, np.asarray)
     if not 0 < n <= size:
         raise ValueError(f"A batch of 1 to {size} rows can be filled up to size={size}. Given {n} rows.")
 
@@ -63,18 +56,40 @@ def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
     return {**jax.tree.map(fill, arrays), "where": exists(where, arrays.get("labels"))}
 
 
+def _array(x: Any) -> Any:
+    return x if isinstance(x, jax.Array) else np.asarray(x)
+
+
+def _read(batch: Any, to_array: Callable[[Any], Any]) -> tuple[Any, int]:
+    """The arrays of a batch, of a data frame the columns, each in its dtype; and how many rows all of them have."""
+    if isinstance(batch, Mapping):
+        batch = {key: value if (table := columns.table(value)) is None else table for key, value in batch.items()}
+    arrays = jax.tree.map(to_array, batch, is_leaf=lambda x: isinstance(x, list))
+    found = jax.tree.leaves_with_path(arrays)
+    shapes = {jax.tree_util.keystr(path) or "the batch": tuple(np.shape(array)) for path, array in found}
+    rows = {shape[0] for shape in shapes.values() if shape}
+    if len(rows) != 1 or () in shapes.values():
+        raise ValueError(f"All arrays of a batch must have the same number of rows. Given shapes {shapes}.")
+    return arrays, rows.pop()
+
+
 def shard_batch(batch: Any, mesh: Mesh, axis_name: str | tuple[str, ...] | None = None) -> Any:
     """The batch laid out over a mesh, its rows cut in equal parts: what a compiled step takes as it is.
 
-    Among several processes each passes the rows of its own, the same number everywhere, and gets global arrays.
+    Place batches so, before the step: of an argument that `jit(in_shardings=...)` moves, the step cannot tell that it
+    is spread, and gathers it.
+
+    Among several processes each passes the rows of its own, the same number everywhere, and gets global arrays. The
+    processes compare that number whenever it is new, so all must call this for the same steps.
 
     Args:
-        batch: a pytree of arrays with one row for each example.
+        batch: a pytree of arrays with one row for each example, as `pad_batch` takes and gives them.
         mesh: of devices; of all processes, if there are several.
         axis_name: the axis of the mesh, or the axes, that rows are spread over; by default the first.
 
     Raises:
-        ValueError: an axis that the mesh does not have; rows that its devices do not divide.
+        ValueError: an axis that the mesh does not have; rows that its devices do not divide, or of which processes
+            have different numbers; a mesh on which two processes would have to hold the same rows.
 
     >>> import jax, numpy as np
     >>> import jaxheads as jh
@@ -83,34 +98,77 @@ def shard_batch(batch: Any, mesh: Mesh, axis_name: str | tuple[str, ...] | None 
     >>> len(batch["labels"].sharding.device_set) == jax.device_count()
     True
     """
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh, as jax.make_mesh gives it. Given {type(mesh).__name__}.")
     axes = mesh.axis_names[:1] if axis_name is None else axis_name
-    names = (axes,) if isinstance(axes, str) else tuple(axes)
-    if unknown := [name for name in names if name not in mesh.axis_names]:
-        raise ValueError(f"The mesh has the axes {mesh.axis_names}. Given axis_name={axis_name!r}: no {unknown} there.")
-    devices = math.prod(mesh.shape[name] for name in names)
-    # A process may also have a mesh of its own.
+    names = tuple(axes) if isinstance(axes, (tuple, list)) else (axes,)
+    if not names or len(set(names)) < len(names) or set(names) - set(mesh.axis_names):
+        raise ValueError(
+            f"axis_name must name axes of the mesh, each once. Given {axis_name!r}, expected some of {mesh.axis_names}."
+        )
+    # A process may also have a mesh of its own: then it is alone.
     processes = len({device.process_index for device in mesh.devices.flat})
+    arrays, rows = _read(batch, np.asarray if processes > 1 else _array)
     sharding = NamedSharding(mesh, PartitionSpec(names))
+    parts = _parts_here(sharding, math.prod(mesh.shape[name] for name in names))
+    refused = None
+    if rows % parts:
+        refused = ValueError(
+            f"Rows are spread over {parts} devices{' of this process' if processes > 1 else ''}, so their number must "
+            f"be a multiple of that. Given {rows} rows. Fill the batch up: jh.pad_batch(batch, size)."
+        )
+    if processes > 1:
+        _agree(sharding, -1 if refused else rows // parts)
+    if refused:
+        raise refused
+    if processes == 1:
+        return jax.device_put(arrays, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), arrays)
 
-    def put(path: Any, x: Any) -> jax.Array:
-        x, shape = np.asarray(x) if processes > 1 else x, tuple(np.shape(x))
-        if not shape or shape[0] * processes % devices:
-            given = f"shape {shape}" + (f" in each of {processes} processes" if processes > 1 else "")
-            raise ValueError(
-                f"Rows are spread over {devices} devices, so their number must be a multiple of that. Given {given} at "
-                f"{jax.tree_util.keystr(path)}. Fill the batch up: jh.pad_batch(batch, size)."
-            )
-        return jax.make_array_from_process_local_data(sharding, x) if processes > 1 else jax.device_put(x, sharding)
 
-    return jax.tree_util.tree_map_with_path(put, batch)
+def _parts_here(sharding: NamedSharding, devices: int) -> int:
+    """In how many parts the rows of this process are cut; refuses a mesh where processes share parts."""
+    held: dict[int, set[int]] = {}
+    for device, (rows,) in sharding.devices_indices_map((devices,)).items():
+        held.setdefault(device.process_index, set()).add(rows.start or 0)
+    if sum(map(len, held.values())) > devices:
+        raise ValueError(
+            f"On this mesh several processes hold the same rows, and each would pass others. Given {sharding.mesh}. "
+            "Let the axis of rows vary slowest over the devices, so that the other axes lie within a process."
+        )
+    return len(held[jax.process_index()]) if len(held) > 1 else devices
+
+
+_AGREED: set[tuple[NamedSharding, int]] = set()
+
+
+def _agree(sharding: NamedSharding, rows: int) -> None:
+    """Refuses, in all processes, what one of them refuses, and different numbers of rows for a device."""
+    devices = set(sharding.device_set)
+    if (sharding, rows) in _AGREED or devices != set(jax.devices()):
+        return
+    from jax.experimental import multihost_utils
+
+    found = multihost_utils.process_allgather(np.asarray(rows)).tolist()
+    if rows >= 0 and min(found) != max(found):
+        raise ValueError(
+            f"All processes must pass as many rows for each of their devices. Given {found} by process (-1: refused "
+            "there). Fill batches up to one size: jh.training.lockstep(batches, size)."
+        )
+    if rows >= 0:
+        _AGREED.add((sharding, rows))
+
+
+_END = object()
 
 
 def lockstep(batches: Iterable[Mapping[str, Any]], size: int, like: Mapping[str, Any] | None = None) -> Iterator[Any]:
     """Batches filled up to `size` rows, as many in every process as the one with the most has.
 
     Steps that devices of several processes take together wait for all of them: one that runs out of batches first
-    leaves the others waiting for ever. Here it goes on with batches in which no row exists, and which count nothing.
-    Before each batch the processes tell each other whether they have one left, and whether one failed: then all stop.
+    leaves the others waiting for ever. Here it goes on with batches in which no row exists, and which count nothing
+    (only batch norm, in training, sees them). Before each batch the processes tell each other whether they have one
+    left, and whether one failed: then all stop. So all must ask for as many: who leaves the loop early does it in all.
 
     Args:
         batches: of this process, as `pad_batch` takes them.
@@ -127,16 +185,19 @@ def lockstep(batches: Iterable[Mapping[str, Any]], size: int, like: Mapping[str,
     >>> [batch["where"].tolist() for batch in jh.training.lockstep(batches, size=4)]
     [[True, True, True, True], [True, True, True, False]]
     """
-    own, last = iter(batches), None if like is None else pad_batch(like, size)
+    own, last, begun = iter(()), None, False
     while True:
-        batch = error = None
+        batch, error = _END, None
         try:
-            if (batch := next(own, None)) is not None:
+            if not begun:
+                own, last, begun = iter(batches), None if like is None else pad_batch(like, size), True
+            batch: Any = next(own, _END)
+            if batch is not _END:
                 last = pad_batch(batch, size)
         except Exception as raised:
             # Not yet: the others would wait for this process in their next step.
             error = raised
-        left, shapeless, failed = _anywhere(batch is not None, last is None, error is not None)
+        left, shapeless, failed = _anywhere(batch is not _END, last is None, error is not None)
         if error is not None:
             raise error
         if failed:
@@ -145,7 +206,7 @@ def lockstep(batches: Iterable[Mapping[str, Any]], size: int, like: Mapping[str,
             return
         if last is None or shapeless:
             raise ValueError("A process has no batch to take the shapes from, and another has. Pass like=a_batch.")
-        yield last if batch is not None else {**last, "where": jax.tree.map(np.zeros_like, last["where"])}
+        yield last if batch is not _END else {**last, "where": jax.tree.map(np.zeros_like, last["where"])}
 
 
 def _anywhere(*flags: bool) -> tuple[bool, ...]:

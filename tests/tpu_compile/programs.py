@@ -105,6 +105,25 @@ def train_step(entry: Entry, chip: str) -> Any:
     return jax.jit(step, donate_argnums=0).lower(shapes(state, mesh, P()), batch)
 
 
+def mapped_step(entry: Entry, chip: str) -> Any:
+    """The step with its metrics and Adam, under `shard_map` with its check."""
+    mesh, optimizer = mesh_of(chip), optax.adam(0.1)
+    params = {"w": np.zeros((INPUTS, entry.head.logits_dimension), np.float32)}
+    state = jh.TrainState.create(params=params, optimizer=optimizer, head=entry.head, key=jax.random.key(0))
+    batch = batch_of(entry, mesh)
+    batch.pop("logits")
+    batch["features"] = shapes(np.broadcast_to(np.float32(0), (ROWS * mesh.size, INPUTS)), mesh, P("data"))
+    step = jh.make_train_step(entry.head, lambda p, x: x @ p["w"], optimizer, axis_name="data")
+
+    def call(state, batch):
+        # Some of optax's own arithmetic mixes dtypes.
+        with jax.numpy_dtype_promotion("standard"):
+            return step(state, batch)
+
+    mapped = jax.shard_map(call, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    return jax.jit(mapped, donate_argnums=0).lower(shapes(state, mesh, P()), batch)
+
+
 PROGRAMS: dict[str, Callable[..., Any]] = {
     "loss_and_gradient": loss_and_gradient,
     "update_metrics": update_metrics,

@@ -6,7 +6,7 @@ import jax
 import pytest
 from zoo import ZOO
 
-from tpu_compile.programs import CHIPS, INPUTS, PROGRAMS, ROWS, analyzed, mesh_of
+from tpu_compile.programs import CHIPS, INPUTS, PROGRAMS, ROWS, analyzed, mapped_step, mesh_of
 
 pytestmark = pytest.mark.tpu
 each = pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
@@ -60,6 +60,17 @@ def test_a_train_step_adds_gradients_up_once(entry, chip):
     assert gradient <= last <= gradient + learned + 8
     assert sum(before) <= 8
     assert len(before) <= 1
+
+
+@each_chip
+@pytest.mark.parametrize("entry", [e for e in ZOO if e.name in ("binary", "ordinal")], ids=lambda entry: entry.name)
+def test_a_mapped_step_is_as_sparing(entry, chip):
+    """Under `shard_map`, metrics included: the loss, the gradients, the metrics."""
+    found = analyzed(mapped_step(entry, chip))
+    assert not any(n for name, n in found.collectives.items() if name != "all-reduce")
+    assert 1 <= len(found.reduced) <= 3
+    slots = entry.head.metrics().state.shape[0]
+    assert slots <= sum(found.reduced) <= 1.3 * slots + INPUTS + 64
 
 
 def test_the_chips_are_five_generations():
