@@ -509,8 +509,11 @@ class Head(Configuration, abc.ABC):
 
     def _reduced_loss(self, batch: dict[str, Any], normalizer: Any, axis_name: Any) -> jax.Array:
         """The loss of a gathered batch, without regularization."""
-        sums = self._loss_sums(batch)
-        return self._loss_of(meshes.psum(sums, axis_name), normalizer)
+        return self._loss_of(self._global_sums(batch, axis_name), normalizer)
+
+    def _global_sums(self, batch: dict[str, Any], axis_name: Any) -> jax.Array:
+        """`_loss_sums` over all devices. What the head learns is typed as differing over them for these sums alone."""
+        return meshes.psum(meshes.varying(self, axis_name)._loss_sums(batch), axis_name)
 
     @property
     def _loss_size(self) -> int:
@@ -548,8 +551,7 @@ class Head(Configuration, abc.ABC):
 
     def _evaluated(self, batch: dict[str, Any], axis_name: Any) -> tuple[jax.Array, dict[str, jax.Array], Metrics]:
         """The regularized loss of a gathered batch, its summaries, its metrics: all of them over all devices."""
-        sums, losses = self._loss_sums(batch), batch["regularization"]
-        sums = meshes.psum(sums, axis_name)
+        sums, losses = self._global_sums(batch, axis_name), batch["regularization"]
         regularization = None if losses is None else inputs.add_scalars(losses)
         loss = self._loss_of(sums, None)
         loss = loss if regularization is None else loss + regularization

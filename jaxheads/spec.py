@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jaxheads.numerics import inputs
+from jaxheads.numerics import inputs, meshes
 
 TRAIN, EVAL, PREDICT = "train", "eval", "infer"
 
@@ -217,8 +217,7 @@ def _train(head: Any, given: Given, training: Training) -> EstimatorSpec:
             return _forward(head, given, variables)
 
         (loss, seen), grads = jax.value_and_grad(loss_of, has_aux=True)(training.variables)
-        if given.axis_name is not None:
-            grads = jax.lax.pmean(grads, given.axis_name)
+        grads = meshes.mean_of_gradients(grads, given.axis_name)
         if training.optimizer is None:
             train_op = training.train_op_fn(loss, grads=grads)
         else:
@@ -317,7 +316,7 @@ def _needs(function: Any, name: str) -> bool:
 def _network(head: Any, given: Given, variables: Any) -> tuple[Any, Any, Any]:
     """The head with its parameters, the logits, and the state of the model."""
     params = _at(given.params, variables, "params")
-    logits = _at(given.logits, variables, "logits")
+    logits = _at(given.logits, meshes.varying(variables, given.axis_name), "logits")
     pair = callable(given.logits) and isinstance(logits, tuple)
     if pair and len(logits) != 2:
         raise ValueError(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -199,6 +201,15 @@ def count(text: str | None, operation: str) -> int:
     """How many times an operation stands in compiled HLO."""
     assert text is not None
     return sum(f" {operation}(" in line or f" {operation}-start(" in line for line in text.splitlines())
+
+
+def reduced(text: str | None) -> list[int]:
+    """How many numbers each all-reduce of compiled HLO adds up: of `f32[2,3]{...}`, or of a tuple of such."""
+    assert text is not None
+    lines = [line for line in text.splitlines() if " all-reduce(" in line or " all-reduce-start(" in line]
+    results = [line.split(" = ", 1)[1].split(" all-reduce", 1)[0] for line in lines]
+    sizes = [re.findall(r"\w+\[([\d,]*)\]", result) for result in results]
+    return [sum(math.prod(int(n) for n in size.split(",") if n) for size in each) for each in sizes]
 
 
 def law_summary(passed: list[str]) -> list[str]:

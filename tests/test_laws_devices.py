@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from devices import (
     AXES,
+    KEY,
     OPTIMIZERS,
     STEPS,
     WAYS,
@@ -24,9 +25,12 @@ from devices import (
     draw,
     entry_of,
     first_params,
+    first_state,
     mesh_of,
     model,
     network,
+    optimizer,
+    reduced,
     start,
 )
 from jax.sharding import AxisType, NamedSharding
@@ -117,8 +121,12 @@ def test_one_device_is_the_oracle(entry):
     assert metrics.compute().keys() == measured.compute().keys()
 
 
+# One of each kind in the quick tests, the other layouts with the slow ones.
+quick = ("jit_explicit", "shard_map", "pmap")
+
+
 @each
-@each_way
+@pytest.mark.parametrize("way", [way if way in quick else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
 def test_three_steps(entry, way):
     assert_same(WAYS[way](entry, 8), alone(entry.name))
 
@@ -173,7 +181,7 @@ def test_a_kernel_spread_over_classes(name, axes, micro_batches):
 
 
 @each
-@each_axes
+@pytest.mark.parametrize("axes", ["explicit", pytest.param("auto", marks=pytest.mark.slow)])
 def test_an_update_is_one_all_reduce(entry, axes):
     """On rows enough to be cut in tiles, were they on one device: slicing a sharded batch would gather it."""
     head, params = entry.head, entry.params()
@@ -192,6 +200,46 @@ def test_an_update_is_one_all_reduce(entry, axes):
     assert count(text, "all-reduce") == 1
     for other in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
         assert count(text, other) == 0
+
+
+def elements_added_up(entry, step):
+    """How many numbers cross eight devices in a step under `shard_map` with its check."""
+    mapped = jax.shard_map(step, mesh=mesh_of(8, "auto"), in_specs=(P(), P("d")), out_specs=P())
+    batch = draw(entry, 1024)
+    batch["features"] = batch.pop("logits")
+    with jax.numpy_dtype_promotion("standard"):  # some of optax's own arithmetic mixes dtypes
+        return sum(reduced(jax.jit(mapped).lower(first_state(entry), batch).compile().as_text()))
+
+
+@each
+def test_a_step_adds_gradients_up_once(entry):
+    """And in the shape of their parameters: `grad` adds up over devices wherever a formula broadcasts what rows share."""
+    step = jh.make_train_step(entry.head, network, optimizer(), axis_name="d", with_metrics=False)
+    parameters = sum(x.size for x in jax.tree.leaves(first_state(entry).trainable))
+    heads, running = len(entry.parts or [entry]), sum(x.size for x in jax.tree.leaves(entry.head.init_state()))
+    assert parameters <= elements_added_up(entry, step) <= parameters + 3 * heads + running
+
+
+@pytest.mark.parametrize("name", ["binary", "ordinal"])
+def test_a_spec_adds_gradients_up_once(name):
+    entry = entry_of(name)
+    learned = bool(entry.head.init(KEY))
+
+    def step(state, batch):
+        spec = entry.head.create_estimator_spec(
+            batch["features"],
+            "train",
+            lambda v: network(v["params"] if learned else v, batch["features"]),
+            batch["labels"],
+            optimizer(),
+            state.trainable,
+            params=(lambda v: v["head"]) if learned else None,
+            axis_name="d",
+        )
+        return spec.train_op.params, spec.loss
+
+    parameters = sum(x.size for x in jax.tree.leaves(first_state(entry).trainable))
+    assert parameters <= elements_added_up(entry, step) <= parameters + 3
 
 
 @pytest.mark.parametrize("entry", [e for e in ZOO if e.name in ("binary", "multi_class")], ids=lambda entry: entry.name)
@@ -444,6 +492,7 @@ def test_a_normalizer_is_global(check_vma):
     np.testing.assert_allclose(jax.jit(mapped)(batch), entry.expected_loss(**batch, normalizer=12.5), rtol=2e-6)
 
 
+@pytest.mark.slow
 @each
 def test_large_local_batches(entry):
     """Rows enough on each device to be cut in tiles."""

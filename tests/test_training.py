@@ -86,7 +86,7 @@ def close(actual: Any, expected: Any, rtol: float = 2e-5, atol: float = 2e-6) ->
 
 
 @entries
-@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_step_is_the_oracles(entry, micro_batches):
     """The first of four micro-batches holds nothing that counts."""
     batch, params = draw(entry)
@@ -160,16 +160,9 @@ def test_micro_batches_under_learned_weights():
         close(state.head_params, jax.tree.map(lambda x, g: x - RATE * g, head_params, gradient["head"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize(
-    "how",
-    [
-        "jit",
-        "shard_map",
-        pytest.param("unchecked", marks=pytest.mark.slow),
-        pytest.param("pmap", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("how", ["jit", "shard_map", "unchecked", "pmap"])
 def test_devices_do_not_matter(how, micro_batches):
     for name in ("nested", "multi_head", "survival"):
         entry = next(entry for entry in ZOO if entry.name == name)

@@ -48,6 +48,49 @@ def psum(tree: Any, axis_name: Any) -> Any:
     return jax.lax.psum(tree, axis_name)
 
 
+def varying(tree: Any, axis_name: Any) -> Any:
+    """The same values, typed as differing over a mapped axis (inside `shard_map`; elsewhere nothing is typed).
+
+    What a formula broadcasts to the rows before it meets them would, in the backward pass under the default check, be
+    added up over devices in the shape of the rows. Of what is typed so first, it is in its own shape, and once.
+    """
+    if axis_name is None:
+        return tree
+    check_axis(axis_name)
+
+    def each(x: Any) -> Any:
+        for name in axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,):
+            typed = _varying(x, name)
+            x = x if typed is None else typed
+        return x
+
+    return jax.tree.map(each, tree)
+
+
+def mean_of_gradients(grads: Any, axis_name: Any) -> Any:
+    """The gradients of a loss that is over all devices already: their mean over a mapped axis.
+
+    Under the default check of `shard_map` they come out of `grad` added up; there a mean would be one all-reduce of
+    all gradients more, for nothing.
+    """
+    return grads if axis_name is None or _is_typed(axis_name) else jax.lax.pmean(grads, axis_name)
+
+
+def _is_typed(axis_name: Any) -> bool:
+    """Whether types tell here over which devices a value varies: then what varies cannot be made to vary again."""
+    names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    once = [_varying(jnp.float32(0), name) for name in names]
+    return any(x is not None and _varying(x, name) is None for x, name in zip(once, names, strict=True))
+
+
+def _varying(x: Any, name: Any) -> Any:
+    """`x` typed as varying; None where it is that already (a shard), or where JAX has no such types (`vmap`)."""
+    try:
+        return jax.lax.pcast(x, name, to="varying")
+    except ValueError:
+        return None
+
+
 def columns(x: jax.Array, dtype: Any) -> jax.Array:
     """The index of the last axis at every entry of `x`, laid out like `x`."""
     return _index(x, x.ndim - 1, dtype)

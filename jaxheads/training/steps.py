@@ -99,7 +99,8 @@ def make_train_step(
 
         def loss_of(trainable: Any):
             params, head_params = parted(trainable, bool(state.head_params))
-            logits, new = call(params, batch["features"], True, model_state, keys)
+            # Each gradient crosses devices in the shape of its parameter, whatever the network broadcasts.
+            logits, new = call(meshes.varying(params, axis_name), batch["features"], True, model_state, keys)
             losses = _listed(regularization_fn, params)
             loss = head.loss(
                 **{**batch, "logits": logits},
@@ -133,8 +134,8 @@ def make_train_step(
             loss, grads, metrics, carried = part(state, given, key, carried, None)
         else:
             loss, grads, metrics, carried = in_parts(state, given, key, carried)
+        grads = meshes.mean_of_gradients(grads, axis_name)
         if axis_name is not None:
-            grads = jax.lax.pmean(grads, axis_name)
             metrics = None if metrics is None else metrics.psum(axis_name)
         trainable, opt_state = updated(optimizer, grads, state.opt_state, state.trainable, loss)
         params, head_params = parted(trainable, bool(state.head_params))

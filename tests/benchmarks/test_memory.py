@@ -45,6 +45,7 @@ def test_a_comparison_with_every_threshold_would_be_seen(count):
     assert temp_per_row(jax.jit(naive).lower(shape, shape).compile()) > CEILING
 
 
+@pytest.mark.slow
 def test_the_report_runs(capsys):
     report.main(["--rows", "512", "--repeat", "1"])
     lines = capsys.readouterr().out.splitlines()

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from devices import draw
+from devices import draw, reduced
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from zoo import Entry
@@ -140,11 +140,10 @@ def analyzed(lowered: Any) -> Compiled:
     def named(operation: str) -> list[str]:
         return [line for line in lines if f" {operation}(" in line or f" {operation}-start(" in line]
 
-    reduced = [_elements(line) for line in named("all-reduce")]
     cycles = [int(x) for x in re.findall(r'"estimated_cycles":"(\d+)"', text)]
     return Compiled(
         {name: len(named(name)) for name in COLLECTIVES},
-        reduced,
+        reduced(text),
         len(named("scatter")) + len(named("sort")),
         len(named("convolution")) + len(named("dot")),
         compiled.cost_analysis()["bytes accessed"],
@@ -152,10 +151,3 @@ def analyzed(lowered: Any) -> Compiled:
         # What has no estimate is written as the largest number there is.
         sum(x for x in cycles if x < 2**60),
     )
-
-
-def _elements(line: str) -> int:
-    """How many elements an instruction gives: of `f32[2,3]{...}`, or of the tuple of such."""
-    result = line.split(" = ", 1)[1].split(" all-reduce", 1)[0]
-    sizes = re.findall(r"\w+\[([\d,]*)\]", result)
-    return sum(int(np.prod([int(n) for n in size.split(",") if n] or [1])) for size in sizes)

@@ -14,7 +14,7 @@ each_chip = pytest.mark.parametrize("chip", CHIPS)
 
 # Bytes for each row and each logit of it on a device: what a program reads and writes, as XLA counts them, and its
 # temporary memory. A fifth to a third above the most that was measured.
-ACCESSED = {"loss_and_gradient": 200, "update_metrics": 540, "train_step": 200}
+ACCESSED = {"loss_and_gradient": 200, "update_metrics": 540, "train_step": 250}
 TEMPORARY = {"loss_and_gradient": 16, "update_metrics": 32, "train_step": 16}
 
 
@@ -65,12 +65,13 @@ def test_a_train_step_adds_gradients_up_once(entry, chip):
 @each_chip
 @pytest.mark.parametrize("entry", [e for e in ZOO if e.name in ("binary", "ordinal")], ids=lambda entry: entry.name)
 def test_a_mapped_step_is_as_sparing(entry, chip):
-    """Under `shard_map`, metrics included: the loss, the gradients, the metrics."""
+    """Under `shard_map`, metrics included: the loss's sums, the gradients, the metrics, and nothing twice."""
     found = analyzed(mapped_step(entry, chip))
     assert not any(n for name, n in found.collectives.items() if name != "all-reduce")
     assert 1 <= len(found.reduced) <= 3
     slots = entry.head.metrics().state.shape[0]
-    assert slots <= sum(found.reduced) <= 1.3 * slots + INPUTS + 64
+    learned = sum(math.prod(x.shape) for x in jax.tree.leaves(entry.params()))
+    assert slots + INPUTS <= sum(found.reduced) <= 1.3 * slots + INPUTS + learned + 8
 
 
 def test_the_chips_are_five_generations():
