@@ -213,7 +213,7 @@ def elements_added_up(entry, step):
 
 @each
 def test_a_step_adds_gradients_up_once(entry):
-    """And in the shape of their parameters: `grad` adds up over devices wherever a formula broadcasts what rows share."""
+    """In the shape of their parameters: `grad` adds up over devices where a formula broadcasts what rows share."""
     step = jh.make_train_step(entry.head, network, optimizer(), axis_name="d", with_metrics=False)
     parameters = sum(x.size for x in jax.tree.leaves(first_state(entry).trainable))
     heads, running = len(entry.parts or [entry]), sum(x.size for x in jax.tree.leaves(entry.head.init_state()))

@@ -26,7 +26,7 @@ from zoo import Entry
 import jaxheads as jh
 
 CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-ROWS, INPUTS = 2**16, 64  # rows of a device
+ROWS, INPUTS = 2**16, 64  # rows of a device, inputs of a row
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 P = PartitionSpec
 
@@ -65,14 +65,14 @@ def shapes(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.asarray(x).dtype, sharding=sharding), tree)
 
 
-def batch_of(entry: Entry, mesh: Mesh) -> dict[str, Any]:
+def batch_of(entry: Entry, mesh: Mesh, rows: int) -> dict[str, Any]:
     """Labels, logits, weights and mask of a batch that is spread over the chips."""
-    few, rows = draw(entry, 16), ROWS * mesh.size
-    long = jax.tree.map(lambda x: np.broadcast_to(x[:1], (rows, *x.shape[1:])), few)
+    few, n = draw(entry, 16), rows * mesh.size
+    long = jax.tree.map(lambda x: np.broadcast_to(x[:1], (n, *x.shape[1:])), few)
     return shapes(long, mesh, P("data"))
 
 
-def loss_and_gradient(entry: Entry, chip: str) -> Any:
+def loss_and_gradient(entry: Entry, chip: str, rows: int = ROWS) -> Any:
     mesh, params = mesh_of(chip), entry.params()
 
     def call(batch):
@@ -81,38 +81,38 @@ def loss_and_gradient(entry: Entry, chip: str) -> Any:
 
         return jax.value_and_grad(loss)(batch["logits"])
 
-    return jax.jit(call).lower(batch_of(entry, mesh))
+    return jax.jit(call).lower(batch_of(entry, mesh, rows))
 
 
-def update_metrics(entry: Entry, chip: str) -> Any:
+def update_metrics(entry: Entry, chip: str, rows: int = ROWS) -> Any:
     mesh, params = mesh_of(chip), entry.params()
 
     def call(metrics, batch):
         return entry.head.update_metrics(metrics, None, **batch, params=params)
 
     metrics = shapes(entry.head.metrics(), mesh, P())
-    return jax.jit(call, donate_argnums=0).lower(metrics, batch_of(entry, mesh))
+    return jax.jit(call, donate_argnums=0).lower(metrics, batch_of(entry, mesh, rows))
 
 
-def train_step(entry: Entry, chip: str) -> Any:
+def train_step(entry: Entry, chip: str, rows: int = ROWS) -> Any:
     mesh, optimizer = mesh_of(chip), optax.sgd(0.1, momentum=0.9)
     params = {"w": np.zeros((INPUTS, entry.head.logits_dimension), np.float32)}
     state = jh.TrainState.create(params=params, optimizer=optimizer, head=entry.head, key=jax.random.key(0))
-    batch = batch_of(entry, mesh)
+    batch = batch_of(entry, mesh, rows)
     batch.pop("logits")
-    batch["features"] = shapes(np.broadcast_to(np.float32(0), (ROWS * mesh.size, INPUTS)), mesh, P("data"))
+    batch["features"] = shapes(np.broadcast_to(np.float32(0), (rows * mesh.size, INPUTS)), mesh, P("data"))
     step = jh.make_train_step(entry.head, lambda p, x: x @ p["w"], optimizer, with_metrics=False)
     return jax.jit(step, donate_argnums=0).lower(shapes(state, mesh, P()), batch)
 
 
-def mapped_step(entry: Entry, chip: str) -> Any:
+def mapped_step(entry: Entry, chip: str, rows: int = ROWS) -> Any:
     """The step with its metrics and Adam, under `shard_map` with its check."""
     mesh, optimizer = mesh_of(chip), optax.adam(0.1)
     params = {"w": np.zeros((INPUTS, entry.head.logits_dimension), np.float32)}
     state = jh.TrainState.create(params=params, optimizer=optimizer, head=entry.head, key=jax.random.key(0))
-    batch = batch_of(entry, mesh)
+    batch = batch_of(entry, mesh, rows)
     batch.pop("logits")
-    batch["features"] = shapes(np.broadcast_to(np.float32(0), (ROWS * mesh.size, INPUTS)), mesh, P("data"))
+    batch["features"] = shapes(np.broadcast_to(np.float32(0), (rows * mesh.size, INPUTS)), mesh, P("data"))
     step = jh.make_train_step(entry.head, lambda p, x: x @ p["w"], optimizer, axis_name="data")
 
     def call(state, batch):
