@@ -16,6 +16,7 @@ np.float32(1.0)
 import importlib as _importlib
 import typing as _typing
 
+from jaxheads import metrics as metrics
 from jaxheads.head import Head as Head
 from jaxheads.head import LabelSpec as LabelSpec
 from jaxheads.head import Term as Term

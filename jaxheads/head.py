@@ -30,8 +30,8 @@ import abc
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +40,8 @@ import numpy as np
 from jaxheads import spec
 from jaxheads.losses import terms
 from jaxheads.losses.terms import Term as Term
-from jaxheads.metrics import Mean, MeanView, Metrics, Observation, ScoresView
-from jaxheads.metrics.state import joined, slots
+from jaxheads.metrics import FunctionMetric, Mean, MeanView, Metric, Metrics, Observation, ScoresView
+from jaxheads.metrics.state import joined, metric_names, slots
 from jaxheads.numerics import batch as batches
 from jaxheads.numerics import columns, fields, inputs, masking, meshes, pairs, reduction, tiles
 from jaxheads.numerics import labels as rules
@@ -72,11 +72,13 @@ class Head(Configuration, abc.ABC):
         weight_column: a key of `features`, or a function `features -> weights`.
         loss_reduction: a `Reduction` or its text.
         name: suffixes the metric keys, as in `auc/NAME`.
+        extra_metrics: what `with_metrics` adds.
     """
 
     weight_column: WeightColumn = dataclasses.field(default=None, kw_only=True)
     loss_reduction: Reduction | str = dataclasses.field(default=Reduction.SUM_OVER_BATCH_SIZE, kw_only=True)
     name: str | None = dataclasses.field(default=None, kw_only=True)
+    extra_metrics: Sequence[Metric] = dataclasses.field(default=(), kw_only=True)
 
     # For authors of a head.
 
@@ -105,6 +107,10 @@ class Head(Configuration, abc.ABC):
 
     def observe(self, labels: Any, logits: jax.Array) -> Mapping[str, Observation]:
         """What the metrics accumulate beside `average_loss`, by a static key."""
+        return {}
+
+    def sources(self, labels: Any, logits: jax.Array) -> Mapping[str, Callable[[], Observation]]:
+        """What metrics of `with_metrics` may read, by name, as functions that make it: nothing unread is computed."""
         return {}
 
     def summarize(self, seen: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -261,6 +267,24 @@ class Head(Configuration, abc.ABC):
         update = _update if inputs.is_traced((eval_metrics, head, batch)) else _update_compiled
         return dataclasses.replace(eval_metrics, state=update(eval_metrics.state, head, batch))
 
+    def with_metrics(self, *metrics: Metric, **functions: Callable[[Any, jax.Array], Any]) -> Self:
+        """The same head with more metrics: what nobody asks for costs nothing, what shares a state is paid once.
+
+        Args:
+            metrics: of the catalogue `jh.metrics`, or your own.
+            functions: by name, `(labels, logits) -> one value an element`, of which the weighted mean is kept.
+
+        Raises:
+            ValueError: what is no metric; a metric that reads what this head does not have; a name that is taken.
+
+        >>> import jaxheads as jh
+        >>> head = jh.RegressionHead().with_metrics(bias=lambda labels, logits: logits - labels)
+        >>> head.measure(labels=[1.0, 2.0], logits=[[2.0], [2.5]]).compute()["bias"]
+        np.float32(0.75)
+        """
+        added = (*metrics, *(FunctionMetric(name, function) for name, function in functions.items()))
+        return dataclasses.replace(self, extra_metrics=(*self.extra_metrics, *added))
+
     def measure(
         self,
         labels: Any,
@@ -408,7 +432,14 @@ class Head(Configuration, abc.ABC):
                 "weight_column must be a key of features or a function features -> weights. Given type: "
                 f"{type(self.weight_column).__name__}."
             )
+        for metric in self.extra_metrics:
+            if not isinstance(metric, Metric):
+                raise ValueError(
+                    f"with_metrics() takes metrics, as jh.metrics.RocAuc(), and functions by name. Given {metric!r}."
+                )
         super().__post_init__()
+        if self.extra_metrics:
+            metric_names(fields.unbound(self))  # refuses names that clash, and metrics that read what is not there
 
     def observed(self) -> dict[str, Observation]:
         """The observations of this head, without data: the layout of its metric state."""
@@ -431,6 +462,14 @@ class Head(Configuration, abc.ABC):
     def read(self, seen: Mapping[str, Any]) -> dict[tuple[str, str | None], Any]:
         """All metrics from views of what was observed, by key and the name that is appended to it."""
         values = {AVERAGE_LOSS: seen[AVERAGE_LOSS].mean, **self.summarize(seen)}
+        for metric in self.extra_metrics:
+            for key, value in metric.summarize(seen).items():
+                if key in values:
+                    raise ValueError(
+                        f"{metric!r} gives {key!r}, which {type(self).__name__} has already. Leave it out, or give it "
+                        "another name."
+                    )
+                values[key] = value
         return {(key, self.suffix): value for key, value in values.items()}
 
     @property
@@ -618,7 +657,11 @@ class Head(Configuration, abc.ABC):
 
     def _observations(self, labels: Any, logits: jax.Array) -> Mapping[str, Observation]:
         """What `observe` gives, checked."""
-        observations = self.observe(labels, logits)
+        observations = dict(self.observe(labels, logits))
+        sources = self.sources(labels, logits) if self.extra_metrics else {}
+        for metric in self.extra_metrics:
+            for key, observation in metric.observe(labels, logits, sources).items():
+                observations[key] = observations[key].join(observation) if key in observations else observation
         for key, observation in observations.items():
             what = f"{type(self).__name__}.observe: {key!r}"
             if not isinstance(observation, Observation):

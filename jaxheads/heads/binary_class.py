@@ -1,7 +1,7 @@
 """Two classes, one logit."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -105,8 +105,12 @@ class BinaryClassHead(_abstract.AbstractLossFnHead):
     def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
         return {
             "prediction/mean": Mean(jax.nn.sigmoid(logits)),
-            "scores": Scores(labels, logits, self.bins, tuple(dict.fromkeys(self.thresholds or ()))),
+            "scores": self.sources(labels, logits)["scores"](),
         }
+
+    def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
+        thresholds = tuple(dict.fromkeys(self.thresholds or ()))
+        return {"scores": lambda: Scores(labels, logits, self.bins, thresholds)}
 
     def summarize(self, seen: Mapping[str, Any]) -> dict[str, Any]:
         scores = seen["scores"]

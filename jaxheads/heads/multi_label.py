@@ -1,7 +1,7 @@
 """Any number of n classes at once."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -145,22 +145,23 @@ class MultiLabelHead(_abstract.AbstractLossFnHead):
 
     def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
         classes = tuple(self._watched().values())
-        # A row of the histogram for each class that is watched, and the first for all others together.
-        rows = [0] * self.n_classes if classes else []
-        for row, c in enumerate(classes, start=1):
-            rows[c] = row
-        thresholds = tuple(dict.fromkeys(self.thresholds or ()))
-        seen: dict[str, Observation] = {"scores": Scores(labels, logits, self.bins, thresholds, tuple(rows))}
+        seen: dict[str, Observation] = {"scores": self._scores(labels, logits, classes)}
         return {**seen, "probability_mean": ColumnMeans(jax.nn.sigmoid(logits), classes)} if classes else seen
+
+    def _scores(self, labels: jax.Array, logits: jax.Array, classes: tuple[int, ...]) -> Scores:
+        return Scores(labels, logits, self.bins, tuple(dict.fromkeys(self.thresholds or ())), classes)
+
+    def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
+        return {"scores": lambda: self._scores(labels, logits, ())}
 
     def summarize(self, seen: Mapping[str, Any]) -> dict[str, Any]:
         scores = seen["scores"]
         out = {"auc": scores.roc_auc(), "auc_precision_recall": scores.pr_auc()}
         out |= _abstract.at_thresholds(scores, self.thresholds)
-        for i, name in enumerate(self._watched()):
+        for i, (name, column) in enumerate(self._watched().items()):
             out[f"probability_mean/{name}"] = seen["probability_mean"].mean[..., i]
-            out[f"auc/{name}"] = scores.rows[i + 1].roc_auc()
-            out[f"auc_precision_recall/{name}"] = scores.rows[i + 1].pr_auc()
+            out[f"auc/{name}"] = scores.columns[column].roc_auc()
+            out[f"auc_precision_recall/{name}"] = scores.columns[column].pr_auc()
         return out
 
     def signatures(self, predictions: Mapping[str, Any]) -> dict[str, spec.ExportOutput]:

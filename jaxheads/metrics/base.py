@@ -6,6 +6,7 @@ slices and bootstrap replicas, are written once. Whatever is observed becomes on
 
 import abc
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +30,12 @@ class Observation(abc.ABC):
                     f"{type(self).__name__} of shape {jnp.shape(x)}. Use keepdims=True, or x[..., None]; masks and "
                     "weights are applied afterwards."
                 )
+
+    def join(self, other: "Observation") -> "Observation":
+        """One observation that serves all who read either; refused if that cannot be."""
+        if jax.tree.structure(self) != jax.tree.structure(other):
+            raise ValueError(f"Two metrics observe different things under one key: {self} and {other}. Rename one.")
+        return self
 
     @abc.abstractmethod
     def reduce(self, weights: jax.Array) -> jax.Array:
@@ -58,3 +65,56 @@ class View:
         zero = denominator == 0
         safe = xp.where(zero, xp.ones_like(denominator), denominator)
         return xp.where(zero, xp.full_like(numerator / safe, self.undefined), numerator / safe)
+
+
+class Metric(abc.ABC):
+    """A metric that a head keeps beside its own, by `head.with_metrics(metric)`; a frozen dataclass, equal by value.
+
+    Subclass it to write one: what is accumulated, and what is read from it. What several metrics observe under one key
+    is accumulated once. To read what the head has already (its score histogram, its confusion matrix), subclass
+    `AbstractSourceMetric`.
+    """
+
+    @abc.abstractmethod
+    def observe(
+        self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]
+    ) -> Mapping[str, Observation]:
+        """What is accumulated, by a static key; `sources` are the head's own observations, made when called."""
+
+    @abc.abstractmethod
+    def summarize(self, seen: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values by name, from views of all that was observed; an `Interval` where bins leave one."""
+
+
+class AbstractSourceMetric(Metric):
+    """A metric that reads one of its head's sources."""
+
+    @property
+    @abc.abstractmethod
+    def source(self) -> str:
+        """Which: `"scores"`, `"confusion"`, `"ranks"`, `"moments"`; a head says in its docstring which it has."""
+
+    def refine(self, observation: Any) -> Observation:
+        """The observation with what this metric needs: an exact threshold, a histogram for each class."""
+        return observation
+
+    @abc.abstractmethod
+    def values(self, view: Any) -> Mapping[str, Any]:
+        """The values by name, from a view of the source."""
+
+    def observe(
+        self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]
+    ) -> Mapping[str, Observation]:
+        if self.source not in sources:
+            raise ValueError(
+                f"{self!r} reads {self.source!r}, which this head does not have. Given a head with "
+                f"{sorted(sources) or 'no sources'}. Choose a metric that reads one of those, or write a "
+                "jh.metrics.Metric of your own."
+            )
+        return {self.source: self.refine(self._made(sources))}
+
+    def _made(self, sources: Mapping[str, Callable[[], Observation]]) -> Observation:
+        return sources[self.source]()
+
+    def summarize(self, seen: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self.values(seen[self.source])

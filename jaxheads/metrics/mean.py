@@ -1,13 +1,14 @@
 """Weighted means: two sums each."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.metrics.base import Observation, View
+from jaxheads.metrics.base import Metric, Observation, View
 from jaxheads.numerics import masking
 
 
@@ -102,3 +103,24 @@ class MeanView(View):
     def mean(self) -> Any:
         """The weighted mean, undefined where nothing was seen."""
         return self.ratio(self.total, self.weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionMetric(Metric):
+    """The weighted mean of a function: `head.with_metrics(NAME=function)`.
+
+    Args:
+        name: its key.
+        function: `(labels, logits) -> one value an element`, `[..., 1]` or `[..., d]`.
+    """
+
+    name: str
+    function: Callable[[Any, jax.Array], Any]
+
+    def observe(
+        self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]
+    ) -> dict[str, Observation]:
+        return {self.name: Mean(self.function(labels, logits))}
+
+    def summarize(self, seen: Mapping[str, Any]) -> dict[str, Any]:
+        return {self.name: seen[self.name].mean}

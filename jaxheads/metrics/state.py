@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxheads.metrics.base import Observation, View
-from jaxheads.metrics.scores import Interval, ScoresView
+from jaxheads.metrics.curves import Interval, ScoresView
 from jaxheads.numerics import meshes, pairs
 
 
