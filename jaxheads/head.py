@@ -692,6 +692,18 @@ _measure_compiled = jax.jit(_measure)
 _update_compiled = jax.jit(_update)
 
 
+def check_head(head: Any) -> None:
+    """Refuses what is no head, and heads that hold values: programs carry what a head learns beside it."""
+    if not isinstance(head, Head):
+        given = f"the class {head.__name__}: make one" if isinstance(head, type) else f"a {type(head).__name__}"
+        raise ValueError(f"head must be a head, such as jh.BinaryClassHead(). Given {given}.")
+    if jax.tree.leaves(head):
+        raise ValueError(
+            f"head must be unbound: what it learns is made and kept beside it. Given a bound {type(head).__name__}. "
+            "Pass the head that bind was called on; its values go where head.init(key) would put them."
+        )
+
+
 @functools.lru_cache(maxsize=1024)
 def _takes_features(cls: type[Head]) -> bool:
     return "features" in inspect.signature(cls.losses).parameters

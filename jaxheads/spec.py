@@ -252,11 +252,8 @@ def updated(optimizer: Any, grads: Any, opt_state: Any, variables: Any, loss: ja
     extra = {name: x for name, x in (("value", loss), ("grad", grads)) if takes_all or name in declared}
     if opt_state is None:
         opt_state = optimizer.init(variables)
-    elif (given := _kinds(opt_state)) != (expected := _kinds(jax.eval_shape(optimizer.init, variables))):
-        raise ValueError(
-            "opt_state does not belong to this optimizer and these variables. Given shapes "
-            f"{given}, expected {expected}. Make it with optimizer.init(variables)."
-        )
+    else:
+        check_opt_state(optimizer, opt_state, variables)
     updates, opt_state = optimizer.update(grads, opt_state, variables, **extra)
     return optax.apply_updates(variables, updates), opt_state
 
@@ -264,6 +261,15 @@ def updated(optimizer: Any, grads: Any, opt_state: Any, variables: Any, loss: ja
 def _kinds(tree: Any) -> dict[str, str]:
     """The shapes of a pytree, by path."""
     return {jax.tree_util.keystr(path): f"{list(jnp.shape(leaf))}" for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def check_opt_state(optimizer: Any, opt_state: Any, variables: Any) -> None:
+    """Refuses the state of another optimizer, or of variables of another structure."""
+    if (given := _kinds(opt_state)) != (expected := _kinds(jax.eval_shape(optimizer.init, variables))):
+        raise ValueError(
+            "opt_state does not belong to this optimizer and these variables. Given shapes "
+            f"{given}, expected {expected}. Make it with optimizer.init(variables)."
+        )
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -316,7 +322,7 @@ def _needs(function: Any, name: str) -> bool:
 def _network(head: Any, given: Given, variables: Any) -> tuple[Any, Any, Any]:
     """The head with its parameters, the logits, and the state of the model."""
     params = _at(given.params, variables, "params")
-    logits = _at(given.logits, meshes.varying(variables, given.axis_name), "logits")
+    logits = _at(given.logits, variables, "logits")
     pair = callable(given.logits) and isinstance(logits, tuple)
     if pair and len(logits) != 2:
         raise ValueError(

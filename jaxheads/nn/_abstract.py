@@ -137,18 +137,6 @@ class AbstractHeadModule:
             )
 
 
-def check_head(head: Any) -> None:
-    """Refuses what is no head, and heads that hold values: the module would own them beside those."""
-    if not isinstance(head, Head):
-        given = f"the class {head.__name__}: make one" if isinstance(head, type) else f"a {type(head).__name__}"
-        raise ValueError(f"head must be a head, such as jh.BinaryClassHead(). Given {given}.")
-    if jax.tree.leaves(head):
-        raise ValueError(
-            f"head must be unbound: the module itself makes and owns what the head learns. Given a bound "
-            f"{type(head).__name__}. Pass the head that bind was called on, and put its values among the module's."
-        )
-
-
 @functools.lru_cache(maxsize=1024)
 def learns(head: Head) -> bool:
     """Whether an unbound head has learned fields, in it or in heads inside it."""

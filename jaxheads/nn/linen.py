@@ -6,8 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxheads.head import Head
-from jaxheads.nn._abstract import AbstractHeadModule, Owned, check_head, check_hidden, learns, project
+from jaxheads.head import Head, check_head
+from jaxheads.nn._abstract import AbstractHeadModule, Owned, check_hidden, learns, project
 from jaxheads.numerics import fields
 
 HEAD_STATE = "head_state"

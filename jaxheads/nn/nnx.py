@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxheads.head import Head
-from jaxheads.nn._abstract import AbstractHeadModule, Owned, check_head, check_hidden, project
+from jaxheads.head import Head, check_head
+from jaxheads.nn._abstract import AbstractHeadModule, Owned, check_hidden, project
 
 KERNEL_INIT, BIAS_INIT = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()
 

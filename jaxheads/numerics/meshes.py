@@ -60,7 +60,7 @@ def varying(tree: Any, axis_name: Any) -> Any:
 
     def each(x: Any) -> Any:
         for name in axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,):
-            typed = _varying(x, name)
+            typed = _varying(x, name) if _is_manual(name) else None
             x = x if typed is None else typed
         return x
 
@@ -76,15 +76,25 @@ def mean_of_gradients(grads: Any, axis_name: Any) -> Any:
     return grads if axis_name is None or _is_typed(axis_name) else jax.lax.pmean(grads, axis_name)
 
 
+def varies(x: Any, axis_name: Any) -> bool:
+    """Whether the type of `x` tells that it differs over a mapped axis (or one of several)."""
+    names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    return _is_typed(axis_name) and any(_varying(x, name) is None for name in names if _is_manual(name))
+
+
 def _is_typed(axis_name: Any) -> bool:
     """Whether types tell here over which devices a value varies: then what varies cannot be made to vary again."""
-    names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
-    once = [_varying(jnp.float32(0), name) for name in names]
-    return any(x is not None and _varying(x, name) is None for x, name in zip(once, names, strict=True))
+    names = [name for name in (axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)) if _is_manual(name)]
+    return any(_varying(_varying(jnp.float32(0), name), name) is None for name in names)
+
+
+def _is_manual(name: Any) -> bool:
+    """Whether an axis is one of `shard_map` or `pmap`; that of a `vmap` is not."""
+    return name in jax.sharding.get_abstract_mesh().manual_axes
 
 
 def _varying(x: Any, name: Any) -> Any:
-    """`x` typed as varying; None where it is that already (a shard), or where JAX has no such types (`vmap`)."""
+    """`x` typed as varying; None where it is that already: the type's attribute that tells has changed its name."""
     try:
         return jax.lax.pcast(x, name, to="varying")
     except ValueError:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxheads.head import Head
+from jaxheads.head import Head, check_head
 from jaxheads.numerics import fields
 from jaxheads.spec import check_optimizer
 
@@ -53,6 +53,7 @@ class TrainState:
         Raises:
             ValueError: an optimizer that is none, leaves that are no arrays, parameters that hold the head's already.
         """
+        check_head(head)
         check_optimizer(optimizer)
         params, model_state = _copied(params, "params"), _copied(model_state, "model_state")
         init_key, key = jax.random.split(key)

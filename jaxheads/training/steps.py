@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxheads.head import Head
+from jaxheads.head import Head, check_head
 from jaxheads.numerics import fields, meshes, pairs
-from jaxheads.spec import averaged, check_optimizer, updated
+from jaxheads.spec import averaged, check_opt_state, check_optimizer, updated
 from jaxheads.training.state import TrainState, parted
 
 KEYS = ("features", "labels", "weights", "where")
@@ -59,13 +59,17 @@ def make_train_step(
         optimizer: an optax `GradientTransformation`, that the state was made with. Those that want them get `value`
             and `grad`.
         axis_name: the mapped axis of `shard_map` or `pmap` over which batches are spread. Loss and metrics are those of
-            the global batch, gradients and floating-point `model_state` are averaged, dropout differs by device.
+            the global batch, gradients and floating-point `model_state` are averaged, dropout differs by device. The
+            state must be the same on all devices, `in_specs=P()`. Parameters that are spread over the axis (gathered in
+            `apply_fn`) are right under the default check of `shard_map`, where each keeps its own gradient, and wrong
+            without it. A loop in `apply_fn` whose carry the check refuses wants `check_vma=False`.
         regularization_fn: `params -> scalar or list of scalars`, added to the loss.
         rngs: names of the random keys that `apply_fn` gets, new ones at every step.
         micro_batches: in how many parts of equal size the batch passes the network, one after another. Gradients are
             those of the whole batch, however masks and weights are spread over the parts, if its elements do not
             depend on each other and the head counts them by their labels. `model_state` moves with every part: batch
-            norm normalizes within each.
+            norm normalizes within each. Under `jit` over a mesh and the default check of `shard_map`, gradients cross
+            devices once for each part.
         with_metrics: whether `out.metrics` is made.
 
     Raises:
@@ -84,6 +88,7 @@ def make_train_step(
     >>> state.params["w"].ravel(), out.loss  # 0.5 times (0.5 * 1, -0.5 * 2) / 2
     (Array([ 0.125, -0.25 ], dtype=float32), Array(0.6931472, dtype=float32))
     """
+    check_head(head)
     check_optimizer(optimizer)
     call = _caller(apply_fn)
     if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
@@ -99,8 +104,7 @@ def make_train_step(
 
         def loss_of(trainable: Any):
             params, head_params = parted(trainable, bool(state.head_params))
-            # Each gradient crosses devices in the shape of its parameter, whatever the network broadcasts.
-            logits, new = call(meshes.varying(params, axis_name), batch["features"], True, model_state, keys)
+            logits, new = call(params, batch["features"], True, model_state, keys)
             losses = _listed(regularization_fn, params)
             loss = head.loss(
                 **{**batch, "logits": logits},
@@ -125,9 +129,12 @@ def make_train_step(
         return loss, grads, metrics, (averaged(model_state, axis_name), head_state)
 
     def train_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, StepOutput]:
+        _check_state(state)
+        check_opt_state(optimizer, state.opt_state, state.trainable)
         given, key = _unpacked(batch), jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             meshes.check_axis(axis_name)
+            _check_shared(state, axis_name)
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         carried = state.model_state, state.head_state
         if micro_batches == 1:
@@ -179,9 +186,11 @@ def make_eval_step(
     regularization_fn: Callable[[Any], Any] | None = None,
 ) -> Callable[[TrainState, Mapping[str, Any]], StepOutput]:
     """A step of evaluation: `(state, batch) -> out`; add up `out.metrics`. The arguments are those of training."""
+    check_head(head)
     call = _caller(apply_fn)
 
     def eval_step(state: TrainState, batch: Mapping[str, Any]) -> StepOutput:
+        _check_state(state)
         given = _unpacked(batch)
         logits, _ = call(state.params, given["features"], False, state.model_state, None)
         given |= {"logits": logits, "regularization_losses": _listed(regularization_fn, state.params)}
@@ -199,14 +208,34 @@ def make_predict_step(
 
     `keys` are those of `head.predictions`; by default all.
     """
+    check_head(head)
     call = _caller(apply_fn)
 
     def predict_step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
+        _check_state(state)
         features = _unpacked(batch, labelled=False)["features"]
         logits, _ = call(state.params, features, False, state.model_state, None)
         return head.predictions(logits, keys, params=state.bound)
 
     return predict_step
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, TrainState):
+        raise ValueError(
+            f"A step takes a TrainState, from jh.TrainState.create(params=..., optimizer=..., head=..., key=...). Given "
+            f"a {type(state).__name__}."
+        )
+
+
+def _check_shared(state: TrainState, axis_name: Any) -> None:
+    """Refuses a state stacked by device where its gradients would be those of each device alone."""
+    if meshes.varies(state.step, axis_name):
+        raise ValueError(
+            f"The TrainState differs over axis_name={axis_name!r}: it came in by in_specs=P({axis_name!r}), stacked by "
+            "device, and each device would train its own. Pass one state with in_specs=P() and out_specs=P(); stacked "
+            "states are for jax.pmap, or check_vma=False."
+        )
 
 
 def _caller(apply_fn: Any) -> Callable[..., tuple[Any, Any]]:
