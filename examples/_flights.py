@@ -61,6 +61,7 @@ class Data(NamedTuple):
         split: rows by part.
         first_guess: the logits that do best on the training labels if every flight gets the same; as the labels.
         sizes: what the network has to know of the inputs.
+        columns: what `load_flights` gave: for groups of flights, whatever the network knows of them.
     """
 
     inputs: Arrays
@@ -69,6 +70,7 @@ class Data(NamedTuple):
     split: Arrays
     first_guess: Any
     sizes: dict[str, Any]
+    columns: Arrays = {}
 
 
 def arguments(description: str, out: str) -> argparse.ArgumentParser:
@@ -231,7 +233,7 @@ def late_flights(rows: int | None) -> Data:
     observed = ~np.isnan(delay)
     labels = np.where(observed, delay > LATE_MINUTES, np.nan).astype(np.float32)
     rate = float(np.nanmean(labels[split["train"]]))
-    data = Data(inputs, labels, observed, split, (float(np.log(rate / (1 - rate))),), sizes)
+    data = Data(inputs, labels, observed, split, (float(np.log(rate / (1 - rate))),), sizes, flights)
     describe(data, f"{np.sum(~observed):,} without an arrival delay", started)
     return data
 
@@ -242,12 +244,12 @@ def describe(data: Data, missing: str, started: float) -> None:
     print(f"{len(data.inputs['numbers']):,} flights, {missing}; {counts} ({time.perf_counter() - started:.1f} s)")
 
 
-def make_batches(data: Data, rows: np.ndarray) -> Iterator[dict[str, Any]]:
+def make_batches(data: Data, rows: np.ndarray, size: int = BATCH_SIZE) -> Iterator[dict[str, Any]]:
     """Yields batches of one size; `where` is false for flights without a label and for what fills up the last batch."""
     columns = {"features": data.inputs, "labels": data.labels, "where": data.observed}
-    for start in range(0, len(rows), BATCH_SIZE):
-        some = rows[start : start + BATCH_SIZE]
-        yield jh.pad_batch(jax.tree.map(lambda column, some=some: column[some], columns), BATCH_SIZE)
+    for start in range(0, len(rows), size):
+        some = rows[start : start + size]
+        yield jh.pad_batch(jax.tree.map(lambda column, some=some: column[some], columns), size)
 
 
 def steps_an_epoch(data: Data) -> int:

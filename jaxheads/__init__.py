@@ -30,11 +30,13 @@ from jaxheads.heads import MultiLabelHead as MultiLabelHead
 from jaxheads.heads import PoissonRegressionHead as PoissonRegressionHead
 from jaxheads.heads import RegressionHead as RegressionHead
 from jaxheads.metrics import BadInputWarning as BadInputWarning
+from jaxheads.metrics import Bootstrap as Bootstrap
 from jaxheads.metrics import ColumnMeans as ColumnMeans
 from jaxheads.metrics import LogitGrid as LogitGrid
 from jaxheads.metrics import Mean as Mean
 from jaxheads.metrics import Metrics as Metrics
 from jaxheads.metrics import Scores as Scores
+from jaxheads.metrics import Slices as Slices
 from jaxheads.metrics import ThresholdGrid as ThresholdGrid
 from jaxheads.numerics.linear import LinearLogits as LinearLogits
 from jaxheads.numerics.reduction import Reduction as Reduction

@@ -40,7 +40,21 @@ import numpy as np
 from jaxheads import spec
 from jaxheads.losses import terms
 from jaxheads.losses.terms import Term as Term
-from jaxheads.metrics import FunctionMetric, Mean, MeanView, Metric, Metrics, Observation, ScoresView
+from jaxheads.metrics import (
+    Bootstrap,
+    Count,
+    FunctionMetric,
+    Grouped,
+    Mean,
+    MeanView,
+    Membership,
+    Metric,
+    Metrics,
+    Observation,
+    ScoresView,
+    Slices,
+    reduced,
+)
 from jaxheads.metrics.state import joined, metric_names, slots
 from jaxheads.numerics import batch as batches
 from jaxheads.numerics import columns, fields, inputs, masking, meshes, pairs, reduction, tiles
@@ -59,6 +73,7 @@ WeightColumn: TypeAlias = str | Callable[[Any], Any] | None
 MODES = (None, "train", "eval", "infer")
 AVERAGE_LOSS = "average_loss"
 DIVISOR = "divisor"
+COUNT = "slice_count"
 
 
 class Head(Configuration, abc.ABC):
@@ -73,12 +88,16 @@ class Head(Configuration, abc.ABC):
         loss_reduction: a `Reduction` or its text.
         name: suffixes the metric keys, as in `auc/NAME`.
         extra_metrics: what `with_metrics` adds.
+        slices: groups of the data that get every metric too.
+        bootstrap: replicas from which `metrics.compute(confidence=0.95)` makes intervals; updates then need a `key`.
     """
 
     weight_column: WeightColumn = dataclasses.field(default=None, kw_only=True)
     loss_reduction: Reduction | str = dataclasses.field(default=Reduction.SUM_OVER_BATCH_SIZE, kw_only=True)
     name: str | None = dataclasses.field(default=None, kw_only=True)
     extra_metrics: Sequence[Metric] = dataclasses.field(default=(), kw_only=True)
+    slices: Slices | None = dataclasses.field(default=None, kw_only=True)
+    bootstrap: Bootstrap | None = dataclasses.field(default=None, kw_only=True)
 
     # For authors of a head.
 
@@ -247,13 +266,18 @@ class Head(Configuration, abc.ABC):
         where: Any = None,
         params: Mapping[str, Any] | None = None,
         check: bool | None = None,
+        key: jax.Array | None = None,
     ) -> Metrics:
-        """`eval_metrics + measure(...)`, compiled once. The arguments are those of `loss`."""
+        """`eval_metrics + measure(...)`, compiled once. The arguments are those of `loss`.
+
+        A head with a `bootstrap` needs a `key`, a new one for every batch and device.
+        """
         _check_mode(mode)
         if not isinstance(eval_metrics, Metrics):
             raise ValueError(f"eval_metrics must be what head.metrics() gives. Given {type(eval_metrics).__name__}.")
         head = self._ready(params)
         batch = head._gather(labels, logits, features, weights, where, check)
+        batch = head._grouped(batch, features, key, check)
         batch["regularization"] = inputs.as_scalars(regularization_losses)
         eval_metrics.check_size()
         if lead := jnp.shape(eval_metrics.state)[:-2]:
@@ -296,10 +320,12 @@ class Head(Configuration, abc.ABC):
         where: Any = None,
         params: Mapping[str, Any] | None = None,
         check: bool | None = None,
+        key: jax.Array | None = None,
     ) -> Metrics:
         """The metrics of this batch alone, as plain float32 sums; a notebook cell prints their values."""
         head = self._ready(params)
         batch = head._gather(labels, logits, features, weights, where, check)
+        batch = head._grouped(batch, features, key, check)
         batch["regularization"] = inputs.as_scalars(regularization_losses)
         measure = _measure if inputs.is_traced((head, batch)) else _measure_compiled
         return Metrics(measure(head, batch), fields.unbound(self), regularization_losses is not None)
@@ -432,6 +458,9 @@ class Head(Configuration, abc.ABC):
                 "weight_column must be a key of features or a function features -> weights. Given type: "
                 f"{type(self.weight_column).__name__}."
             )
+        for name, kind, example in (("slices", Slices, 'Slices("origin", 3)'), ("bootstrap", Bootstrap, "Bootstrap(200)")):
+            if not isinstance(given := getattr(self, name), (kind, type(None))):
+                raise ValueError(f"{name} must be jh.{example}, or None. Given {given!r}.")
         for metric in self.extra_metrics:
             if not isinstance(metric, Metric):
                 raise ValueError(
@@ -452,16 +481,30 @@ class Head(Configuration, abc.ABC):
         keys: list[str] = []
 
         def observe(params, labels, logits):
-            observations = {AVERAGE_LOSS: Mean(logits), **self.bind(params)._observations(labels, logits)}
+            observations: dict[str, Observation] = {AVERAGE_LOSS: Mean(logits)}
+            observations |= self.bind(params)._observations(labels, logits)
+            if self.slices is not None:
+                observations[COUNT] = Count(logits)
             keys[:] = observations  # a pytree would sort them
             return tuple(observations.values())
 
         found = jax.eval_shape(observe, fields.abstract(self), labels, logits)
-        return dict(zip(keys, found, strict=True))
+        return {key: self._in_groups(inner) for key, inner in zip(keys, found, strict=True)}
+
+    def _in_groups(self, observation: Observation) -> Observation:
+        """What the state keeps of an observation: with groups and replicas it is kept for each."""
+        if self.slices is None and self.bootstrap is None:
+            return observation
+        replicas, groups = self.bootstrap.replicas if self.bootstrap else 0, self.slices.n if self.slices else 0
+        return Grouped(observation, replicas, groups)
 
     def read(self, seen: Mapping[str, Any]) -> dict[tuple[str, str | None], Any]:
         """All metrics from views of what was observed, by key and the name that is appended to it."""
-        values = {AVERAGE_LOSS: seen[AVERAGE_LOSS].mean, **self.summarize(seen)}
+        # What is kept for other metrics alone is theirs to read.
+        plain = dataclasses.replace(fields.unbound(self), extra_metrics=()) if self.extra_metrics else None
+        own = {key: seen[key] for key in slots(plain, False)[0] if key in seen} if plain is not None else dict(seen)
+        own.pop(COUNT, None)
+        values = {AVERAGE_LOSS: seen[AVERAGE_LOSS].mean, **self.summarize(own)}
         for metric in self.extra_metrics:
             for key, value in metric.summarize(seen).items():
                 if key in values:
@@ -615,26 +658,62 @@ class Head(Configuration, abc.ABC):
         """Whether there was anything to divide by."""
         return seen[DIVISOR].total > 0
 
-    def _all_sums(self, batch: dict[str, Any], with_divisor: bool = False) -> jax.Array:
-        """`_sums`, of large batches tile by tile."""
-        sums = functools.partial(self._sums, with_divisor=with_divisor)
-        return tiles.summed(sums, batch) if self.rowwise else sums(batch)
+    def _grouped(self, batch: dict[str, Any], features: Any, key: Any, check: bool | None) -> dict[str, Any]:
+        """A gathered batch with what slices and replicas need."""
+        if self.slices is not None:
+            batch["slices"] = self._slice_ids(features, tuple(batch["logits"].shape)[:-1], check)
+        if self.bootstrap is not None:
+            if key is None:
+                raise ValueError(
+                    f"{type(self).__name__} has bootstrap={self.bootstrap!r} and needs key= for each batch: "
+                    "key=jax.random.fold_in(key, step), and in shard_map or pmap folded with jax.lax.axis_index too."
+                )
+            batch["key"] = key
+        return batch
 
-    def _sums(self, batch: dict[str, Any], with_divisor: bool) -> jax.Array:
-        """The packed sums `[slots]` of a gathered batch: the bad elements, then what the head observes.
+    def _slice_ids(self, features: Any, lead: tuple[int, ...], check: bool | None) -> Any:
+        """Ids int32 `lead + [1]`, or a membership matrix `lead + [n]`."""
+        slices: Any = self.slices
+        column, n = slices.column, slices.n
+        table = columns.table(features) if isinstance(column, str) else None
+        if isinstance(column, str) and (table is None or column not in table):
+            given = features if table is None else sorted(map(str, table))
+            raise ValueError(f"Feature {column} (of slices) is not in features. Given features: {given}.")
+        ids = inputs.as_slices(table[column] if table is not None else column(features), lead, n)
+        inputs.check_slices(ids, n, check)
+        return ids
+
+    def _all_sums(self, batch: dict[str, Any], with_divisor: bool = False) -> list[jax.Array]:
+        """The sums of a gathered batch, part by part; of large batches tile by tile."""
+        parts = functools.partial(self._parts_of, with_divisor=with_divisor)
+        return tiles.summed(parts, batch) if self.rowwise else tiles.finished(parts(batch))
+
+    def _parts_of(self, batch: dict[str, Any], with_divisor: bool) -> list[Any]:
+        """Of a gathered batch the bad elements, then what the head observes: sums, or what is to be reduced later.
 
         With the divisor, also what the loss of all the elements that metrics count is divided by.
         """
         elements = batches.clean(self.label_spec, batch)
         term = self._term(elements)
         observations = {AVERAGE_LOSS: Mean(*term), **self._observations(elements.labels, elements.logits)}
-        sums = [masking.total(elements.bad.astype(jnp.float32))[None]]
-        sums += [observation.reduce(elements.counted) for observation in observations.values()]
+        weights, bad, groups = elements.counted, elements.bad, None
+        if self.slices is not None:
+            observations[COUNT] = Count(weights)
+            groups, stray = _membership(jnp.asarray(batch["slices"]), self.slices.n)
+            # In no group that there is: left out and counted, as an illegal label is.
+            bad = bad | (stray & (weights != 0))
+            weights = jnp.where(stray, jnp.zeros_like(weights), weights)
+        replicas = None if self.bootstrap is None else jax.random.split(batch["key"], self.bootstrap.replicas)
+        parts: list[Any] = [masking.total(bad.astype(jnp.float32))[None]]
+        for observation in observations.values():
+            late = tiles.Late(observation, weights, groups, replicas, reduced)
+            parts.append(late if observation.is_late else late.reduced())
         if with_divisor:
-            bad = jnp.any(elements.bad, -1, keepdims=True)
-            good = elements._replace(weights=elements.counted, exists=elements.exists & ~bad)
-            sums.append(terms.divisor(term, good, Reduction.of(self.loss_reduction))[None])
-        return jnp.concatenate(sums)
+            anywhere = jnp.any(bad, -1, keepdims=True)
+            good = elements._replace(weights=weights, exists=elements.exists & ~anywhere)
+            late = tiles.Late(_DivisorOf(term, good, self), masking.ones_like(good.exists), groups, replicas, reduced)
+            parts.append(late.reduced())
+        return parts
 
     def _advanced(self, batch: dict[str, Any], axis_name: Any) -> dict[str, Any]:
         """The new running state of a bound head from a gathered batch, checked."""
@@ -668,19 +747,45 @@ class Head(Configuration, abc.ABC):
                 raise ValueError(
                     f"{what} must be an observation such as jh.Mean(values). Given a {type(observation).__name__}."
                 )
-            if key in (AVERAGE_LOSS, DIVISOR):
+            if key in (AVERAGE_LOSS, DIVISOR, COUNT):
                 raise ValueError(f"{what} is kept by every head already. Use another key.")
             observation.check(what, tuple(logits.shape)[:-1])
         return observations
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _DivisorOf:
+    """What the loss is divided by, reduced as an observation is."""
+
+    term: Term
+    elements: Elements
+    head: Any
+
+    def reduce(self, weights: jax.Array) -> jax.Array:
+        how = Reduction.of(self.head.loss_reduction)
+        return terms.divisor(self.term.scaled(weights), self.elements, how)[None]
+
+    def reduce_by(self, weights: jax.Array, groups: Membership) -> jax.Array:
+        return groups.at_once(lambda inside: self.reduce(weights * inside))
+
+
+def _membership(given: jax.Array, n: int) -> tuple[Membership, jax.Array]:
+    """Which group each row is in, and which rows are in none that there is."""
+    if given.dtype == jnp.bool_ or given.shape[-1] != 1:
+        inside = given.astype(jnp.int32)
+        return Membership(n, None, inside == 1), jnp.any((inside != 0) & (inside != 1), -1, keepdims=True)
+    return Membership(n, given.astype(jnp.int32)), (given < -1) | (given >= n)
+
+
 def _measure(head: Head, batch: dict[str, Any]) -> jax.Array:
     """The packed sums `[slots, 1]` of one batch, with the regularization after the first, if it is kept."""
-    head, batch = jax.lax.stop_gradient((head, batch))
+    key = {name: batch[name] for name in ("key",) if name in batch}
+    head, batch = jax.lax.stop_gradient((head, {k: v for k, v in batch.items() if k not in key}))
     losses = batch["regularization"]
-    sums = head._all_sums(batch)
+    bad, *sums = head._all_sums({**batch, **key})
     kept = [] if losses is None else [jnp.stack([inputs.add_scalars(losses), jnp.float32(1)])]
-    return jnp.concatenate([sums[:1], *kept, sums[1:]])[:, None]
+    return jnp.concatenate([bad, *kept, *sums])[:, None]
 
 
 def _update(state: jax.Array, head: Head, batch: dict[str, Any]) -> jax.Array:

@@ -335,6 +335,7 @@ def _network(head: Any, given: Given, variables: Any) -> tuple[Any, Any, Any]:
 def _forward(head: Any, given: Given, variables: Any) -> tuple[jax.Array, Forward]:
     ready, logits, model_state = _network(head, given, variables)
     batch = ready._gather(given.labels, logits, given.features, given.weights, given.where, None)
+    batch = ready._grouped(batch, given.features, None, None)
     losses = given.regularization_losses
     if isinstance(losses, (list, tuple)):
         losses = [_at(loss, variables, "regularization_losses") for loss in losses]

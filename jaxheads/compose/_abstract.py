@@ -14,6 +14,9 @@ class AbstractCompositeHead(Head):
     loss_reduction: ClassVar[Any] = None  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
     extra_metrics: ClassVar[Any] = ()  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
 
+    slices: ClassVar[Any] = None  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
+    bootstrap: ClassVar[Any] = None  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
+
     def __post_init__(self):
         Configuration.__post_init__(self)
 

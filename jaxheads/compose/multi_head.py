@@ -106,6 +106,16 @@ class MultiHead(AbstractCompositeHead):
         return found[0]
 
     @property
+    def slices(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the heads'
+        """The slices of all heads."""
+        return self.heads[0].slices
+
+    @property
+    def bootstrap(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the heads'
+        """The bootstrap of all heads."""
+        return self.heads[0].bootstrap
+
+    @property
     def logits_dimension(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # see Head
         return sum(head.logits_dimension for head in self.heads)
 
@@ -127,6 +137,11 @@ class MultiHead(AbstractCompositeHead):
             )
         if len(set(names)) < len(names):
             raise ValueError(f"Heads of a MultiHead must have different names. Given: {names}.")
+        for what in ("slices", "bootstrap"):
+            if len(found := {getattr(head, what) for head in self.heads}) > 1:
+                raise ValueError(
+                    f"Heads of a MultiHead must have the same {what}, or none. Given {sorted(map(repr, found))}."
+                )
         if not isinstance(self.head_weights, (tuple, type(None))):
             raise ValueError(f"head_weights must be a list of numbers, one for each head. Given {self.head_weights!r}.")
         weights = self.head_weights or ()
@@ -273,17 +288,23 @@ class MultiHead(AbstractCompositeHead):
         for name, head in self._by_name.items():
             out |= {f"{name}/{key}": observation for key, observation in head.observed().items()}
             if head._has_divisor:
-                out[f"{name}/{DIVISOR}"] = Total()
+                out[f"{name}/{DIVISOR}"] = head._in_groups(Total())
         return out
 
     @property
     def _has_divisor(self) -> bool:
         return False
 
-    def _sums(self, batch: dict[str, Any], with_divisor: bool) -> jax.Array:
-        each = [head._all_sums(batch["heads"][name], True) for name, head in self._by_name.items()]
-        bad = functools.reduce(jnp.add, (sums[:1] for sums in each))
-        return jnp.concatenate([bad, *(sums[1:] for sums in each)])
+    def _all_sums(self, batch: dict[str, Any], with_divisor: bool = False) -> list[jax.Array]:
+        each = [head._all_sums(batch["heads"][name], head._has_divisor) for name, head in self._by_name.items()]
+        return [functools.reduce(jnp.add, (sums[0] for sums in each)), *(part for sums in each for part in sums[1:])]
+
+    def _grouped(self, batch: dict[str, Any], features: Any, key: Any, check: bool | None) -> dict[str, Any]:
+        for name, head in self._by_name.items():
+            with _naming(name):
+                # The same key for all: a replica counts a row as often for every task.
+                batch["heads"][name] = head._grouped(batch["heads"][name], features, key, check)
+        return batch
 
     def _views(self, seen: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """What each head has seen."""

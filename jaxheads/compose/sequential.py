@@ -217,6 +217,16 @@ class SequentialHeadWrapper(AbstractCompositeHead):
     def signatures(self, predictions: Mapping[str, Any]) -> Mapping[str, ExportOutput]:
         return self.static_head.signatures(predictions)
 
+    @property
+    def slices(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the inner head's
+        """The slices of the inner head."""
+        return self.static_head.slices
+
+    @property
+    def bootstrap(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the inner head's
+        """The bootstrap of the inner head."""
+        return self.static_head.bootstrap
+
     def observed(self) -> dict[str, Observation]:
         """Those of the inner head."""
         return self.static_head.observed()
@@ -277,8 +287,15 @@ class SequentialHeadWrapper(AbstractCompositeHead):
     def _has_divisor(self) -> bool:
         return self.static_head._has_divisor
 
-    def _sums(self, batch: dict[str, Any], with_divisor: bool) -> jax.Array:
-        return self.static_head._sums(self._scaled(batch), with_divisor)
+    def _all_sums(self, batch: dict[str, Any], with_divisor: bool = False) -> list[jax.Array]:
+        return self.static_head._all_sums(self._scaled(batch), with_divisor)
+
+    def _grouped(self, batch: dict[str, Any], features: Any, key: Any, check: bool | None) -> dict[str, Any]:
+        inside = None if features is None else self._columns(columns.table(features))
+        return self.static_head._grouped(batch, inside, key, check)
+
+    def _in_groups(self, observation: Observation) -> Observation:
+        return self.static_head._in_groups(observation)
 
     def _advance(self, batch: dict[str, Any], psum: Callable[[Any], Any]) -> dict[str, Any]:
         return {"static_head": self.static_head._advance(batch, psum)} if fields.has_state(self) else {}

@@ -32,7 +32,7 @@ class BinaryClassHead(_abstract.AbstractLossFnHead):
     `accuracy_baseline` (of the more frequent class), `auc`, `auc_precision_recall` (interpolated as by Keras), for
     each threshold t `accuracy|precision|recall/positive_threshold_t` (positive: p > t), and `regularization_loss` if
     one is given. All float32. The areas come from a histogram with `bins`: `compute(bounds=True)` gives the interval
-    that binning leaves.
+    that binning leaves. More by `with_metrics(jh.metrics...)`: the source is `scores`.
 
     Args:
         weight_column: a key of `features`, or a function `features -> weights`.

@@ -1,12 +1,13 @@
 """Regression of a probability."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from jaxheads import losses, spec
 from jaxheads.head import Head, LabelSpec
-from jaxheads.metrics import Mean, Observation
+from jaxheads.metrics import Mean, Moments, Observation
 
 
 class LogisticRegressionHead(Head):
@@ -22,7 +23,7 @@ class LogisticRegressionHead(Head):
 
     **Predictions**: `predictions [..., 1]` = sigmoid(z), and `logits`.
     **Metrics**: `average_loss`, `prediction/mean`, `label/mean`, and `regularization_loss` if one is given. All
-    float32.
+    float32. `with_metrics` adds those that read `"moments"`, of labels and predictions.
 
     Args:
         weight_column: a key of `features`, or a function `features -> weights`; may be positional.
@@ -61,6 +62,9 @@ class LogisticRegressionHead(Head):
 
     def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
         return {"prediction/mean": Mean(jax.nn.sigmoid(logits)), "label/mean": Mean(labels)}
+
+    def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
+        return {"moments": lambda: Moments(labels, jax.nn.sigmoid(logits))}
 
     def signatures(self, predictions: Any) -> dict[str, spec.ExportOutput]:
         return spec.regression_signatures(predictions, "predictions")

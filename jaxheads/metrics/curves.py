@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxheads.metrics.base import View
 from jaxheads.metrics.grids import AbstractGrid, Layout
+from jaxheads.metrics.outcomes import Outcomes
 
 
 class Interval(NamedTuple):
@@ -25,37 +26,54 @@ class Interval(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Confusion(View):
-    """Weights of the four outcomes at one threshold."""
-
-    true_positives: Any
-    false_positives: Any
-    false_negatives: Any
-    true_negatives: Any
-
-    @property
-    def accuracy(self) -> Any:
-        right = self.true_positives + self.true_negatives
-        return self.ratio(right, right + self.false_positives + self.false_negatives)
-
-    @property
-    def precision(self) -> Any:
-        return self.ratio(self.true_positives, self.true_positives + self.false_positives)
-
-    @property
-    def recall(self) -> Any:
-        return self.ratio(self.true_positives, self.true_positives + self.false_negatives)
-
-
-@dataclasses.dataclass(frozen=True)
 class ScoresView(View):
-    """A score histogram that can be read: all entries together, and by itself each that has its own, by its index."""
+    """A score histogram that can be read: all entries together, and by itself each that has its own.
+
+    Attributes:
+        grid: the bins.
+        layout: their edges.
+        negative, positive: weights by bucket, on the last axis.
+        names: of the entries of the logits' last axis: the classes.
+        order: which of them have a histogram of their own.
+        own: those histograms, in that order, on the axis before the last.
+    """
 
     grid: AbstractGrid
     layout: Layout
     negative: Any
     positive: Any
-    columns: "Mapping[int, ScoresView]" = dataclasses.field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    order: tuple[int, ...] = ()
+    own: "ScoresView | None" = None
+
+    @functools.cached_property
+    def columns(self) -> "Mapping[int, ScoresView]":
+        """The view of each class that has a histogram of its own, by its index."""
+        return {column: self._rows(row) for row, column in enumerate(self.order)}
+
+    def by_class(self) -> "ScoresView":
+        """All classes at once, in their order: every value has them on a last axis."""
+        return self._classes
+
+    @functools.cached_property
+    def _classes(self) -> "ScoresView":
+        place = {column: row for row, column in enumerate(self.order)}
+        return self._rows([place[column] for column in range(len(self.names))])
+
+    def _rows(self, which: int | list[int]) -> "ScoresView":
+        own = cast("ScoresView", self.own)
+        index = which if isinstance(which, int) else np.asarray(which, np.int32)
+        return dataclasses.replace(own, negative=own.negative[..., index, :], positive=own.positive[..., index, :])
+
+    @property
+    def support(self) -> Any:
+        """The weight of all positives."""
+        return self.positives
+
+    @property
+    def total(self) -> Any:
+        """The weight of all entries."""
+        return self.positives + self.negatives
 
     @functools.cached_property
     def _above(self) -> tuple[Any, Any]:
@@ -66,6 +84,16 @@ class ScoresView(View):
             return self.xp.concatenate([sums, self.xp.zeros_like(sums[..., :1])], -1)
 
         return suffix(self.negative), suffix(self.positive)
+
+    @functools.cached_property
+    def _below(self) -> tuple[Any, Any]:
+        """Weights of negatives and positives in buckets lower than k, k = 0 (where they are 0) ... n_buckets."""
+
+        def prefix(x):
+            sums = self.xp.cumsum(x, -1)
+            return self.xp.concatenate([self.xp.zeros_like(sums[..., :1]), sums], -1)
+
+        return prefix(self.negative), prefix(self.positive)
 
     @property
     def negatives(self) -> Any:
@@ -80,21 +108,41 @@ class ScoresView(View):
     @property
     def positive_rate(self) -> Any:
         """The weighted mean of the labels."""
-        return self.ratio(self.positives, self.positives + self.negatives)
+        return self.ratio(self.positives, self.total)
 
-    def at(self, threshold: float) -> Confusion:
+    def at(self, threshold: float) -> Outcomes:
         """The outcomes where positive means a score above one of the user's thresholds."""
-        return self._confusion(self.layout.position[threshold])
+        return self._outcomes(self.layout.position[threshold])
 
-    def at_zero(self) -> Confusion:
+    def at_zero(self) -> Outcomes:
         """The outcomes where positive means z > 0."""
-        return self._confusion(self.layout.zero)
+        return self._outcomes(self.layout.zero)
 
-    def _confusion(self, edge: int) -> Confusion:
+    def _outcomes(self, edge: int) -> Outcomes:
         fp, tp = (sums[..., edge + 1] for sums in self._above)
         # Not 1 - x or total - x: in float32 that would lose what is small.
         fn, tn = (x[..., : edge + 1].sum(-1) for x in (self.positive, self.negative))
-        return Confusion(self.xp, self.undefined, tp, fp, fn, tn)
+        return Outcomes(self.xp, self.undefined, tp, fp, fn, tn)
+
+    def cuts(self) -> Outcomes:
+        """The outcomes at every edge, from all predicted positive to none, on a last axis of `n_buckets + 1`."""
+        return self._every(slice(None), slice(None))
+
+    def ideal(self) -> Outcomes:
+        """For each bucket, outcomes that no threshold inside it can surpass: its positives above, its negatives below.
+
+        What grows with TP and falls with FP is nowhere larger than at one of these.
+        """
+        return self._every(slice(None, -1), slice(1, None))
+
+    def worst(self) -> Outcomes:
+        """For each bucket, its negatives above a threshold inside it, and its positives below."""
+        return self._every(slice(1, None), slice(None, -1))
+
+    def _every(self, positive: slice, negative: slice) -> Outcomes:
+        (fp, tp), (tn, fn) = self._above, self._below
+        four = tp[..., positive], fp[..., negative], fn[..., positive], tn[..., negative]
+        return Outcomes(self.xp, self.undefined, *four)
 
     def _points(self) -> tuple[Any, Any]:
         """False and true positives at the edges of the curve, from all predicted positive to none."""
@@ -126,7 +174,7 @@ class ScoresView(View):
         positives = self.xp.where(defined, self.positives, one)[..., None]
         step = more_fp / self.xp.where(defined, self.negatives, one)[..., None]
         lower, upper = (step * (tp / positives)).sum(-1), (step * ((tp + more_tp) / positives)).sum(-1)
-        return self._interval(defined, (lower + upper) / 2, lower, upper)
+        return self.interval(defined, (lower + upper) / 2, lower, upper)
 
     def pr_auc(self) -> Interval:
         """Area under the precision-recall curve, interpolated as by Davis and Goadrich (2006), as Keras does.
@@ -138,10 +186,7 @@ class ScoresView(View):
         defined = self.positives > 0
         scale = xp.where(defined, self.positives, xp.ones_like(self.positives))[..., None]
         fp, tp, more_fp, more_tp = (x / scale for x in self._bins())
-
-        def quotient(a, b):
-            return xp.where(b > 0, a / xp.where(b > 0, b, xp.ones_like(b)), xp.zeros_like(a))
-
+        quotient = self.zeroed().ratio
         slope = quotient(more_tp, more_tp + more_fp)
         offset = tp - slope * (tp + fp)
         value = slope * (more_tp + offset * xp.log1p(quotient(more_tp + more_fp, tp + fp)))
@@ -149,12 +194,19 @@ class ScoresView(View):
         def at(fp):
             return more_tp - fp * xp.log1p(quotient(more_tp, tp + fp))
 
-        return self._interval(defined, *(x.sum(-1) for x in (value, at(fp + more_fp), at(fp))))
+        return self.interval(defined, *(x.sum(-1) for x in (value, at(fp + more_fp), at(fp))))
 
-    def _interval(self, defined: Any, *values: Any) -> Interval:
-        # Inside jit an area of 1 may come out as 1.0000002.
-        areas = (self.xp.clip(v, 0, 1) for v in values)
-        return Interval(*(self.xp.where(defined, v, self.xp.full_like(v, self.undefined)) for v in areas))
+    def interval(self, defined: Any, value: Any, lower: Any, upper: Any) -> Interval:
+        """Value and bounds, all in [0, 1], `undefined` where they are not defined."""
+        xp = self.xp
+        # Inside jit an area of 1 may come out as 1.0000002, and a bound may pass its value by as much.
+        areas = (xp.clip(v, 0, 1) for v in (value, xp.minimum(lower, value), xp.maximum(upper, value)))
+        return Interval(*(self.where(defined, v) for v in areas))
+
+    def where(self, defined: Any, value: Any) -> Any:
+        """The value where it is defined, else `undefined`; NaN where a score was NaN."""
+        value = self.xp.where(defined, value, self.xp.full_like(value, self.undefined))
+        return self.xp.where(self.xp.isnan(self.total), self.total, value)
 
     def roc_curve(self) -> tuple[Any, Any, Any]:
         """`fpr, tpr, thresholds`, thresholds falling from 1 to 0."""

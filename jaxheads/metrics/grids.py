@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxheads.numerics import stable
+from jaxheads.numerics import edges, stable
 from jaxheads.numerics.edges import Edges, edges_of
 
 
@@ -67,7 +67,8 @@ class LogitGrid(AbstractGrid):
     """`n` bins over logits: uniform from `low` to `high`, the first and the last open.
 
     Fine where the scores of rare events lie, unlike a grid on probabilities. A user threshold t is an exact edge:
-    positive means z > float32(ln(t / (1 - t))).
+    positive means z > float32(ln(t / (1 - t))). Bins whose width is a power of two, at multiples of it, take a third of
+    the time: those of the default are 1/64 wide.
 
     Args:
         low, high: the range of logits that the bins divide.
@@ -77,9 +78,9 @@ class LogitGrid(AbstractGrid):
     LogitGrid(low=-8.0, high=8.0, n=1024)
     """
 
-    low: float = -20.0
-    high: float = 20.0
-    n: int = 2048
+    low: float = -16.0
+    high: float = 16.0
+    n: int = 2050
 
     def __post_init__(self):
         _grid_checks(self, self.n, 3)
@@ -101,7 +102,26 @@ class LogitGrid(AbstractGrid):
         return _logit_layout(self, thresholds)
 
     def buckets(self, layout: Layout, logits: jax.Array) -> jax.Array:
-        return layout.edges.locate(logits)
+        extra = self._beside(layout)
+        return layout.edges.locate(logits) if extra is None else edges.locate_uniform(logits, *self._uniform(), extra)
+
+    def _uniform(self) -> tuple[int, int, float]:
+        """Of edges at all multiples of a power of two: the first multiple, how many there are, how many to 1; else 0."""
+        width = (self.high - self.low) / (self.n - 2)
+        first = self.low / width
+        # Beyond 2^22 multiples a float32 logit divided by the width is no exact number of them.
+        whole = math.frexp(width)[0] == 0.5 and first == int(first) and max(abs(self.low), abs(self.high)) < 2**22 * width
+        return (int(first), self.n - 1, 1 / width) if whole and 2**-60 < width < 2**60 else (0, 0, 0.0)
+
+    def _beside(self, layout: Layout) -> tuple[float, ...] | None:
+        """The edges that are no multiples, if by the others a bucket is found without looking it up."""
+        first, count, scale = self._uniform()
+        if not count:
+            return None
+        multiple = layout.logits * scale
+        on_grid = (multiple == np.round(multiple)) & (multiple >= first) & (multiple < first + count)
+        extra = layout.logits[~on_grid]
+        return tuple(extra.tolist()) if len(extra) <= edges.MOST_COMPARED else None
 
     def finer(self, low: float, high: float) -> str:
         # Rounded outwards to two digits of the span, and no more bins than float32 has numbers there. Scores in one bin

@@ -38,6 +38,10 @@ class Mean(Observation):
         count = weights if self.count is None else masking.weighted(self.count, weights)
         return jnp.stack([masking.total(masking.weighted(values, weights)), masking.total(count)])
 
+    def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
+        """For all groups at once: nothing but sums."""
+        return groups.at_once(lambda inside: self.reduce(weights * inside))
+
     def read(self, sums: Any, xp: Any, undefined: float) -> "MeanView":
         """What the sums tell."""
         return MeanView(xp, undefined, total=sums[..., 0], weight=sums[..., 1])

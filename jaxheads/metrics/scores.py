@@ -5,12 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxheads.metrics.base import Observation
 from jaxheads.metrics.curves import ScoresView
 from jaxheads.metrics.grids import AbstractGrid, Layout
 from jaxheads.numerics import masking
-from jaxheads.numerics.histograms import histogram
+from jaxheads.numerics.histograms import by_label
 
 
 @jax.tree_util.register_dataclass
@@ -26,6 +27,7 @@ class Scores(Observation):
         grid: the bins.
         thresholds: probabilities that become exact edges.
         columns: which entries of the last axis have a histogram of their own as well; it costs memory alone.
+        names: of the entries of the last axis, as they stand in metric keys; by default `class0`, `class1`, ...
     """
 
     labels: Any
@@ -33,6 +35,7 @@ class Scores(Observation):
     grid: AbstractGrid = dataclasses.field(metadata={"static": True})
     thresholds: tuple[float, ...] = dataclasses.field(default=(), metadata={"static": True})
     columns: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    names: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def layout(self) -> Layout:
@@ -43,6 +46,14 @@ class Scores(Observation):
     def size(self) -> int:
         """Two sums a bucket and row."""
         return 2 * self._n_rows * self.layout.n_buckets
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What stands for each entry of the last axis in metric keys."""
+        n = self.logits.shape[-1]
+        if self.names and len(self.names) != n:
+            raise ValueError(f"Scores need one name for each of {n} entries of the last axis. Given {self.names!r}.")
+        return self.names or tuple(f"class{i}" for i in range(n))
 
     @property
     def _n_rows(self) -> int:
@@ -70,7 +81,21 @@ class Scores(Observation):
         )
 
     def reduce(self, weights: jax.Array) -> jax.Array:
-        """One pass: the bucket of each element, then its two weights."""
+        """One pass: the bucket of each element, then its weight, under its label."""
+        return by_label(*self._entries(weights), self.layout.n_buckets, self._rows).ravel()
+
+    def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
+        """Where groups do not overlap, one pass too: the group is a part of the bucket's number."""
+        if groups.ids is None:
+            return super().reduce_by(weights, groups)
+        buckets, labels, weights = self._entries(weights * (groups.ids >= 0).astype(jnp.float32))
+        n = self.layout.n_buckets
+        both = by_label(buckets + jnp.maximum(groups.ids, 0) * np.int32(n), labels, weights, groups.n * n, self._rows)
+        both = both.reshape(2, self._n_rows, groups.n, n)
+        return jnp.moveaxis(both, 2, 0).reshape(groups.n, self.size)
+
+    def _entries(self, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The bucket, the label and the weight of each element."""
         layout = self.layout
         labels = jnp.asarray(self.labels, jnp.float32)
         # By multiplication, for labels may lie as the rows do, and logits be spread over classes too.
@@ -78,17 +103,19 @@ class Scores(Observation):
         weights = weights * masking.ones_like(labels)
         # A NaN score has no bucket; it must show, so it makes a NaN of the histogram.
         weights = jnp.where(jnp.isnan(self.logits) & (weights != 0), self.logits, weights)
-        buckets = self.grid.buckets(layout, self.logits)
-        both = (weights * (1 - labels), weights * labels)
-        return histogram(buckets, both, layout.n_buckets, self._rows).ravel()
+        return self.grid.buckets(layout, self.logits), labels, weights
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "ScoresView":
         """The histogram, with the metrics that it tells."""
         both = sums.reshape((*sums.shape[:-1], 2, self._n_rows, self.layout.n_buckets))
+        # The NaN of a score lies in one bucket. Whatever is read must show it, also where that bucket does not count.
+        total = both.sum((-3, -1), keepdims=True)
+        both = xp.where(xp.isnan(total), total, both)
 
-        def view(histogram: Any, inside: dict[int, ScoresView]) -> ScoresView:
-            negative, positive = histogram[..., 0, :], histogram[..., 1, :]
-            return ScoresView(xp, undefined, self.grid, self.layout, negative, positive, inside)
+        def view(negative: Any, positive: Any, *own: Any) -> ScoresView:
+            return ScoresView(xp, undefined, self.grid, self.layout, negative, positive, self.class_names, *own)
 
-        inside = {column: view(both[..., row, :], {}) for row, column in enumerate(self.columns, start=1)}
-        return view(both.sum(-2) if self.columns else both[..., 0, :], inside)
+        if not self.columns:
+            return view(both[..., 0, 0, :], both[..., 1, 0, :])
+        total, own = both.sum(-2), both[..., 1:, :]
+        return view(total[..., 0, :], total[..., 1, :], self.columns, view(own[..., 0, :, :], own[..., 1, :, :]))

@@ -14,6 +14,7 @@ from jax.core import Tracer
 
 from jaxheads.metrics.base import Observation, View
 from jaxheads.metrics.curves import Interval, ScoresView
+from jaxheads.metrics.groups import Grouped, Slices
 from jaxheads.numerics import meshes, pairs
 
 
@@ -189,8 +190,8 @@ class Metrics:
         meshes.check_axis(axis_name)
         return dataclasses.replace(self, state=jax.lax.pcast(self.state, axis_name, to="varying"))
 
-    def _views(self, undefined: float) -> tuple[dict[str, Any], Any, Any, Any]:
-        """Views by key; the bad count; the regularization; the array module in use."""
+    def _views(self, undefined: float, at: Any = (0, 0)) -> tuple[dict[str, Any], Any, Any, Any]:
+        """Views by key, `at` those replicas and groups; the bad count; the regularization; the array module in use."""
         self.check_size()
         if isinstance(self.state, Tracer):
             xp, pair = jnp, self.state
@@ -199,46 +200,110 @@ class Metrics:
             xp, pair = np, np.asarray(_on_host(self.state), np.float64)
         sums = pair.sum(-1)
         layout, _ = slots(self.head, self.regularized)
-        views = {
-            key: observation.read(sums[..., start : start + observation.size], xp, undefined)
-            for key, (start, observation) in layout.items()
-        }
+
+        def view(start: int, observation: Observation) -> Any:
+            part = sums[..., start : start + observation.size]
+            if isinstance(observation, Grouped):
+                return observation.read(part, xp, undefined, at)
+            return observation.read(part, xp, undefined)
+
+        views = {key: view(start, observation) for key, (start, observation) in layout.items()}
         return views, sums[..., 0], sums[..., 1:3] if self.regularized else None, xp
 
-    def compute(self, undefined: float = np.nan, bounds: bool = False) -> dict[str, Any]:
+    def compute(self, undefined: float = np.nan, bounds: bool = False, confidence: float | None = None) -> dict[str, Any]:
         """The metrics by name, as float32 scalars (arrays, if the state has a leading axis).
 
         Args:
             undefined: what a metric whose denominator is zero reads as; 0.0 is TensorFlow's convention.
             bounds: also give `auc/lower`, `auc/upper` and their like: the interval that holds what the same scores
                 would give without bins.
+            confidence: also give `auc/ci_lower`, `auc/ci_upper`, of every metric: the middle `confidence` of the
+                bootstrap replicas (the percentile interval). The head needs `bootstrap=jh.Bootstrap(200)`.
 
         Warns:
             BadInputWarning: outside `jit`, if elements with an illegal label or weight were left out.
         """
         with jax.debug_nans(False), np.errstate(all="ignore"):
             values, bad, xp = self._values(undefined)
-        if xp is np and np.any(bad > 0):
-            warnings.warn(
-                f"{int(np.sum(bad))} elements had an illegal label or weight and were left out of the metrics of "
-                f"{self.head!r}. Call the head eagerly with check=True to see which.",
-                BadInputWarning,
-                stacklevel=2,
-            )
-        out = {}
-        for key, value in values.items():
-            interval = value if isinstance(value, Interval) else Interval(value, None, None)
-            out[joined(*key)] = _float32(interval.value, xp)
-            if bounds and interval.lower is not None:
-                out[joined(key[0], "lower", key[1])] = _float32(interval.lower, xp)
-                out[joined(key[0], "upper", key[1])] = _float32(interval.upper, xp)
+        self._warn(bad, xp)
+        out = _named(values, bounds, xp)
+        if confidence is not None:
+            self._check_confidence(confidence)
+            with jax.debug_nans(False), np.errstate(all="ignore"):
+                replicas, *_ = self._values(undefined, (slice(1, None), 0))
+            out |= _quantiles(replicas, confidence, xp, self._lead)
         return out
 
-    def _values(self, undefined: float) -> tuple[dict[tuple[str, str | None], Any], Any, Any]:
+    def by_slice(self, undefined: float = np.nan, confidence: float | None = None) -> dict[str, Any]:
+        """The metrics of each slice: arrays `[n]` by name, with `slice` (the names) and `count` first.
+
+        Fit for `pandas.DataFrame(metrics.by_slice())`. Where fewer than `min_count` elements weigh anything, a slice
+        has no metrics: they are undefined. Inside `jit` there are no names.
+
+        Args:
+            undefined, confidence: as for `compute`.
+
+        >>> import numpy as np
+        >>> import jaxheads as jh
+        >>> head = jh.RegressionHead(slices=jh.Slices("origin", 2, names=("JFK", "LGA")))
+        >>> features, logits = {"origin": np.array([0, 1, 1])}, np.zeros((3, 1), np.float32)
+        >>> found = head.measure(labels=[1.0, 2.0, 4.0], logits=logits, features=features).by_slice()
+        >>> found["slice"].tolist(), found["count"].tolist(), found["label/mean"].tolist()
+        (['JFK', 'LGA'], [1.0, 2.0], [1.0, 3.0])
+        """
+        slices = self._slices()
+        with jax.debug_nans(False), np.errstate(all="ignore"):
+            values, bad, xp = self._values(undefined, (0, slice(1, None)))
+            count = self._count((0, slice(1, None)))
+            small = count < slices.min_count
+            out = _named({key: _without(value, small, undefined, xp) for key, value in values.items()}, False, xp)
+            if confidence is not None:
+                self._check_confidence(confidence)
+                replicas, *_ = self._values(undefined, (slice(1, None), slice(1, None)))
+                small = xp.expand_dims(small, self._lead)
+                hidden = {key: _without(value, small, undefined, xp) for key, value in replicas.items()}
+                out |= _quantiles(hidden, confidence, xp, self._lead)
+        self._warn(bad, xp)
+        names = {} if xp is jnp else {"slice": np.asarray(slices.names or tuple(range(slices.n)))}
+        return {**names, "count": _float32(count, xp), **out}
+
+    @property
+    def _lead(self) -> int:
+        """How many leading axes the state has: before the axis of replicas or slices in what is read."""
+        return np.ndim(self.state) - 2
+
+    def _slices(self) -> Slices:
+        if not isinstance(found := getattr(self.head, "slices", None), Slices):
+            raise ValueError(f'by_slice() needs a head with slices, slices=jh.Slices("origin", 3). Given {self.head!r}.')
+        return found
+
+    def _count(self, at: Any) -> Any:
+        views = self._views(np.nan, at)[0]
+        return next(view for key, view in views.items() if key == "slice_count" or key.endswith("/slice_count"))
+
+    def _check_confidence(self, confidence: Any) -> None:
+        if not isinstance(confidence, (int, float)) or not 0 < confidence < 1:
+            raise ValueError(f"confidence must be a number between 0 and 1, such as 0.95. Given {confidence!r}.")
+        if getattr(self.head, "bootstrap", None) is None:
+            raise ValueError(
+                f"compute(confidence=...) reads bootstrap replicas. Given {self.head!r}, which keeps none: build it "
+                "with bootstrap=jh.Bootstrap(200), and give a key to every update."
+            )
+
+    def _warn(self, bad: Any, xp: Any) -> None:
+        if xp is np and np.any(bad > 0):
+            warnings.warn(
+                f"{int(np.sum(bad))} elements had an illegal label, weight or slice and were left out of the metrics of "
+                f"{self.head!r}. Call the head eagerly with check=True to see which.",
+                BadInputWarning,
+                stacklevel=3,
+            )
+
+    def _values(self, undefined: float, at: Any = (0, 0)) -> tuple[dict[tuple[str, str | None], Any], Any, Any]:
         """Values and intervals by key and name of the head; the bad count; the array module in use."""
-        seen, bad, regularization, xp = self._views(undefined)
+        seen, bad, regularization, xp = self._views(undefined, at)
         values = dict(self.head.read(seen))
-        if regularization is not None:
+        if regularization is not None and at == (0, 0):
             mean = View(xp, undefined).ratio(regularization[..., 0], regularization[..., 1])
             values["regularization_loss", self.head.suffix] = mean
         return values, bad, xp
@@ -319,6 +384,48 @@ class Metrics:
                 f"Mend it with bins={advice}; scores that are equal no grid can tell apart."
             )
         return "\n".join(lines)
+
+
+def _named(values: Mapping[tuple[str, str | None], Any], bounds: bool, xp: Any) -> dict[str, Any]:
+    """Values by their full names, with the ends of intervals if they are asked for."""
+    out = {}
+    for key, value in values.items():
+        interval = value if isinstance(value, Interval) else Interval(value, None, None)
+        out[joined(*key)] = _float32(interval.value, xp)
+        if bounds and interval.lower is not None:
+            out[joined(key[0], "lower", key[1])] = _float32(interval.lower, xp)
+            out[joined(key[0], "upper", key[1])] = _float32(interval.upper, xp)
+    return out
+
+
+def _quantiles(
+    values: Mapping[tuple[str, str | None], Any], confidence: float, xp: Any, axis: int
+) -> dict[str, Any]:
+    """`KEY/ci_lower` and `KEY/ci_upper`, over the replicas that have a value."""
+    out = {}
+    for (key, name), value in values.items():
+        each = value.value if isinstance(value, Interval) else value
+        for end, q in (("ci_lower", (1 - confidence) / 2), ("ci_upper", (1 + confidence) / 2)):
+            out[joined(key, end, name)] = _float32(_nanquantile(each, q, axis, xp), xp)
+    return out
+
+
+def _nanquantile(x: Any, q: float, axis: int, xp: Any) -> Any:
+    if xp is jnp:
+        return jnp.nanquantile(x, q, axis=axis)
+    with warnings.catch_warnings():
+        # Where no replica has a value, there is none: NaN, and no need to say so twice.
+        warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
+        return np.nanquantile(x, q, axis=axis)
+
+
+def _without(value: Any, small: Any, undefined: float, xp: Any) -> Any:
+    """A value, or an interval, undefined for slices that are too small."""
+    if isinstance(value, Interval):
+        return Interval(*(None if part is None else _without(part, small, undefined, xp) for part in value))
+    # A metric may be an array: a confusion matrix.
+    small = xp.expand_dims(small, tuple(range(np.ndim(small), np.ndim(value))))
+    return xp.where(small, xp.full_like(value, undefined), value)
 
 
 def joined(*parts: str | None) -> str:

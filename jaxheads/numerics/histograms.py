@@ -1,5 +1,6 @@
 """Weighted histograms that do not drift, in the form that the device is quick at."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -35,6 +36,59 @@ def histogram(
     return jax.lax.platform_dependent(buckets, *weights, tpu=by_product, default=by_scatter)
 
 
+def by_label(
+    buckets: jax.Array, labels: jax.Array, weights: jax.Array, n: int, columns: Sequence[int] | None = None
+) -> jax.Array:
+    """Histograms of negatives and of positives: float32 `[2, rows, n]`; a soft label y adds `1 - y` and `y` times.
+
+    Where labels turn out to be 0 and 1, each entry is added once, to the bucket of its label.
+    """
+
+    def in_both(buckets, labels, weights):
+        return histogram(buckets, (weights * (1 - labels), weights * labels), n, columns)
+
+    def by_key(buckets, labels, weights, scattered):
+        rows, most, flat = _flat(buckets, n, columns)
+        keys = flat + (labels == 1).astype(jnp.int32) * np.int32(rows * n)
+        return scattered(keys, weights, 2 * rows * n, most).reshape(2, rows, n)
+
+    def by_scatter(buckets, labels, weights):
+        # A NaN weight shows in both. Weights of 0 and 1, the usual ones, add up exactly as they are.
+        hard = _holds(((labels == 0) | (labels == 1)) & ~jnp.isnan(weights))
+        count = _holds((weights == 0) | (weights == 1)) if _few(buckets, columns) else jnp.bool_(False)
+        how = jnp.where(hard, 1 + count.astype(jnp.int32), 0)
+        each = (in_both, functools.partial(by_key, scattered=_scattered), functools.partial(by_key, scattered=_counted))
+        return jax.lax.switch(how, each, buckets, labels, weights)
+
+    # On a mesh the question would be an all-reduce of its own.
+    default = by_scatter if meshes.is_local((buckets, labels, weights)) else in_both
+    return jax.lax.platform_dependent(buckets, labels, weights, tpu=in_both, default=default)
+
+
+def _holds(condition: jax.Array) -> jax.Array:
+    """`jnp.all`, by a sum: XLA's CPU code for an `and` of many is slower."""
+    return jnp.sum(jnp.where(condition, np.float32(0), np.float32(1))) == 0
+
+
+def _few(buckets: jax.Array, columns: Sequence[int] | None) -> bool:
+    """Whether a float32 can count the entries that meet in one sum."""
+    return _is_known(buckets) and math.prod(buckets.shape) < 2**24
+
+
+def _counted(buckets: jax.Array, ones: jax.Array, n: int, most: int) -> jax.Array:
+    """The sums `[n]` of weights of 0 and 1."""
+    return jnp.zeros(n, jnp.float32).at[buckets].add(ones, mode="promise_in_bounds")
+
+
+def _flat(buckets: jax.Array, n: int, columns: Sequence[int] | None) -> tuple[int, int, jax.Array]:
+    """How many rows of sums there are, how many entries of a last axis can meet in one sum, and the sum of each."""
+    if columns is None:
+        return 1, buckets.shape[-1], buckets
+    first = np.asarray(columns, np.int32) * n
+    flat = buckets + jnp.expand_dims(jnp.asarray(first), tuple(range(buckets.ndim - 1)))
+    return max(columns) + 1, max(map(list(columns).count, set(columns))), flat
+
+
 def _by_scatter(buckets: jax.Array, weights: Sequence[jax.Array], n: int, columns: Sequence[int] | None) -> jax.Array:
     """By adding each entry to its sum: a CPU or a GPU takes no time to find it.
 
@@ -42,11 +96,7 @@ def _by_scatter(buckets: jax.Array, weights: Sequence[jax.Array], n: int, column
     multiple of a quantum, of which a block of rows adds up exactly, and a small rest; every block has a histogram of
     its own; and the blocks are added pairwise.
     """
-    rows, most = 1, buckets.shape[-1]
-    if columns is not None:
-        rows, most = max(columns) + 1, max(map(list(columns).count, set(columns)))
-        first = np.asarray(columns, np.int32) * n
-        buckets = buckets + jnp.expand_dims(jnp.asarray(first), tuple(range(buckets.ndim - 1)))
+    rows, most, buckets = _flat(buckets, n, columns)
     sums = [_scattered(buckets, each, rows * n, most) for each in weights]
     return jnp.stack(sums).reshape(len(sums), rows, n)
 
@@ -84,12 +134,17 @@ def _multiples(weights: jax.Array, rows: int | None) -> jax.Array:
     """The weights rounded down to multiples of a power of two, such that any `rows` of them, or all, add up exactly."""
     bound = jnp.sum(weights)
     bound = bound if rows is None else jnp.minimum(bound, rows * jnp.max(weights))
-    exponent = jnp.frexp(bound)[1]
+    exponent = jax.lax.shift_right_logical(jax.lax.bitcast_convert_type(bound, jnp.int32), 23) - 126
     # A sum below 2^e in multiples of 2^(e - 23) has 23 bits; a float32 holds 24. Where the rest would be subnormal, and
     # so 0 to XLA, and where the sum is no number, the quantum is so large that all is rest.
     usual = jnp.isfinite(bound) & (exponent > -80)
-    quantum = jnp.ldexp(jnp.float32(1), jnp.where(usual, exponent - 23, 127))
-    return jnp.floor(weights / quantum) * quantum
+    power = jnp.where(usual, exponent - 23, 127)
+    return jnp.floor(weights * _power_of_two(-power)) * _power_of_two(power)
+
+
+def _power_of_two(exponent: jax.Array) -> jax.Array:
+    """`2^e` as a float32, for e from -127 (where it is 0) to 127."""
+    return jax.lax.bitcast_convert_type(jax.lax.shift_left(exponent + 127, 23), jnp.float32)
 
 
 def _is_known(x: jax.Array) -> bool:

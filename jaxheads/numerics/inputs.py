@@ -141,6 +141,36 @@ def check_where(values: np.ndarray, live: np.ndarray, what: str) -> None:
         )
 
 
+def as_slices(x: Any, lead: tuple[int, ...], n: int) -> Any:
+    """Ids of slices `lead + [1]`, or their membership `lead + [n]`; of fewer leading axes they hold for what is inside."""
+    array, what = as_array(x, "slices"), f"slices (ids, or a membership matrix of {n} columns)"
+    kind, shape = dtype_kind(array), tuple(array.shape)
+    if kind not in ("int", "bool"):
+        raise ValueError(f"{what} must be integers or bool. Given dtype {array.dtype}.")
+    xp = np if isinstance(array, np.ndarray) else jnp
+    if shape and len(shape) < len(lead) and shape == lead[: len(shape)]:
+        array = xp.broadcast_to(array.reshape(shape + (1,) * (len(lead) - len(shape))), lead)
+    is_matrix = tuple(array.shape) == (*lead, n) and (n > 1 or kind == "bool")
+    if kind == "bool" and not is_matrix:
+        raise ValueError(f"{what}: membership must have shape {(*lead, n)}. Given bool of shape {shape}.")
+    return expand(array, lead, (n,) if is_matrix else (1,), what)
+
+
+def check_slices(ids: Any, n: int, check: bool | None) -> None:
+    """Refuses ids on the host that no group has; -1 is no group."""
+    if not is_readable(ids, check):
+        return
+    values = np.asarray(ids)
+    low, high = (0, 1) if values.shape[-1] != 1 or values.dtype == np.bool_ else (-1, n - 1)
+    bad = (values < low) | (values > high)
+    if bad.any():
+        raise ValueError(
+            f"slices must lie in {low} ... {high}"
+            + (" (-1: in no group)" if low else " (a membership matrix)")
+            + f". Given {values[bad][0]} at index {tuple(int(i) for i in np.argwhere(bad)[0])}."
+        )
+
+
 def as_normalizer(x: Any) -> Any:
     """A divisor: one number, float32 if it comes from the host. Of device arrays only the shape is looked at."""
     if x is None or isinstance(x, Divisor):

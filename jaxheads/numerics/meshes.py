@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def explicit_mesh(x: Any) -> Any:
@@ -21,6 +21,12 @@ def is_local(tree: Any) -> bool:
     """Whether every leaf is known to live on one device: no mesh, or one whose axes are all mapped by hand."""
     meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree)]
     return all(mesh.empty or set(mesh.axis_types) == {AxisType.Manual} for mesh in meshes)
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """`x` whole on every device, where types say that it is not."""
+    mesh = explicit_mesh(x)
+    return x if mesh is None else jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*[None] * x.ndim)))
 
 
 def size(x: jax.Array) -> int:

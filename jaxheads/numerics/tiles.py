@@ -15,59 +15,108 @@ import jax.numpy as jnp
 from jaxheads.numerics import meshes, pairs
 from jaxheads.numerics.linear import LinearLogits
 
-MAX_ROWS, MAX_ELEMENTS = 8192, 2**18
+# Small tiles save memory, large ones spare the CPU the handling of many: an eighth of the rows, within these limits.
+MIN_ROWS, MAX_ROWS, MAX_ELEMENTS = 2**13, 2**15, 2**18
 
 
 def tile_rows(shape: tuple[Any, ...]) -> int | None:
     """How many rows of an array of this shape make a tile, None if it is not worth cutting."""
     if not all(isinstance(size, int) for size in shape):
         return None
-    rows = max(1, min(MAX_ROWS, MAX_ELEMENTS // max(1, math.prod(shape[1:]))))
+    rows = min(max(MIN_ROWS, shape[0] // 8), MAX_ROWS)
+    rows = max(1, min(rows, MAX_ELEMENTS // max(1, math.prod(shape[1:]))))
     return rows if shape[0] >= 2 * rows else None
 
 
-def summed(sums: Callable[[dict[str, Any]], jax.Array], batch: dict[str, Any]) -> jax.Array:
-    """`sums(batch)` of a gathered batch whose rows do not depend on each other: tile by tile, where that pays.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Late:
+    """What is to be reduced, with the weights and groups of its rows: tile by tile, or once for all rows.
+
+    Attributes:
+        observation: with arrays of one entry a row, and `reduce`.
+        weights: of the rows.
+        groups, replicas: as `how` takes them.
+        how: `(observation, weights, groups, replicas) -> sums`.
+    """
+
+    observation: Any
+    weights: Any
+    groups: Any
+    replicas: Any
+    how: Callable[..., jax.Array] = dataclasses.field(metadata={"static": True})
+
+    def reduced(self) -> jax.Array:
+        """The sums."""
+        return self.how(self.observation, self.weights, self.groups, self.replicas)
+
+
+def finished(parts: list[Any]) -> list[jax.Array]:
+    """The sums, of what was left for later too."""
+    return [part.reduced() if isinstance(part, Late) else part for part in parts]
+
+
+def summed(sums: Callable[[dict[str, Any]], list[Any]], batch: dict[str, Any]) -> list[jax.Array]:
+    """The parts of `sums(batch)` of a gathered batch whose rows do not depend on each other, in tiles where that pays.
 
     Feature columns may have any shape, so a batch that carries some is not cut.
     """
     logits = batch["logits"]
     rows = tile_rows(tuple(logits.shape))
-    if rows is None or batch["features"] or not meshes.is_local(batch):
-        return sums(batch)
+    if rows is None or batch["features"] or not meshes.is_local({k: v for k, v in batch.items() if k != "key"}):
+        return finished(sums(batch))
     lazy = isinstance(logits, LinearLogits)
-    cut = {key: batch[key] for key in ("labels", "weights", "where", "scale") if key in batch}
+    cut = {key: batch[key] for key in ("labels", "weights", "where", "scale", "slices") if key in batch}
     cut["logits"] = logits.hidden if lazy else logits
 
-    def by_tiles(cut, batch):
-        def of_tile(tile, fresh):
+    def by_tiles(cut: Any, batch: Any) -> list[jax.Array]:
+        def of_tile(tile: Any, fresh: jax.Array, i: jax.Array) -> list[Any]:
             inner = dataclasses.replace(batch["logits"], hidden=tile["logits"]) if lazy else tile["logits"]
             fresh = jnp.broadcast_to(fresh.reshape(-1, *[1] * (len(inner.shape) - 1)), (*inner.shape[:-1], 1))
-            return sums({**batch, **tile, "where": (*tile["where"], fresh), "logits": inner})
+            keys = {"key": jax.random.fold_in(batch["key"], i)} if "key" in batch else {}
+            return sums({**batch, **tile, **keys, "where": (*tile["where"], fresh), "logits": inner})
 
         return sum_over_rows(of_tile, cut, logits.shape[0], rows)
 
-    return jax.lax.platform_dependent(cut, batch, cpu=by_tiles, default=lambda _, batch: sums(batch))
+    return jax.lax.platform_dependent(cut, batch, cpu=by_tiles, default=lambda _, batch: finished(sums(batch)))
 
 
-def sum_over_rows(sums: Callable[[Any, jax.Array], jax.Array], batch: Any, n: int, rows: int) -> jax.Array:
-    """`sums(tile, fresh)` added over all tiles of `batch`, whose leaves have `n` rows.
+def sum_over_rows(sums: Callable[..., list[Any]], batch: Any, n: int, rows: int) -> list[jax.Array]:
+    """The parts of `sums(tile, fresh, i)` added over all tiles of `batch`, whose leaves have `n` rows.
 
-    The last tile overlaps the one before it; `fresh [rows]` is False for the rows that were counted already.
+    The last tile overlaps the one before it; `fresh [rows]` is False for the rows that were counted already. What a
+    tile leaves for later is reduced once, for all tiles together.
     """
+    # Without their last axis of size 1: with it XLA's CPU code for what is made of a tile is many times slower.
+    thin = jax.tree.map(lambda x: x.ndim > 1 and x.shape[-1] == 1, batch)
+    batch = jax.tree.map(lambda x, is_thin: x[..., 0] if is_thin else x, batch, thin)
+    is_late: list[bool] = []
 
-    def body(i, carry):
-        total, lost = carry
+    def of_tile(i: jax.Array) -> tuple[list[jax.Array], list[Late]]:
         start = jnp.minimum(i * rows, n - rows)
         tile = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows), batch)
+        tile = jax.tree.map(lambda x, is_thin: x[..., None] if is_thin else x, tile, thin)
         fresh = start + jnp.arange(rows, dtype=jnp.int32) >= i * rows
-        total, error = pairs.two_sum(total, sums(tile, fresh))
-        return total, lost + error
+        parts = sums(tile, fresh, i)
+        is_late[:] = [isinstance(part, Late) for part in parts]
+        late = [part for part in parts if isinstance(part, Late)]
+        return [part for part in parts if not isinstance(part, Late)], late
 
-    size = jax.eval_shape(sums, jax.tree.map(lambda x: x[:rows], batch), jnp.ones(rows, bool)).shape
-    zero = jnp.zeros(size, jnp.float32)
+    def body(carry: Any, i: jax.Array) -> tuple[Any, list[Any]]:
+        parts, late = of_tile(i)
+        # Each by itself: put together in one array, XLA would make what is in them again for every number.
+        added = [pairs.two_sum(total, part) for (total, _), part in zip(carry, parts, strict=True)]
+        carry = [(total, lost + error) for (total, error), (_, lost) in zip(added, carry, strict=True)]
+        return carry, [(part.observation, part.weights, part.groups) for part in late]
+
+    shapes, late_shapes = jax.eval_shape(of_tile, jnp.int32(0))
+    zero = jnp.float32(0)
     for leaf in jax.tree.leaves(batch):
         # Inside shard_map the carry must be typed as varying over the axes that its data vary over.
         zero = jnp.where(False, leaf[(0,) * leaf.ndim].astype(jnp.float32), zero)
-    total, lost = jax.lax.fori_loop(0, -(-n // rows), body, (zero, zero))
-    return jnp.where(jnp.isfinite(total), total + lost, total)
+    carry = [(jnp.zeros(x.shape, jnp.float32) + zero, jnp.zeros(x.shape, jnp.float32) + zero) for x in shapes]
+    carry, stacked = jax.lax.scan(body, carry, jnp.arange(-(-n // rows), dtype=jnp.int32))
+    exact = iter([jnp.where(jnp.isfinite(total), total + lost, total) for total, lost in carry])
+    whole = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
+    late = iter([Late(*arrays, like.replicas, like.how) for arrays, like in zip(whole, late_shapes, strict=True)])
+    return [next(late).reduced() if later else next(exact) for later in is_late]

@@ -31,9 +31,11 @@ class Fitted(NamedTuple):
     history: list[dict[str, float]]
 
 
-def evaluate(state: TrainState, eval_step: Callable[..., Any], batches: Batches, *, progress: bool = False) -> Metrics:
-    """The `Metrics` of all batches. `eval_step` is what `make_eval_step` gave; it is compiled if it is not yet."""
-    return mean_loss_and_metrics(state, _compiled(eval_step), _bar(batches, "evaluate", progress))[1]
+def evaluate(
+    state: TrainState, eval_step: Callable[..., Any], batches: Batches, *, key: Any = None, progress: bool = False
+) -> Metrics:
+    """The `Metrics` of all batches, by what `make_eval_step` gave, compiled if it is not yet; `key` for a bootstrap."""
+    return mean_loss_and_metrics(state, _compiled(eval_step), _bar(batches, "evaluate", progress), key)[1]
 
 
 def fit(
@@ -137,7 +139,8 @@ def _bar(batches: Batches, title: str, progress: bool) -> Iterator[Mapping[str, 
 
 
 def _named(prefix: str, metrics: Metrics) -> dict[str, float]:
-    return {f"{prefix}/{key}": float(value) for key, value in metrics.compute().items()}
+    # A confusion matrix is no number to follow.
+    return {f"{prefix}/{key}": float(value) for key, value in metrics.compute().items() if value.ndim == 0}
 
 
 def _report(line: Mapping[str, float], writer: Any, progress: bool) -> None:

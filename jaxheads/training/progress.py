@@ -97,11 +97,11 @@ def _added(sums: jax.Array | None, out: Any) -> jax.Array:
     return pairs.add(jnp.zeros_like(both) if sums is None else sums, both)
 
 
-def mean_loss_and_metrics(state: Any, step: Any, batches: Iterable[Any]) -> tuple[float, Metrics]:
-    """The mean loss of the batches of an evaluation, and the metrics of all."""
+def mean_loss_and_metrics(state: Any, step: Any, batches: Iterable[Any], key: Any = None) -> tuple[float, Metrics]:
+    """The mean loss of the batches of an evaluation, and the metrics of all; each with a key of its own, if any."""
     at, metrics = Progress(), None
-    for batch in batches:
-        out = step(state, batch)
+    for i, batch in enumerate(batches):
+        out = step(state, batch) if key is None else step(state, batch, jax.random.fold_in(key, i))
         at.add(out)
         metrics = out.metrics
     if metrics is None:

@@ -19,6 +19,7 @@ from jaxheads.training.state import TrainState, parted
 
 KEYS = ("features", "labels", "weights", "where")
 PASSED = ("train", "model_state", "rngs")
+REPLICAS = 2**31 - 1  # what the keys of bootstrap replicas are folded with: as many other keys are not
 
 
 class StepOutput(NamedTuple):
@@ -123,7 +124,10 @@ def make_train_step(
         model_state, head_state = carried
         loss, grads, (logits, losses, model_state) = gradients(state, batch, key, model_state, divisor)
         given, bound = {**batch, "logits": logits}, fields.merge(state.head_params, state.head_state)
-        metrics = head.measure(**given, regularization_losses=losses, params=bound) if with_metrics else None
+        metrics = None
+        if with_metrics:
+            draws = None if head.bootstrap is None else jax.random.fold_in(key, REPLICAS)
+            metrics = head.measure(**given, regularization_losses=losses, params=bound, key=draws)
         if head_state:
             head_state = head.update_state(head_state, **given, params=state.head_params, axis_name=axis_name)
         return loss, grads, metrics, (averaged(model_state, axis_name), head_state)
@@ -184,18 +188,24 @@ def make_eval_step(
     *,
     axis_name: Any = None,
     regularization_fn: Callable[[Any], Any] | None = None,
-) -> Callable[[TrainState, Mapping[str, Any]], StepOutput]:
-    """A step of evaluation: `(state, batch) -> out`; add up `out.metrics`. The arguments are those of training."""
+) -> Callable[..., StepOutput]:
+    """A step of evaluation: `(state, batch) -> out`; add up `out.metrics`. The arguments are those of training.
+
+    Of a head with a `bootstrap` it is `(state, batch, key) -> out`, with a new key for every batch; under `axis_name`
+    it is folded with the device.
+    """
     check_head(head)
     call = _caller(apply_fn)
 
-    def eval_step(state: TrainState, batch: Mapping[str, Any]) -> StepOutput:
+    def eval_step(state: TrainState, batch: Mapping[str, Any], key: jax.Array | None = None) -> StepOutput:
         _check_state(state)
         given = _unpacked(batch)
         logits, _ = call(state.params, given["features"], False, state.model_state, None)
         given |= {"logits": logits, "regularization_losses": _listed(regularization_fn, state.params)}
         loss = head.loss(**given, params=state.bound, axis_name=axis_name)
-        metrics = head.measure(**given, params=state.bound)
+        if key is not None and axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        metrics = head.measure(**given, params=state.bound, key=key)
         return StepOutput(loss, metrics if axis_name is None else metrics.psum(axis_name))
 
     return eval_step

@@ -8,9 +8,10 @@ loop once. Times are for looking at: the heads take turns, and the median of eac
 """
 
 import argparse
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ HEADS: dict[str, jh.Head] = {
     "BinaryClassHead, 1000 thresholds": jh.BinaryClassHead(thresholds=tuple(k / 1001 for k in range(1, 1001))),
 }
 ROWS = (1_024, 65_536, 1_048_576)
+SHORT = 20  # ms
 
 
 class Cost(NamedTuple):
@@ -63,25 +65,49 @@ def batch_of(head: jh.Head, rows: int, masked: bool = False) -> dict[str, Any]:
     return batch
 
 
-def compiled_update(head: jh.Head, batch: dict[str, Any]) -> Callable[..., jh.Metrics]:
-    """`(metrics, batch) -> metrics`, compiled for the shapes of a batch."""
+def update_of(head: jh.Head) -> Callable[[jh.Metrics, Mapping[str, Any]], jh.Metrics]:
+    """`(metrics, batch) -> metrics`."""
 
-    def update(metrics: jh.Metrics, batch: dict[str, Any]) -> jh.Metrics:
+    def update(metrics: jh.Metrics, batch: Mapping[str, Any]) -> jh.Metrics:
         return head.update_metrics(metrics, features=None, **batch)
 
-    return jax.jit(update).lower(head.metrics(), batch).compile()
+    return update
 
 
-def medians(updates: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]], repeat: int) -> dict[str, float]:
-    """The median time of each in ms; they take turns, so that a slow moment of the machine is everyone's."""
+def compiled_update(head: jh.Head, batch: dict[str, Any]) -> Callable[..., jh.Metrics]:
+    """`(metrics, batch) -> metrics`, compiled for the shapes of a batch."""
+    return jax.jit(update_of(head)).lower(head.metrics(), batch).compile()
+
+
+def timings(
+    updates: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]], repeat: int, seconds: float = math.inf
+) -> dict[str, list[float]]:
+    """The times of each in ms; they take turns, so that a slow moment of the machine is everyone's.
+
+    Args:
+        updates: a function and its arguments by name.
+        repeat: timed calls of each; a first call is not timed.
+        seconds: after this long the turns of one end, but not before three timed calls.
+    """
     times: dict[str, list[float]] = {name: [] for name in updates}
     for turn in range(repeat + 1):
         for name, (update, arguments) in updates.items():
+            spent = times[name]
+            if len(spent) >= 3 and sum(spent) > 1e3 * seconds:
+                continue
+            if spent and spent[-1] < SHORT:
+                # What another left in the caches, after a call of seconds and gigabytes, is not this one's doing.
+                jax.block_until_ready(update(*arguments))
             start = time.perf_counter()
             jax.block_until_ready(update(*arguments))
             if turn:  # the first is a warm-up
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(each) for name, each in times.items()}
+                spent.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def medians(updates: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]], repeat: int) -> dict[str, float]:
+    """The median time of each in ms."""
+    return {name: statistics.median(times) for name, times in timings(updates, repeat).items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

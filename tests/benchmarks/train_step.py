@@ -4,8 +4,12 @@ python tests/benchmarks/train_step.py
 """
 
 import argparse
+import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import jax
 import jax.numpy as jnp

@@ -1,0 +1,96 @@
+"""Metrics of all thresholds at once: how well scores rank. Bins leave an interval, `compute(bounds=True)`.
+
+Each takes `average` and `name`; the rules for ties, for 0/0 and for absent classes are told in `jaxheads.metrics`.
+
+>>> import jax.numpy as jnp
+>>> import jaxheads as jh
+>>> head = jh.MultiLabelHead(3).with_metrics(jh.metrics.RocAuc(average="macro"), jh.metrics.AveragePrecision())
+>>> labels = jnp.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]])
+>>> logits = jnp.array([[2.0, 0.5, -1.0], [-0.5, 1.0, -2.0], [1.0, 0.0, 0.5]])
+>>> values = head.measure(labels=labels, logits=logits).compute()
+>>> print(f"{values['auc_macro']:.2f} {values['average_precision']:.4f}")  # (1 + 1/2) / 2: the last class is absent
+0.75 0.9167
+"""
+
+import dataclasses
+from typing import Any
+
+from jaxheads.metrics.curves import Interval, ScoresView
+from jaxheads.metrics.outcomes import Outcomes
+from jaxheads.metrics.scored import AbstractScoreMetric
+
+
+@dataclasses.dataclass(frozen=True)
+class RocAuc(AbstractScoreMetric):
+    """`auc`, the area under the ROC curve: how often a positive has a higher score than a negative.
+
+    Undefined without positives or without negatives. Source: `roc_auc_score`.
+    """
+
+    stem = "auc"
+
+    def read(self, view: ScoresView) -> Interval:
+        return view.roc_auc()
+
+
+@dataclasses.dataclass(frozen=True)
+class PrAuc(AbstractScoreMetric):
+    """`auc_precision_recall`, the area under the precision-recall curve, interpolated as by Davis and Goadrich (2006).
+
+    Undefined without positives. Source: Keras `AUC(curve="PR")`.
+    """
+
+    stem = "auc_precision_recall"
+
+    def read(self, view: ScoresView) -> Interval:
+        return view.pr_auc()
+
+
+@dataclasses.dataclass(frozen=True)
+class AveragePrecision(AbstractScoreMetric):
+    """`average_precision = sum_n (R_n - R_{n-1}) P_n`: precision averaged over the positives, without interpolation.
+
+    Undefined without positives. The value is that of the bins, as if scores were equal inside them. Source:
+    `average_precision_score`.
+    """
+
+    stem = "average_precision"
+
+    def read(self, view: ScoresView) -> Interval:
+        xp, p, worst = view.xp, view.positive, view.worst()
+
+        def averaged(precision: Any) -> Any:
+            return view.zeroed().ratio((p * precision).sum(-1), view.positives)
+
+        # Most is reached if the positives of a bucket come first, and at once. Least, if its negatives do and then its
+        # positives in ever smaller parts: the integral of (t + x) / (t + x + FP) over x from 0 to p, where t are the
+        # positives above the bucket, and FP the negatives above and inside it.
+        apart = p - worst.false_positives * xp.log1p(
+            view.zeroed().ratio(p, worst.true_positives + worst.false_positives)
+        )
+        return view.interval(
+            view.positives > 0,
+            averaged(view.cuts().zeroed().precision[..., :-1]),
+            lower=view.zeroed().ratio(apart.sum(-1), view.positives),
+            upper=averaged(view.ideal().zeroed().precision),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class KolmogorovSmirnov(AbstractScoreMetric):
+    """`kolmogorov_smirnov`, the largest `|TPR - FPR|` at any threshold: how far apart the scores of the classes lie.
+
+    Undefined without positives or without negatives. The value, and its lower bound, is the largest at an edge of the
+    bins. Source: `scipy.stats.ks_2samp`.
+    """
+
+    stem = "kolmogorov_smirnov"
+
+    def read(self, view: ScoresView) -> Interval:
+        def ahead(outcomes: Outcomes) -> Any:
+            return outcomes.zeroed().recall - outcomes.zeroed().fall_out
+
+        xp, defined = view.xp, (view.positives > 0) & (view.negatives > 0)
+        value = xp.abs(ahead(view.cuts())).max(-1)
+        upper = xp.maximum(ahead(view.ideal()).max(-1), -ahead(view.worst()).min(-1))
+        return view.interval(defined, value, value, upper)

@@ -1,0 +1,276 @@
+"""Whether probabilities are what they say: exact sums of their own, no bins of scores.
+
+Each takes `average` and `name`; the rules for 0/0 and for absent classes are told in `jaxheads.metrics`. A soft label y
+counts as weight y positive and 1 - y negative, here too.
+
+>>> import jax.numpy as jnp
+>>> import jaxheads as jh
+>>> head = jh.BinaryClassHead().with_metrics(jh.metrics.BrierScore(), jh.metrics.ExpectedCalibrationError())
+>>> labels, p = jnp.array([1, 0, 0, 0]), jnp.array([[0.75], [0.25], [0.25], [0.25]])
+>>> values = head.measure(labels=labels, logits=jnp.log(p / (1 - p))).compute()
+>>> print(f"{values['brier_score']:.4f} {values['expected_calibration_error']:.2f}")
+0.0625 0.25
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxheads.metrics.base import Observation, View
+from jaxheads.metrics.scored import AbstractScoreMetric
+from jaxheads.numerics import masking
+from jaxheads.numerics.edges import edges_of
+from jaxheads.numerics.histograms import histogram
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ClassMeans(Observation):
+    """Sums of `a v`, of `a` and of `a y` for each class: a mean, and what it is weighted by.
+
+    Args:
+        values: one value an entry, `[..., c]`.
+        labels: float `[..., c]` in [0, 1].
+        names: of the entries of the last axis.
+    """
+
+    values: Any
+    labels: Any
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def size(self) -> int:
+        """Three sums a class."""
+        return 3 * len(self.names)
+
+    def reduce(self, weights: jax.Array) -> jax.Array:
+        """The weighted sums of this batch, then the weights, then those of the positives."""
+        values = jnp.asarray(self.values, jnp.float32)
+        weights = weights * masking.ones_like(values)
+        three = (masking.weighted(values, weights), weights, masking.weighted(self.labels, weights))
+        if len(self.names) == 1:
+            return jnp.stack([masking.total(x) for x in three])
+        return jnp.concatenate([masking.column_totals(x) for x in three])
+
+    def read(self, sums: Any, xp: Any, undefined: float) -> "ClassMeansView":
+        """The means, of all classes and of each."""
+        three = sums.reshape((*sums.shape[:-1], 3, len(self.names)))
+        weighted, total, support = (three[..., i, :] for i in range(3))
+        # So that a mean over classes does not take a NaN for a class that is absent.
+        total = xp.where(xp.isnan(weighted), weighted, total)
+        each = ClassMeansView(xp, undefined, self.names, weighted, total, support)
+        return ClassMeansView(xp, undefined, self.names, weighted.sum(-1), total.sum(-1), support.sum(-1), each)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassMeansView(View):
+    """Means that can be read: of all entries, and with the classes on a last axis."""
+
+    names: tuple[str, ...]
+    weighted: Any
+    total: Any
+    support: Any
+    each: "ClassMeansView | None" = None
+
+    def by_class(self) -> Any:
+        """All classes at once: every value has them on a last axis."""
+        return self.each
+
+    @property
+    def mean(self) -> Any:
+        """The weighted mean."""
+        return self.ratio(self.weighted, self.total)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CalibrationBins(Observation):
+    """Sums of `a`, `a p` and `a y` by class and by equal steps of the probability p, of which each holds its upper end.
+
+    Args:
+        labels: float `[..., c]` in [0, 1].
+        logits: float `[..., c]`.
+        bins: the number of steps.
+        names: of the entries of the last axis.
+    """
+
+    labels: Any
+    logits: Any
+    bins: int = dataclasses.field(metadata={"static": True})
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def size(self) -> int:
+        """Three sums a class and step."""
+        return 3 * len(self.names) * self.bins
+
+    def reduce(self, weights: jax.Array) -> jax.Array:
+        """One pass: the step of each entry, then its three sums."""
+        p = jax.nn.sigmoid(jnp.asarray(self.logits, jnp.float32))
+        weights = weights * masking.ones_like(p)
+        # A NaN belongs to no step; it must show, so it makes a NaN of one.
+        weights = jnp.where(jnp.isnan(p) & (weights != 0), p, weights)
+        edges = edges_of(tuple(k / self.bins for k in range(1, self.bins)))
+        three = (weights, masking.weighted(p, weights), masking.weighted(self.labels, weights))
+        columns = list(range(len(self.names))) if len(self.names) > 1 else None
+        return histogram(edges.locate(p), three, self.bins, columns).ravel()
+
+    def read(self, sums: Any, xp: Any, undefined: float) -> "CalibrationView":
+        """The steps, of all classes and of each."""
+        three = sums.reshape((*sums.shape[:-1], 3, len(self.names), self.bins))
+        weight, predicted, observed = (three[..., i, :, :] for i in range(3))
+        each = CalibrationView(xp, undefined, self.names, weight, predicted, observed)
+        return CalibrationView(xp, undefined, self.names, weight.sum(-2), predicted.sum(-2), observed.sum(-2), each)
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationView(View):
+    """Calibration by steps of probability (on the last axis) that can be read."""
+
+    names: tuple[str, ...]
+    weight: Any
+    predicted: Any
+    observed: Any
+    each: "CalibrationView | None" = None
+
+    def by_class(self) -> Any:
+        """All classes at once: every value has them on a last axis."""
+        return self.each
+
+    @property
+    def total(self) -> Any:
+        """The weight of all entries."""
+        return self.weight.sum(-1)
+
+    @property
+    def support(self) -> Any:
+        """The weight of the positives."""
+        return self.observed.sum(-1)
+
+    @property
+    def error(self) -> Any:
+        """The mean distance between mean probability and frequency, weighted by what each step holds."""
+        return self.ratio(self.xp.abs(self.predicted - self.observed).sum(-1), self.total)
+
+    def curve(self) -> tuple[Any, Any, Any]:
+        """`predicted, observed, weight` of each step: mean probability, frequency; undefined where it holds nothing."""
+        return self.ratio(self.predicted, self.weight), self.ratio(self.observed, self.weight), self.weight
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractSumsMetric(AbstractScoreMetric):
+    """A metric with sums of its own, of the scores that its head has a histogram of."""
+
+    def observe(
+        self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]
+    ) -> Mapping[str, Observation]:
+        return {self.kept: self.sums(self.check_classes(self.made(sources)))}
+
+    @property
+    def kept(self) -> str:
+        """Under which key the sums are accumulated."""
+        return self.stem
+
+    @abc.abstractmethod
+    def sums(self, scores: Any) -> Observation:
+        """What is accumulated, for every average alike."""
+
+    def summarize(self, seen: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self.values(seen[self.kept])
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractClassMean(AbstractSumsMetric):
+    """A weighted mean of one value an entry."""
+
+    def sums(self, scores: Any) -> Observation:
+        labels = jnp.asarray(scores.labels, jnp.float32) * masking.ones_like(scores.logits)
+        return ClassMeans(self.entries(labels, scores.logits), labels, scores.class_names)
+
+    @abc.abstractmethod
+    def entries(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
+        """One value an entry, `[..., c]`."""
+
+    def read(self, view: ClassMeansView) -> Any:
+        return view.mean
+
+
+@dataclasses.dataclass(frozen=True)
+class BrierScore(AbstractClassMean):
+    """`brier_score`, the mean of `y (1 - p)^2 + (1 - y) p^2`: for labels 0 and 1, of `(y - p)^2`.
+
+    Undefined where nothing was seen. Source: `brier_score_loss`.
+    """
+
+    stem = "brier_score"
+
+    def entries(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
+        # sigmoid(-z) is 1 - p where that is small, too.
+        return labels * jax.nn.sigmoid(-logits) ** 2 + (1 - labels) * jax.nn.sigmoid(logits) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class LogLoss(AbstractClassMean):
+    """`log_loss`, the mean of `-y ln p - (1 - y) ln(1 - p)`, whatever the head is trained on.
+
+    The `average_loss` of a `BinaryClassHead` and of a `MultiLabelHead` without `loss_fn` is just that; this is for
+    heads with a loss of their own, and by class. Undefined where nothing was seen. Source: `log_loss`.
+    """
+
+    stem = "log_loss"
+
+    def entries(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
+        # Masked, for at a logit of inf one of the terms is 0 times inf.
+        right = masking.weighted(jax.nn.softplus(-logits), labels)
+        return right + masking.weighted(jax.nn.softplus(logits), 1 - labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseRate(AbstractClassMean):
+    """`base_rate`, the mean of the labels: the share of positives, and the precision of guessing.
+
+    Undefined where nothing was seen.
+    """
+
+    stem = "base_rate"
+
+    def entries(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
+        return labels
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpectedCalibrationError(AbstractSumsMetric):
+    """`expected_calibration_error`, the sum over equal steps of p of `|sum a p - sum a y|`, divided by `sum a`.
+
+    Exact for its steps, whatever the bins of the scores. Undefined where nothing was seen. Source: Naeini et al.
+    (2015); scikit-learn's `calibration_curve` has the same steps.
+
+    Args:
+        bins: the number of steps, at least 2.
+    """
+
+    bins: int = 15
+
+    stem = "expected_calibration_error"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.bins, bool) or not isinstance(self.bins, (int, np.integer)) or self.bins < 2:
+            raise ValueError(f"ExpectedCalibrationError: bins must be an integer of at least 2. Given {self.bins!r}.")
+        object.__setattr__(self, "bins", int(self.bins))
+
+    @property
+    def kept(self) -> str:
+        return f"calibration/{self.bins}"
+
+    def sums(self, scores: Any) -> Observation:
+        labels = jnp.asarray(scores.labels, jnp.float32) * masking.ones_like(scores.logits)
+        return CalibrationBins(labels, scores.logits, self.bins, scores.class_names)
+
+    def read(self, view: CalibrationView) -> Any:
+        return view.error

@@ -1,0 +1,180 @@
+"""Metrics of regression: errors, and how much of the labels is explained.
+
+They read the moments of labels and predictions, after the inverse link. Of several targets each is the mean over
+targets, or, with `multioutput="raw_values"`, of each under a key of its own, `KEY/target0`.
+
+>>> import jaxheads as jh
+>>> head = jh.RegressionHead().with_metrics(jh.metrics.RootMeanSquaredError(), jh.metrics.R2Score())
+>>> values = head.measure(labels=[3.0, -0.5, 2.0, 7.0], logits=[[2.5], [0.0], [2.0], [8.0]]).compute()
+>>> print(f"{values['root_mean_squared_error']:.4f} {values['r2_score']:.4f}")
+0.6124 0.9486
+"""
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from jaxheads.metrics.base import AbstractSourceMetric
+from jaxheads.metrics.curves import Interval
+from jaxheads.metrics.moments import Moments, MomentsView, RoundedInterval
+
+OUTPUTS = ("uniform_average", "raw_values")
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractMomentMetric(AbstractSourceMetric):
+    """A metric of labels and predictions of each target.
+
+    Args:
+        multioutput: of several targets, `"uniform_average"`: the mean over those for which the metric is defined; or
+            `"raw_values"`: each, as `KEY/target0`, `KEY/target1`, ...
+    """
+
+    multioutput: Literal["uniform_average", "raw_values"] = "uniform_average"
+
+    source = "moments"
+    key: ClassVar[str]
+
+    def __post_init__(self):
+        if self.multioutput not in OUTPUTS:
+            raise ValueError(
+                f"{type(self).__name__}: multioutput must be one of {OUTPUTS}. Given {self.multioutput!r}."
+            )
+
+    @abc.abstractmethod
+    def read(self, view: MomentsView) -> Any:
+        """The value of each target, `[..., d]`; of an `Interval`, its three."""
+
+    def values(self, view: MomentsView) -> dict[str, Any]:
+        return self._shown(view, self.read(view), view.weight > 0)
+
+    def _shown(self, view: MomentsView, each: Any, defined: Any) -> dict[str, Any]:
+        if self.multioutput == "raw_values":
+            return {f"{self.key}/target{i}": each[..., i] for i in range(each.shape[-1])}
+        return {self.key: view.mean_over(each, defined)}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanSquaredError(AbstractMomentMetric):
+    """`mean_squared_error = sum(a (y - p)^2) / sum(a)`. Source: `sklearn.metrics.mean_squared_error`."""
+
+    key = "mean_squared_error"
+
+    def read(self, view: MomentsView) -> Any:
+        return view.mean(view.error_square)
+
+
+@dataclasses.dataclass(frozen=True)
+class RootMeanSquaredError(AbstractMomentMetric):
+    """`root_mean_squared_error`, the root of the mean over all data seen (and not a mean of roots).
+
+    Of several targets, the mean of their roots. Source: `sklearn.metrics.root_mean_squared_error`.
+    """
+
+    key = "root_mean_squared_error"
+
+    def read(self, view: MomentsView) -> Any:
+        root = view.xp.sqrt
+        return view.ratio(root(view.error_square), root(view.weight))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanAbsoluteError(AbstractMomentMetric):
+    """`mean_absolute_error = sum(a |y - p|) / sum(a)`. Source: `sklearn.metrics.mean_absolute_error`."""
+
+    key = "mean_absolute_error"
+
+    def read(self, view: MomentsView) -> Any:
+        return view.mean(view.error_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractShiftMetric(AbstractMomentMetric):
+    """A metric that compares with the spread of the labels, which sums of squares lose where the mean is large.
+
+    A float32 knows a sum of squares to seven digits: of labels about 10,000 with a spread of 1, the spread is in the
+    ninth. Then it is undefined, the interval of `compute(bounds=True)` is all there is, and the printed metrics say so.
+    With `shift=10_000` it is exact again.
+
+    Args:
+        multioutput: as for all metrics of regression.
+        shift: a number near the mean of the labels, or one a target. It is taken from labels and predictions before
+            they are squared, which changes rounding alone; all metrics of the head share it.
+    """
+
+    shift: float | Sequence[float] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.shift is None:
+            return
+        given = np.asarray(self.shift)
+        if given.ndim > 1 or given.dtype.kind not in "iuf" or not np.isfinite(given.astype(np.float32)).all():
+            raise ValueError(f"{type(self).__name__}: shift must be a number, or one a target. Given {self.shift!r}.")
+        shift = given.astype(float).tolist()
+        object.__setattr__(self, "shift", tuple(shift) if given.ndim else shift)
+
+    def refine(self, observation: Moments) -> Moments:
+        if self.shift is None:
+            return observation
+        shift, n = self.shift if isinstance(self.shift, tuple) else (self.shift,), observation.n_targets
+        if len(shift) not in (1, n):
+            raise ValueError(f"{self!r} has {len(shift)} shifts. This head has {n} targets: give one, or one a target.")
+        return dataclasses.replace(observation, shift=shift * n if len(shift) < n else shift)
+
+    @abc.abstractmethod
+    def read(self, view: MomentsView) -> Interval:
+        """The value of each target, with what rounding leaves open."""
+
+    def values(self, view: MomentsView) -> dict[str, Any]:
+        if self.multioutput == "raw_values":
+            parts = [self._shown(view, x, None) for x in self.read(view)]
+        else:
+            # What has no value is left out; what is NaN because of the data is not.
+            nan, broken = view.xp.isnan, view.is_broken()
+            each = self.read(dataclasses.replace(view, undefined=np.nan))
+            parts = [self._shown(view, x, ~nan(x) | broken) for x in each]
+        mend = view.mend()
+        return {key: RoundedInterval.of(mend, *(part[key] for part in parts)) for key in parts[0]}
+
+
+@dataclasses.dataclass(frozen=True)
+class R2Score(AbstractShiftMetric):
+    """`r2_score = 1 - sum(a (y - p)^2) / sum(a (y - mean(y))^2)`; undefined where all labels are equal.
+
+    Source: `sklearn.metrics.r2_score(force_finite=False)`.
+    """
+
+    key = "r2_score"
+
+    def read(self, view: MomentsView) -> Interval:
+        return view.r2()
+
+
+@dataclasses.dataclass(frozen=True)
+class ExplainedVariance(AbstractShiftMetric):
+    """`explained_variance = 1 - var(y - p) / var(y)`: R^2, were predictions right in the mean.
+
+    Source: `sklearn.metrics.explained_variance_score(force_finite=False)`.
+    """
+
+    key = "explained_variance"
+
+    def read(self, view: MomentsView) -> Interval:
+        return view.explained_variance()
+
+
+@dataclasses.dataclass(frozen=True)
+class PearsonCorrelation(AbstractShiftMetric):
+    """`pearson_correlation = cov(y, p) / sqrt(var(y) var(p))`; undefined where either is always the same.
+
+    Source: `scipy.stats.pearsonr`, `keras.metrics.PearsonCorrelation`.
+    """
+
+    key = "pearson_correlation"
+
+    def read(self, view: MomentsView) -> Interval:
+        return view.pearson()

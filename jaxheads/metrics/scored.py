@@ -1,0 +1,174 @@
+"""What the metrics of scores have in common: thresholds, averages over classes, and the names of both."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import jax
+import numpy as np
+
+from jaxheads.metrics.base import AbstractSourceMetric, Observation
+from jaxheads.metrics.curves import Interval, ScoresView
+from jaxheads.metrics.outcomes import Outcomes
+from jaxheads.metrics.scores import Scores
+from jaxheads.numerics import stable
+
+Average: TypeAlias = Literal["micro", "macro", "weighted"] | None
+AVERAGES = ("micro", "macro", "weighted", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractScoreMetric(AbstractSourceMetric):
+    """A metric of scores and labels: over all entries, or of each class.
+
+    Args:
+        average: `"micro"`, all entries as examples of one class; None, each class under a key of its own, `KEY/CLASS`;
+            `"macro"`, their mean, `KEY_macro`; `"weighted"`, their mean by support (the weight of their positives).
+        name: the key in place of the usual one.
+    """
+
+    average: Average = dataclasses.field(default="micro", kw_only=True)
+    name: str | None = dataclasses.field(default=None, kw_only=True)
+
+    source = "scores"
+    stem: ClassVar[str] = ""
+
+    def __post_init__(self):
+        if self.average not in AVERAGES:
+            raise ValueError(f"{type(self).__name__}: average must be one of {AVERAGES}. Given {self.average!r}.")
+        if self.name is not None and (not isinstance(self.name, str) or not self.name):
+            raise ValueError(f"{type(self).__name__}: name must be a string or None. Given {self.name!r}.")
+
+    @property
+    def key(self) -> str:
+        """The usual key, without average and class: by default the class attribute `stem`."""
+        return self.stem
+
+    @property
+    def ending(self) -> str:
+        """What of the key follows the average: the threshold."""
+        return ""
+
+    @abc.abstractmethod
+    def read(self, view: Any) -> Any:
+        """The value from a view, or several by what their keys add: `""` is the one that is averaged over classes."""
+
+    def check_classes(self, scores: Any) -> Any:
+        """The head's scores, refused where one class is to be averaged over classes."""
+        if self.average != "micro" and scores.logits.shape[-1] < 2:
+            raise ValueError(
+                f"{self!r} is of each class of several; this head scores one. Leave average= out, which is "
+                '"micro": all there is.'
+            )
+        return scores
+
+    def refine(self, observation: Any) -> Observation:
+        scores: Scores = self.check_classes(observation)
+        if self.average == "micro":
+            return scores
+        return dataclasses.replace(scores, columns=tuple(range(len(scores.class_names))))
+
+    def values(self, view: Any) -> Mapping[str, Any]:
+        suffix = f"_{self.average}" if self.average in ("macro", "weighted") else ""
+        stem = self.name or f"{self.key}{suffix}{self.ending}"
+        if self.average == "micro":
+            return {f"{stem}{part}": value for part, value in _parts(self.read(view)).items()}
+        each = view.by_class()
+        if self.average is None:
+            parts = _parts(self.read(each))
+            return {
+                f"{stem}{part}/{name}": _mapped(lambda x, i=i: x[..., i], value)
+                for part, value in parts.items()
+                for i, name in enumerate(view.names)
+            }
+        value, nan = _parts(self.read(each.with_undefined(np.nan)))[""], each.xp.isnan
+        # Not measured, unless it was measured and is NaN: that of a NaN score is not left out.
+        middle = value.value if isinstance(value, Interval) else value
+        defined = ~nan(middle) | nan(each.total)
+        weights = each.support if self.average == "weighted" else None
+        return {stem: _mapped(lambda x: view.mean_over(x, defined, weights), value)}
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractThresholdMetric(AbstractScoreMetric):
+    """A metric of yes-or-no decisions; exact at its threshold, which becomes an edge of the histogram.
+
+    Args:
+        threshold: a probability in (0, 1), above which is positive; by default z > 0, and of one of many classes the
+            first of the largest logits.
+    """
+
+    threshold: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.threshold is not None:
+            check_share(self, "threshold", 1.0)
+
+    @property
+    def ending(self) -> str:
+        return "" if self.threshold is None else f"/positive_threshold_{self.threshold:g}"
+
+    def refine(self, observation: Any) -> Observation:
+        scores: Any = super().refine(observation)
+        if self.threshold is None:
+            return scores
+        return dataclasses.replace(scores, thresholds=tuple(dict.fromkeys((*scores.thresholds, self.threshold))))
+
+    def observe(
+        self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]
+    ) -> Mapping[str, Observation]:
+        if self._decides_by_argmax(sources):
+            return {"confusion": sources["confusion"]()}
+        return super().observe(labels, logits, sources)
+
+    def summarize(self, seen: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self.values(seen["confusion" if self._decides_by_argmax(seen) else self.source])
+
+    def _decides_by_argmax(self, sources: Mapping[str, Any]) -> bool:
+        """Whether the head predicts one of many classes: without a threshold, its confusion matrix tells."""
+        return self.threshold is None and "confusion" in sources
+
+    def read(self, view: ScoresView) -> Any:
+        return self.decided(view.at_zero() if self.threshold is None else view.at(self.threshold))
+
+    def decided(self, outcomes: Outcomes) -> Any:
+        """The value from the weights of the four outcomes: by default what they have by the name of the key."""
+        return getattr(outcomes, self.stem)
+
+
+def check_share(metric: Any, field: str, below: float = np.inf) -> None:
+    """Makes a float of a field that must be a number in (0, 1], and smaller than `below`."""
+    value = _number(metric, field)
+    if not 0 < value <= 1 or value >= below or (value < 1 and not stable.fits_float32(value)):
+        end = ")" if below == 1.0 else "]"
+        raise ValueError(
+            f"{type(metric).__name__}: {field} must be a number in (0, 1{end}. Given {getattr(metric, field)!r}."
+        )
+    object.__setattr__(metric, field, value)
+
+
+def check_positive(metric: Any, field: str) -> None:
+    """Makes a float of a field that must be a positive finite number."""
+    value = _number(metric, field)
+    if not 0 < value < np.inf:
+        raise ValueError(
+            f"{type(metric).__name__}: {field} must be a positive number. Given {getattr(metric, field)!r}."
+        )
+    object.__setattr__(metric, field, value)
+
+
+def _number(metric: Any, field: str) -> float:
+    """A field as a float, NaN if it is no number."""
+    value = getattr(metric, field)
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return float(value) if number else np.nan
+
+
+def _parts(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {"": value}
+
+
+def _mapped(function: Any, value: Any) -> Any:
+    return Interval(*map(function, value)) if isinstance(value, Interval) else function(value)

@@ -1,0 +1,149 @@
+"""Metrics of yes-or-no decisions at a threshold: exact, whatever the bins.
+
+Each takes `threshold` (a probability in (0, 1), above which is positive; by default z > 0), `average` and `name`. Its
+key is that of its docstring, with `/positive_threshold_T` where a threshold was given; what `average` adds, and the
+rules for 0/0 and for absent classes, is told in `jaxheads.metrics`.
+
+>>> import jax.numpy as jnp
+>>> import jaxheads as jh
+>>> head = jh.BinaryClassHead().with_metrics(jh.metrics.FBeta(threshold=0.3), jh.metrics.Specificity())
+>>> labels, logits = jnp.array([1, 1, 0, 0]), jnp.array([[2.0], [-0.5], [-1.0], [0.5]])
+>>> values = head.measure(labels=labels, logits=logits).compute()
+>>> values["f1/positive_threshold_0.3"], values["specificity"]
+(np.float32(0.8), np.float32(0.5))
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from jaxheads.metrics.outcomes import Outcomes
+from jaxheads.metrics.scored import AbstractThresholdMetric, Average, check_positive
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision(AbstractThresholdMetric):
+    """`precision = TP / (TP + FP)`: of what is predicted positive, how much is. Source: `precision_score`."""
+
+    stem = "precision"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recall(AbstractThresholdMetric):
+    """`recall = TP / (TP + FN)`: of what is positive, how much is found. Source: `recall_score`."""
+
+    stem = "recall"
+
+
+@dataclasses.dataclass(frozen=True)
+class Specificity(AbstractThresholdMetric):
+    """`specificity = TN / (TN + FP)`: of what is negative, how much is left alone."""
+
+    stem = "specificity"
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy(AbstractThresholdMetric):
+    """`accuracy = (TP + TN) / (TP + TN + FP + FN)`. Source: Keras `BinaryAccuracy`."""
+
+    stem = "accuracy"
+
+
+@dataclasses.dataclass(frozen=True)
+class BalancedAccuracy(AbstractThresholdMetric):
+    """`balanced_accuracy`, the mean of recall and specificity. Source: `balanced_accuracy_score`.
+
+    Positives and negatives are its two classes: where one is absent it is the other's alone. Of many classes it is the
+    mean recall of those that have labels.
+    """
+
+    stem = "balanced_accuracy"
+
+
+@dataclasses.dataclass(frozen=True)
+class FBeta(AbstractThresholdMetric):
+    """`f1`, or `fbeta_B = (1 + B^2) TP / ((1 + B^2) TP + FP + B^2 FN)`. Source: `fbeta_score`.
+
+    Args:
+        beta: how many times recall weighs as much as precision.
+    """
+
+    beta: float = dataclasses.field(default=1.0, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "beta")
+
+    @property
+    def key(self) -> str:
+        return f_key(self.beta)
+
+    def decided(self, outcomes: Outcomes) -> Any:
+        return outcomes.f_beta(self.beta)
+
+
+def f_key(beta: float) -> str:
+    """The key of an F score."""
+    return "f1" if beta == 1 else f"fbeta_{beta:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class IoU(AbstractThresholdMetric):
+    """`iou = TP / (TP + FP + FN)`, intersection over union, or Jaccard's index.
+
+    Of pixels, each class by itself is `average=None`; `MeanIoU` is the mean. Source: Keras `IoU`, `jaccard_score`.
+    """
+
+    stem = "iou"
+
+
+@dataclasses.dataclass(frozen=True)
+class Support(AbstractThresholdMetric):
+    """`support`, the weight of the positives; of each class, under `support/CLASS`, if nothing else is asked for."""
+
+    average: Average = dataclasses.field(default=None, kw_only=True)
+
+    stem = "support"
+
+    def decided(self, outcomes: Outcomes) -> Any:
+        return outcomes.positives
+
+
+@dataclasses.dataclass(frozen=True)
+class MatthewsCorrcoef(AbstractThresholdMetric):
+    """`matthews_corrcoef = (TP TN - FP FN) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN))`.
+
+    The correlation of label and decision, from -1 to 1; undefined where either is always the same (scikit-learn's 0 is
+    `undefined=0.0`). Of many classes it is Gorodkin's R_K. Source: `matthews_corrcoef`.
+    """
+
+    stem = "matthews_corrcoef"
+
+
+@dataclasses.dataclass(frozen=True)
+class CohenKappa(AbstractThresholdMetric):
+    """`cohen_kappa = 2 (TP TN - FN FP) / ((TP + FP) (FP + TN) + (TP + FN) (FN + TN))`.
+
+    Agreement of label and decision beyond that of chance; undefined where both are always the same. Of many classes
+    `1 - sum(w_ij O_ij) / sum(w_ij E_ij)` over the confusion matrix O and what it would be if independent, E. Source:
+    `cohen_kappa_score`.
+
+    Args:
+        weights: how an error between classes i and j weighs: None, 1; `"linear"`, `|i - j|`, under
+            `cohen_kappa_linear`; `"quadratic"`, `(i - j)^2`, under `cohen_kappa_quadratic`. Of two, all are the same.
+    """
+
+    weights: Literal["linear", "quadratic"] | None = dataclasses.field(default=None, kw_only=True)
+
+    stem = "cohen_kappa"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.weights not in (None, "linear", "quadratic"):
+            raise ValueError(f'CohenKappa: weights must be None, "linear" or "quadratic". Given {self.weights!r}.')
+
+    @property
+    def key(self) -> str:
+        return f"{self.stem}_{self.weights}" if self.weights else self.stem
+
+    def decided(self, outcomes: Outcomes) -> Any:
+        return outcomes.kappa(self.weights)

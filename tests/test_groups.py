@@ -1,0 +1,307 @@
+"""Slices and bootstrap replicas: filtering and reweighting by hand, devices, coverage by simulation."""
+
+import functools
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.stats
+from devices import AXES, count, mesh_of
+from jax.sharding import NamedSharding, PartitionSpec
+from zoo import changed
+
+import jaxheads as jh
+from jaxheads.metrics import groups
+
+P = PartitionSpec
+N = 3
+SLICES = jh.Slices("origin", N)
+HEADS = {
+    "binary": jh.BinaryClassHead(thresholds=(0.3,)),
+    "multi_class": jh.MultiClassHead(4).with_metrics(jh.metrics.ConfusionMatrix()),
+    "multi_label": jh.MultiLabelHead(3, classes_for_class_based_metrics=[1]),
+    "regression": jh.RegressionHead(2).with_metrics(jh.metrics.R2Score()),
+    "several": jh.MultiHead([jh.BinaryClassHead(name="a"), jh.RegressionHead(name="b", loss_reduction="mean")]),
+}
+each = pytest.mark.parametrize("name", HEADS)
+
+
+def sliced(name, slices=SLICES, bootstrap=None):
+    """The head with slices; of a `MultiHead`, in all heads inside."""
+    head = HEADS[name]
+    if not isinstance(head, jh.MultiHead):
+        return changed(head, slices=slices, bootstrap=bootstrap)
+    return jh.MultiHead([changed(inner, slices=slices, bootstrap=bootstrap) for inner in head.heads])
+
+
+@functools.cache
+def draw(name, n=240, seed=0):
+    rng, head = np.random.default_rng(seed), HEADS[name]
+    one = {
+        "binary": lambda: rng.integers(0, 2, (n, 1)),
+        "multi_class": lambda: rng.integers(0, 4, (n, 1)),
+        "multi_label": lambda: rng.integers(0, 2, (n, 3)),
+        "regression": lambda: rng.normal(size=(n, 2)).astype(np.float32),
+        "several": lambda: {"a": rng.integers(0, 2, (n, 1)), "b": rng.normal(size=(n, 1)).astype(np.float32)},
+    }
+    logits = rng.normal(size=(n, head.logits_dimension)).astype(np.float32).round(1)
+    weights, where = rng.choice(np.array([0, 0.3, 1, 2], np.float32), (n, 1)), rng.random((n, 1)) < 0.8
+    origin = rng.integers(-1, N, (n, 1)).astype(np.int32)
+    return {"labels": one[name](), "logits": logits, "weights": weights, "where": where}, origin
+
+
+def rows(batch, keep):
+    return jax.tree.map(lambda x: x[keep], batch)
+
+
+def assert_slices(got, expected, rtol=2e-6):
+    """`by_slice` against the metrics of each slice by itself, a list."""
+    for i, one in enumerate(expected):
+        assert set(one) <= set(got)
+        for key, value in one.items():
+            np.testing.assert_allclose(got[key][i], value, rtol=rtol, atol=2e-6, err_msg=f"{key} of slice {i}")
+
+
+def by_filtering(name, n=240):
+    batch, origin = draw(name, n)
+    return [HEADS[name].measure(**rows(batch, origin[:, 0] == i)).compute() for i in range(N)]
+
+
+@pytest.mark.parametrize("n", [240, 20_000])
+@each
+def test_a_slice_is_the_metrics_of_its_rows(name, n):
+    """On few rows, and on enough to be cut in tiles."""
+    (batch, origin), head = draw(name, n), sliced(name)
+    metrics = head.measure(**batch, features={"origin": origin})
+    assert_slices(metrics.by_slice(), by_filtering(name, n), rtol=2e-5 if n > 1000 else 2e-6)
+    whole, plain = metrics.compute(), HEADS[name].measure(**batch).compute()
+    assert whole.keys() == plain.keys()
+    for key in plain:
+        np.testing.assert_allclose(whole[key], plain[key], rtol=2e-5, atol=2e-6)
+    live = batch["where"] & (batch["weights"] > 0)
+    assert metrics.by_slice()["count"].tolist() == [np.sum(live & (origin == i)) for i in range(N)]
+
+
+@each
+def test_slices_may_overlap(name):
+    (batch, origin), head = draw(name), sliced(name)
+    matrix = np.concatenate([origin == 0, origin >= 0, origin <= 1], axis=-1)
+    found = head.measure(**batch, features={"origin": matrix}).by_slice()
+    expected = [HEADS[name].measure(**rows(batch, matrix[:, i])).compute() for i in range(N)]
+    assert_slices(found, expected)
+    numbers = head.measure(**batch, features={"origin": matrix.astype(np.int32)}).by_slice()
+    np.testing.assert_array_equal(numbers["count"], found["count"])
+
+
+@each
+def test_any_split_gives_the_same_slices(name):
+    (batch, origin), head = draw(name), sliced(name)
+    metrics = head.metrics()
+    for part in np.array_split(np.random.default_rng(1).permutation(240), 5):
+        inside = rows(batch, part)
+        metrics = head.update_metrics(
+            metrics,
+            {"origin": origin[part]},
+            inside["logits"],
+            inside["labels"],
+            weights=inside["weights"],
+            where=inside["where"],
+        )
+    assert_slices(metrics.by_slice(), by_filtering(name))
+    again = pickle.loads(pickle.dumps(metrics))
+    np.testing.assert_array_equal(again.by_slice()["count"], metrics.by_slice()["count"])
+
+
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("name", ["binary", "multi_class", "several"])
+def test_slices_and_replicas_on_eight_devices(name, axes):
+    """By sharded `jit`, in one all-reduce."""
+    (batch, origin), head = draw(name), sliced(name, bootstrap=jh.Bootstrap(2))
+    mesh, key = mesh_of(8, axes), jax.random.key(3)
+
+    @jax.jit
+    def measure(batch, origin, key):
+        return head.measure(**batch, features={"origin": origin}, key=key)
+
+    placed = jax.device_put((batch, origin), NamedSharding(mesh, P("d")))
+    compiled = measure.lower(*placed, key).compile()
+    assert count(compiled.as_text(), "all-reduce") == 1
+    assert not any(count(compiled.as_text(), other) for other in ("all-gather", "all-to-all", "collective-permute"))
+    got, expected = compiled(*placed, key), measure(batch, origin, key)
+    assert_slices(got.by_slice(), by_filtering(name))
+    for key_, value in expected.compute(confidence=0.9).items():
+        np.testing.assert_allclose(got.compute(confidence=0.9)[key_], value, rtol=2e-6, atol=2e-6)
+
+
+def test_slices_under_shard_map():
+    (batch, origin), head = draw("binary"), sliced("binary")
+
+    def measure(batch, origin):
+        return head.measure(**batch, features={"origin": origin}).psum("d")
+
+    mapped = jax.shard_map(measure, mesh=mesh_of(8, "auto"), in_specs=P("d"), out_specs=P())
+    assert_slices(jax.jit(mapped)(batch, origin).by_slice(), by_filtering("binary"))
+
+
+def test_a_slice_that_is_too_small_has_no_metrics():
+    batch, origin = draw("binary")
+    sizes = [int(np.sum((batch["weights"] > 0) & batch["where"] & (origin == i))) for i in range(N)]
+    head = jh.BinaryClassHead(slices=jh.Slices("origin", N, names=("a", "b", "c"), min_count=max(sizes)))
+    found = head.measure(**batch, features={"origin": origin}).by_slice()
+    assert found["slice"].tolist() == ["a", "b", "c"]
+    assert found["count"].tolist() == sizes
+    np.testing.assert_array_equal(np.isnan(found["auc"]), np.asarray(sizes) < max(sizes))
+    zeros = head.measure(**batch, features={"origin": origin}).by_slice(undefined=0.0)
+    assert (zeros["auc"] == 0).tolist() == [size < max(sizes) for size in sizes]
+
+
+def test_slices_are_read_inside_jit():
+    (batch, origin), head = draw("binary"), sliced("binary", bootstrap=jh.Bootstrap(4))
+
+    @jax.jit
+    def inside(batch, origin):
+        metrics = head.measure(**batch, features={"origin": origin}, key=jax.random.key(0))
+        return metrics.by_slice(confidence=0.5), metrics.compute(confidence=0.5)
+
+    metrics = head.measure(**batch, features={"origin": origin}, key=jax.random.key(0))
+    outside = metrics.by_slice(confidence=0.5), metrics.compute(confidence=0.5)
+    for got, expected in zip(inside(batch, origin), outside, strict=True):
+        assert set(expected) - set(got) <= {"slice"}
+        for key, value in got.items():
+            np.testing.assert_allclose(value, expected[key], rtol=2e-5, atol=2e-6)
+
+
+@each
+def test_a_replica_is_the_metrics_under_its_weights(name):
+    (batch, origin), head = draw(name), sliced(name, bootstrap=jh.Bootstrap(2))
+    key = jax.random.key(7)
+    metrics = head.measure(**batch, features={"origin": origin}, key=key)
+    # The middle 1e-9 and nearly all of two replicas tell both.
+    got, middle = metrics.compute(confidence=1 - 1e-9), HEADS[name].measure(**batch).compute()
+    each_ = []
+    for draws in jax.random.split(key, 2):
+        times = np.asarray(groups.poisson(draws, jnp.asarray(batch["weights"])))
+        each_.append(HEADS[name].measure(**{**batch, "weights": batch["weights"] * times}).compute())
+    for metric, value in middle.items():
+        np.testing.assert_allclose(got[metric], value, rtol=2e-6, atol=2e-6)
+        if "loss/" in metric:  # of a sum over the batch size: elements of weight 0 count, replicas drop them
+            continue
+        head_name = metric.split("/")[-1] if name == "several" else None
+        base = metric.removesuffix(f"/{head_name}") if head_name else metric
+        ends = ["/".join(filter(None, (base, end, head_name))) for end in ("ci_lower", "ci_upper")]
+        lower, upper = (got[end] for end in ends)
+        values = [one[metric] for one in each_]
+        np.testing.assert_allclose([lower, upper], [np.min(values, 0), np.max(values, 0)], rtol=1e-5, atol=5e-6)
+
+
+def test_draws_are_poisson():
+    draws = np.asarray(groups.poisson(jax.random.key(1), jnp.zeros((400_000, 1)))).astype(int)
+    seen = np.bincount(draws[:, 0], minlength=9)[:9]
+    expected = 400_000 * scipy.stats.poisson(1).pmf(np.arange(9))
+    assert scipy.stats.chisquare(seen[:7], expected[:7] * seen[:7].sum() / expected[:7].sum()).pvalue > 1e-4
+    assert draws.max() <= 12
+    np.testing.assert_allclose([draws.mean(), draws.var()], 1, atol=0.01)
+
+
+def test_tiles_draw_apart():
+    """Were every tile drawn alike, the spread of a mean over all rows would be that over one tile."""
+    n = 2**16
+    head = jh.RegressionHead(bootstrap=jh.Bootstrap(100))
+    labels = np.random.default_rng(0).normal(size=n).astype(np.float32)
+    metrics = head.measure(labels=labels, logits=np.zeros((n, 1), np.float32), key=jax.random.key(0))
+    found = metrics.compute(confidence=0.6827)
+    np.testing.assert_allclose(found["label/mean/ci_upper"] - found["label/mean/ci_lower"], 2 / np.sqrt(n), rtol=0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", ["label/mean", "auc", "accuracy"])
+def test_intervals_cover_the_truth_as_often_as_they_say(metric):
+    """400 samples of 300 rows from a known model; 90 % intervals. The truth from 4 million rows, or exactly."""
+    head = jh.BinaryClassHead(bootstrap=jh.Bootstrap(200))
+
+    def sample(key, n):
+        one, two = jax.random.split(key)
+        logits = jax.random.normal(one, (n, 1)) * 1.5 - 0.5
+        return (jax.random.uniform(two, (n, 1)) < jax.nn.sigmoid(logits)).astype(jnp.int32), logits
+
+    truth = jh.BinaryClassHead().measure(*sample(jax.random.key(9), 4_000_000)).compute()[metric]
+
+    @jax.jit
+    def interval(key):
+        labels, logits = sample(key, 300)
+        found = head.measure(labels, logits, key=jax.random.fold_in(key, 1)).compute(confidence=0.9)
+        return found[f"{metric}/ci_lower"], found[f"{metric}/ci_upper"]
+
+    ends = [interval(key) for key in jax.random.split(jax.random.key(0), 400)]
+    covered = np.mean([lower <= truth <= upper for lower, upper in ends])
+    # Of 400 at 90 %, the standard error is 1.5 %; percentile intervals of 300 rows are a little short.
+    assert 0.85 <= covered <= 0.945
+
+
+def test_training_and_evaluation_have_keys():
+    head = jh.BinaryClassHead(slices=SLICES, bootstrap=jh.Bootstrap(8))
+    optimizer, key = optax.sgd(0.1), jax.random.key(0)
+
+    def apply_fn(params, features):
+        return features["x"] @ params["w"]
+
+    batch, origin = draw("binary")
+    features = {"x": np.concatenate([batch["logits"], np.ones_like(batch["logits"])], -1), "origin": origin}
+    given = {"features": features, "labels": batch["labels"]}
+    state = jh.TrainState.create(params={"w": jnp.zeros((2, 1))}, optimizer=optimizer, head=head, key=key)
+    step = jax.jit(jh.make_train_step(head, apply_fn, optimizer, micro_batches=2))
+    state, out = step(state, given)
+    assert out.metrics.by_slice()["count"].tolist() == [np.sum(origin == i) for i in range(N)]
+    assert np.isfinite(out.metrics.compute(confidence=0.9)["average_loss/ci_upper"])
+    eval_step = jh.make_eval_step(head, apply_fn)
+    first, second = (jh.evaluate(state, eval_step, [given, given], key=jax.random.key(k)) for k in (0, 1))
+    assert first.compute() == second.compute()
+    assert first.compute(confidence=0.9) != second.compute(confidence=0.9)
+    with pytest.raises(ValueError, match="needs key="):
+        jh.evaluate(state, eval_step, [given])
+
+
+def test_a_slice_that_is_not_there_is_left_out_and_told_under_jit():
+    (batch, origin), head = draw("binary"), sliced("binary")
+    wrong = origin.copy()
+    live = np.flatnonzero((batch["weights"] > 0) & batch["where"])[:2]
+    wrong[live[0]], wrong[live[1]] = N, -2
+    metrics = jax.jit(lambda wrong: head.measure(**batch, features={"origin": wrong}))(wrong)
+    with pytest.warns(jh.BadInputWarning, match="2 elements"):
+        found = metrics.by_slice()
+    keep = np.ones(240, bool)
+    keep[live] = False
+    expected = head.measure(**rows(batch, keep), features={"origin": origin[keep]}).by_slice()
+    np.testing.assert_array_equal(found["auc"], expected["auc"])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: jh.Slices("a", 0), "n must be an integer of at least 1"),
+        (lambda: jh.Slices("a", 2, names=("x",)), "names must be 2 strings"),
+        (lambda: jh.Slices(3, 2), "column must be a key"),
+        (lambda: jh.Bootstrap(1), "replicas must be an integer of at least 2"),
+        (lambda: jh.BinaryClassHead(slices="a"), "slices must be jh.Slices"),
+        (lambda: sliced("binary").measure([1], [[0.0]], {"dest": [0]}), r"Feature origin \(of slices\).*\['dest'\]"),
+        (lambda: sliced("binary").measure([1], [[0.0]]), "Feature origin"),
+        (lambda: sliced("binary").measure([1], [[0.0]], {"origin": [3]}), "must lie in -1 ... 2.*Given 3 at index"),
+        (lambda: sliced("binary").measure([1], [[0.0]], {"origin": [0.5]}), "integers or bool"),
+        (lambda: sliced("binary").measure([1], [[0.0]], {"origin": [[0, 1, 2]]}), "must lie in 0 ... 1"),
+        (lambda: sliced("binary").measure([1], [[0.0]], {"origin": [0, 1]}), "shape"),
+        (lambda: HEADS["binary"].metrics().by_slice(), "needs a head with slices"),
+        (lambda: HEADS["binary"].metrics().compute(confidence=0.9), "keeps none(.|\n)*Bootstrap"),
+        (lambda: sliced("binary").metrics().compute(confidence=95), "between 0 and 1"),
+        (
+            lambda: jh.MultiHead([jh.BinaryClassHead(name="a", slices=SLICES), jh.BinaryClassHead(name="b")]),
+            "must have the same slices",
+        ),
+        (lambda: HEADS["several"].with_metrics(jh.metrics.BrierScore()), "has the metrics of the heads inside"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,581 @@
+"""The metrics of many classes and of regression: scikit-learn's values, and the laws."""
+
+import dataclasses
+import functools
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sklearn.metrics as sk
+from devices import AXES, mesh_of
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from scipy.special import logsumexp, softmax
+
+import jaxheads as jh
+from jaxheads.numerics import stable
+
+M = jh.metrics
+N, K = 960, 8
+NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen")
+P = PartitionSpec
+
+
+@functools.cache
+def classes() -> dict[str, np.ndarray]:
+    """Ties everywhere; dog is never predicted, gnu has no labels, hen has neither."""
+    rng = np.random.default_rng(11)
+    labels = rng.choice([0, 1, 2, 3, 4, 5], (N, 1), p=[0.4, 0.3, 0.1, 0.1, 0.07, 0.03]).astype(np.int32)
+    logits = rng.standard_normal((N, K)) + 1.5 * (labels == np.arange(K))
+    # Of -0.0 and 0.0 top_k takes the second, and argmax the first.
+    logits = np.round(2 * logits) / 2 + 0.0 - 12 * (np.arange(K) == 3) - 24 * (np.arange(K) == 7)
+    return {"labels": labels, "logits": logits.astype(np.float32), "weights": fractions(rng)}
+
+
+def fractions(rng: np.random.Generator) -> np.ndarray:
+    return np.where(rng.random((N, 1)) < 0.1, 0, 3 * rng.random((N, 1))).astype(np.float32)
+
+
+@functools.cache
+def targets(link: str, d: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(12)
+    logits = rng.standard_normal((N, d)).astype(np.float32)
+    mean = LINKS[link](logits.astype(np.float64))
+    labels = {
+        "identity": lambda: mean + 0.7 * rng.standard_normal((N, d)),
+        "exp": lambda: rng.poisson(mean),
+        "sigmoid": lambda: np.clip(mean + 0.2 * rng.standard_normal((N, d)), 0, 1),
+    }[link]()
+    return {"labels": np.round(labels, 1).astype(np.float32), "logits": logits, "weights": fractions(rng)}
+
+
+def exponential(logits):
+    return jnp.exp(logits)
+
+
+LINKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "identity": lambda z: z,
+    "exp": np.exp,
+    "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
+}
+
+AVERAGES: tuple[Any, ...] = ("micro", "macro", "weighted", None)
+EVERY_CLASS_METRIC = (
+    M.ConfusionMatrix(),
+    *(cls(average=average) for cls in (M.Precision, M.Recall, M.FBeta, M.IoU) for average in AVERAGES),
+    M.Specificity(average="macro"),
+    M.FBeta(beta=2, average="macro"),
+    M.Support(),
+    *(M.CohenKappa(weights=weights) for weights in (None, "linear", "quadratic")),
+    M.MatthewsCorrcoef(),
+    M.MeanIoU(),
+    M.BalancedAccuracy(),
+    *(M.TopKAccuracy(k) for k in (2, 3, 5)),
+    *(M.OneVsRestAuc(average=average) for average in AVERAGES),
+    M.AveragePrecision(average="macro"),
+    M.Precision(threshold=0.3, average="macro"),
+    M.Perplexity(),
+)
+ERRORS = (M.RootMeanSquaredError, M.MeanSquaredError, M.MeanAbsoluteError)
+SPREADS = (M.R2Score, M.ExplainedVariance, M.PearsonCorrelation)
+EVERY_REGRESSION_METRIC = (
+    *(cls() for cls in ERRORS + SPREADS),
+    *(cls(multioutput="raw_values") for cls in ERRORS + SPREADS),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A head with metrics, data for it, and float64 values of the metrics by name."""
+
+    name: str
+    head: jh.Head
+    data: Callable[[], dict[str, np.ndarray]]
+    expected: Callable[..., dict[str, Any]]
+
+    def measure(self, **changes: Any) -> jh.Metrics:
+        return self.head.measure(**{**self.data(), **changes})
+
+
+def expected_of_classes(labels, logits, weights) -> dict[str, Any]:
+    z, y, w = logits.astype(np.float64), labels[:, 0], weights[:, 0].astype(np.float64)
+    y, z, w = y[w > 0], z[w > 0], w[w > 0]
+    predicted, every = z.argmax(-1), list(range(K))
+    seen = sorted({*y, *predicted})
+    options = {"labels": every, "sample_weight": w, "zero_division": np.nan}
+    out: dict[str, Any] = {
+        "confusion_matrix": sk.confusion_matrix(y, predicted, labels=every, sample_weight=w),
+        "matthews_corrcoef": sk.matthews_corrcoef(y, predicted, sample_weight=w),
+        "balanced_accuracy": np.mean([w[(y == k) & (predicted == k)].sum() / w[y == k].sum() for k in set(y)]),
+        "mean_iou": sk.jaccard_score(y, predicted, labels=seen, average="macro", sample_weight=w),
+        "perplexity": np.exp(np.average(logsumexp(z, -1) - z[np.arange(len(y)), y], weights=w)),
+        "fbeta_2_macro": sk.fbeta_score(y, predicted, beta=2, average="macro", **options),
+        "specificity_macro": np.mean([w[(y != k) & (predicted != k)].sum() / w[y != k].sum() for k in every]),
+    }
+    for name, weighting in (("", None), ("_linear", "linear"), ("_quadratic", "quadratic")):
+        kappa = sk.cohen_kappa_score(y, predicted, labels=every, weights=weighting, sample_weight=w)
+        out[f"cohen_kappa{name}"] = kappa
+    for key, score in (("precision", sk.precision_score), ("recall", sk.recall_score), ("f1", sk.f1_score)):
+        for average in ("micro", "macro", "weighted"):
+            ending = "" if average == "micro" else f"_{average}"
+            out[f"{key}{ending}"] = score(y, predicted, average=average, **options)
+        out |= {f"{key}/{NAMES[k]}": v for k, v in enumerate(score(y, predicted, average=None, **options))}
+    iou = sk.jaccard_score(y, predicted, labels=seen, average=None, sample_weight=w)
+    out |= {f"iou/{name}": np.nan for name in NAMES} | {f"iou/{NAMES[k]}": v for k, v in zip(seen, iou, strict=True)}
+    out["iou"] = sk.jaccard_score(y, predicted, average="micro", sample_weight=w)
+    out["iou_macro"] = out["mean_iou"]
+    out["iou_weighted"] = sk.jaccard_score(y, predicted, labels=seen, average="weighted", sample_weight=w)
+    support = np.array([w[y == k].sum() for k in every])
+    out |= {f"support/{name}": v for name, v in zip(NAMES, support, strict=True)}
+    for k in (2, 3, 5):
+        best = np.asarray(jax.lax.top_k(z.astype(np.float32), k)[1])
+        out[f"top_{k}_accuracy"] = np.average((best == y[:, None]).any(-1), weights=w)
+    p = softmax(z, -1)
+    present = [k for k in every if support[k] > 0]
+    areas = np.array([sk.roc_auc_score(y == k, p[:, k], sample_weight=w) for k in present])
+    precisions = [sk.average_precision_score(y == k, p[:, k], sample_weight=w) for k in present]
+    out |= {f"auc_ovr/{name}": np.nan for name in NAMES}
+    out |= {f"auc_ovr/{NAMES[k]}": area for k, area in zip(present, areas, strict=True)}
+    out |= {"auc_ovr_macro": areas.mean(), "auc_ovr_weighted": np.average(areas, weights=support[present])}
+    every_pair = np.repeat(w, K)
+    out["auc_ovr"] = sk.roc_auc_score((y[:, None] == every).ravel(), p.ravel(), sample_weight=every_pair)
+    out["average_precision_macro"] = np.mean(precisions)
+    at = {k: sk.precision_score(y == k, p[:, k] > 0.3, sample_weight=w, zero_division=np.nan) for k in every}
+    out["precision_macro/positive_threshold_0.3"] = np.nanmean(list(at.values()))
+    return out
+
+
+def expected_of_regression(link: str):
+    def expected(labels, logits, weights) -> dict[str, Any]:
+        y, p = labels.astype(np.float64), LINKS[link](logits.astype(np.float64))
+        w = weights[:, 0].astype(np.float64)
+        scores = {
+            "root_mean_squared_error": sk.root_mean_squared_error,
+            "mean_squared_error": sk.mean_squared_error,
+            "mean_absolute_error": sk.mean_absolute_error,
+            "r2_score": functools.partial(sk.r2_score, force_finite=False),
+            "explained_variance": functools.partial(sk.explained_variance_score, force_finite=False),
+        }
+        out = {}
+        for key, score in scores.items():
+            out[key] = score(y, p, sample_weight=w)
+            each = score(y, p, sample_weight=w, multioutput="raw_values")
+            out |= {f"{key}/target{i}": value for i, value in enumerate(each)}
+        covariances = [np.cov(y[:, i], p[:, i], aweights=w) for i in range(y.shape[-1])]
+        pearson = [c[0, 1] / np.sqrt(c[0, 0] * c[1, 1]) for c in covariances]
+        out |= {f"pearson_correlation/target{i}": value for i, value in enumerate(pearson)}
+        return {**out, "pearson_correlation": np.mean(pearson)}
+
+    return expected
+
+
+def regression_case(name: str, head: jh.Head, link: str) -> Case:
+    data = functools.partial(targets, link, head.logits_dimension)
+    return Case(name, head.with_metrics(*EVERY_REGRESSION_METRIC), data, expected_of_regression(link))
+
+
+CASES = [
+    Case(
+        "classes",
+        jh.MultiClassHead(K, label_vocabulary=NAMES).with_metrics(*EVERY_CLASS_METRIC),
+        classes,
+        expected_of_classes,
+    ),
+    regression_case("regression", jh.RegressionHead(), "identity"),
+    regression_case("targets", jh.RegressionHead(8, inverse_link_fn=exponential), "exp"),
+    regression_case("poisson", jh.PoissonRegressionHead(2), "exp"),
+    regression_case("logistic", jh.LogisticRegressionHead(), "sigmoid"),
+]
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def assert_same(got: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-6) -> None:
+    assert list(got) == list(expected)
+    for key, value in expected.items():
+        # The spread of what is in [0, 1] about 0.5 is a difference of sums five times as large.
+        within = 5 * tolerance if key.startswith(("r2_score", "explained_variance", "pearson")) else tolerance
+        np.testing.assert_allclose(got[key], value, rtol=within, atol=within, err_msg=key)
+
+
+def assert_expected(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Equal to 1e-6, or, of what bins or rounding leave open, inside the interval."""
+    for key, value in expected.items():
+        parts = key.split("/")
+        ends = ["/".join([*parts[:i], end, *parts[i:]]) for i in range(1, len(parts) + 1) for end in ("lower", "upper")]
+        found = [got[end] for end in ends if end in got]
+        if not found or np.isnan(value):
+            np.testing.assert_allclose(got[key], value, rtol=1e-6, atol=1e-6, err_msg=key)
+        else:
+            assert found[0] - 1e-6 <= value <= found[1] + 1e-6, key
+            assert found[0] - 1e-6 <= got[key] <= found[1] + 1e-6, key
+            np.testing.assert_allclose(got[key], value, atol=2e-2, err_msg=key)
+
+
+@each_case
+def test_values_are_those_of_scikit_learn(case):
+    got, expected = case.measure().compute(bounds=True), case.expected(**case.data())
+    own = {"average_loss", "accuracy", "prediction/mean", "label/mean"}
+    assert {key for key in got if "lower" not in key and "upper" not in key} - own == set(expected)
+    assert_expected(got, expected)
+
+
+# The laws, on heads that keep every metric.
+
+
+@each_case
+def test_a_weight_of_two_is_twice_the_row(case):
+    data = case.data()
+    twice = {key: np.concatenate([x, x[:100]]) for key, x in data.items()}
+    weights = data["weights"] * np.where(np.arange(N) < 100, 2, 1)[:, None].astype(np.float32)
+    assert_same(case.head.measure(**twice).compute(), case.measure(weights=weights).compute())
+
+
+@each_case
+def test_masked_rows_are_absent(case):
+    data, where = case.data(), np.arange(N) % 7 > 0
+    poisoned = {**data, "logits": np.where(where[:, None], data["logits"], np.nan)}
+    expected = case.head.measure(**{key: x[where] for key, x in data.items()}).compute(bounds=True)
+    assert_same(case.head.measure(**poisoned, where=where).compute(bounds=True), expected)
+    no_weight = {**poisoned, "weights": np.where(where[:, None], data["weights"], 0)}
+    assert_same(case.head.measure(**no_weight).compute(bounds=True), expected)
+
+
+@each_case
+def test_batches_add_up_and_any_leading_shape_is_one(case):
+    whole, data = case.measure().compute(bounds=True), case.data()
+    metrics = case.head.metrics()
+    for start in range(0, N, N // 4):
+        part = {key: x[start : start + N // 4] for key, x in data.items()}
+        metrics = case.head.update_metrics(metrics, None, part["logits"], part["labels"], weights=part["weights"])
+    assert_same(metrics.compute(bounds=True), whole)
+    deep = {key: x.reshape(4, 6, N // 24, -1) for key, x in data.items()}
+    assert_same(case.head.measure(**deep).compute(bounds=True), whole)
+
+
+@each_case
+def test_compute_inside_jit_is_compute_outside_with_leading_axes_too(case):
+    data = case.data()
+    parts = [case.head.measure(**{key: x[i::3] for key, x in data.items()}) for i in range(2)]
+    stacked = dataclasses.replace(parts[0], state=jnp.stack([x.state for x in parts]))
+    for metrics in (parts[0] + parts[1], stacked):
+        outside = metrics.compute(bounds=True)
+        inside = jax.jit(lambda metrics: metrics.compute(bounds=True))(metrics)
+        assert_same({key: inside[key] for key in outside}, outside, 3e-6)
+    each = [part.compute(bounds=True) for part in parts]
+    assert_same(stacked.compute(bounds=True), {key: np.stack([x[key] for x in each]) for key in each[0]})
+
+
+@each_case
+def test_what_was_not_measured_is_undefined(case):
+    empty = case.head.metrics()
+    for undefined in (np.nan, 0.0, -7.0):
+        for values in (empty.compute(undefined), jax.jit(lambda u=undefined: empty.compute(u))()):
+            for key, value in values.items():
+                counted = key == "confusion_matrix" or key.startswith("support")
+                np.testing.assert_array_equal(value, np.full_like(value, 0.0 if counted else undefined), err_msg=key)
+    assert all(np.isfinite(value).all() for value in case.measure().compute(0.0).values())
+
+
+@each_case
+def test_devices_do_not_matter(case):
+    head, data, expected = case.head, case.data(), case.measure().compute(bounds=True)
+
+    def measured(batch):
+        return head.measure(**batch)
+
+    for axes in AXES:
+        mesh = mesh_of(8, axes)
+        rows = jax.device_put(data, NamedSharding(mesh, P("d")))
+        assert_same(jax.jit(measured)(rows).compute(bounds=True), expected)
+        specs = {"mesh": mesh, "in_specs": P("d"), "out_specs": P()}
+        for check_vma in (True, False) if axes == "explicit" else (True,):
+            mapped = jax.shard_map(lambda batch: measured(batch).psum("d"), check_vma=check_vma, **specs)
+            assert_same(jax.jit(mapped)(rows).compute(bounds=True), expected)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=lambda case: case.name)
+@pytest.mark.parametrize("axes", [AxisType.Explicit, AxisType.Auto], ids=str)
+def test_the_last_axis_may_be_sharded(case, axes):
+    mesh = jax.make_mesh((2, 4), ("a", "b"), (axes, axes))
+    layout = {key: P("a", "b") if x.shape[-1] == 8 else P("a") for key, x in case.data().items()}
+    placed = {key: jax.device_put(x, NamedSharding(mesh, layout[key])) for key, x in case.data().items()}
+    got = jax.jit(lambda batch: case.head.measure(**batch))(placed)
+    assert_same(got.compute(bounds=True), case.measure().compute(bounds=True))
+
+
+@each_case
+def test_heads_with_metrics_are_values(case):
+    head = case.head
+    text = repr(head)
+    assert "jh.metrics." in text
+    if "inverse_link_fn" not in text:
+        rebuilt = eval(text, {**vars(jh), "jh": jh})
+        assert (rebuilt, hash(rebuilt)) == (head, hash(head))
+        assert repr(rebuilt) == text
+    copy = pickle.loads(pickle.dumps(head))
+    assert (copy, hash(copy)) == (head, hash(head))
+    measured = pickle.loads(pickle.dumps(case.measure()))
+    assert_same((measured + case.measure()).compute(), (case.measure() + case.measure()).compute())
+
+
+# One by one.
+
+
+def test_reprs_say_what_differs_from_the_defaults():
+    assert repr(M.TopKAccuracy()) == "jh.metrics.TopKAccuracy()"
+    assert repr(M.R2Score(shift=[1, 2.5])) == "jh.metrics.R2Score(shift=(1.0, 2.5))"
+    grid = M.OneVsRestAuc(average=None, bins=jh.LogitGrid(-4, 4, 66))
+    assert repr(grid) == "jh.metrics.OneVsRestAuc(average=None, bins=LogitGrid(low=-4.0, high=4.0, n=66))"
+
+
+def test_what_nobody_asks_for_costs_nothing_and_what_is_shared_is_paid_once():
+    def size(*metrics):
+        return jh.MultiClassHead(K).with_metrics(*metrics).metrics().state.shape[0]
+
+    plain, matrix = size(), K * (K + 1)
+    assert size(M.Perplexity()) == plain
+    assert size(M.ConfusionMatrix(), M.Recall(average=None), M.CohenKappa(), M.MeanIoU()) == plain + matrix
+    assert size(M.TopKAccuracy(2), M.TopKAccuracy(3)) == plain + 3
+    assert size(M.OneVsRestAuc()) == size(M.OneVsRestAuc(average=None), M.AveragePrecision(average="macro"))
+
+    def moments(*metrics):
+        return jh.RegressionHead(2).with_metrics(*metrics).metrics().state.shape[0]
+
+    assert moments(*EVERY_REGRESSION_METRIC) == moments(M.R2Score()) == moments() + 18
+
+
+def test_classes_without_names_have_numbers():
+    head = jh.MultiClassHead(3).with_metrics(M.Recall(average=None), M.OneVsRestAuc(average=None))
+    keys = head.measure([0, 1], np.eye(3, dtype=np.float32)[:2]).compute()
+    assert {f"{key}/class{k}" for key in ("recall", "auc_ovr") for k in range(3)} < set(keys)
+    named = jh.MultiClassHead(3, name="task").with_metrics(M.Recall(average=None), M.TopKAccuracy(2))
+    assert {"recall/class0/task", "top_2_accuracy/task"} < set(named.metrics().compute())
+
+
+def test_metrics_inside_a_multi_head():
+    heads = [jh.MultiClassHead(3, name="a").with_metrics(M.ConfusionMatrix()), jh.RegressionHead(name="b")]
+    head = jh.MultiHead([heads[0], heads[1].with_metrics(M.R2Score())])
+    labels = {"a": np.array([0, 2, 2]), "b": np.array([1.0, 2.0, 4.0], np.float32)}
+    logits = {"a": np.eye(3, dtype=np.float32), "b": np.array([[1.0], [2.0], [3.0]], np.float32)}
+    values = head.measure(labels, logits).compute()
+    assert values["confusion_matrix/a"].tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 1]]
+    np.testing.assert_allclose(values["r2_score/b"], sk.r2_score([1, 2, 4], [1, 2, 3]), rtol=1e-6)
+
+
+def test_a_row_with_a_nan_is_wrong_and_is_predicted_nothing():
+    every = (*EVERY_CLASS_METRIC[:-5], M.TopKAccuracy(8))
+    head = jh.MultiClassHead(K, label_vocabulary=NAMES).with_metrics(*(m for m in every if "Auc" not in repr(m)))
+    logits = np.eye(K, dtype=np.float32)[[0, 1, 2, 2]]
+    logits[2, 5] = np.nan
+    values = head.measure(np.array([0, 1, 2, 2]), logits).compute()
+    assert np.isnan(values["average_loss"])
+    expected = {"accuracy": 0.75, "recall": 0.75, "recall/cat": 0.5, "precision": 1.0, "top_2_accuracy": 0.75}
+    expected |= {"top_8_accuracy": 0.75, "iou/cat": 0.5, "balanced_accuracy": 2.5 / 3, "support/cat": 2.0}
+    assert {key: values[key] for key in expected} == pytest.approx(expected)
+    assert values["confusion_matrix"].sum() == 3
+    # As with one more class, that no label has.
+    y, predicted = [0, 1, 2, 2], [0, 1, 8, 2]
+    np.testing.assert_allclose(values["cohen_kappa"], sk.cohen_kappa_score(y, predicted), rtol=1e-6)
+    np.testing.assert_allclose(values["matthews_corrcoef"], sk.matthews_corrcoef(y, predicted), rtol=1e-6)
+    areas = jh.MultiClassHead(K).with_metrics(M.OneVsRestAuc()).measure(np.array([0, 1, 2, 2]), logits).compute(0.0)
+    assert np.isnan(areas["auc_ovr_macro"])
+
+
+def test_top_k_is_scikit_learns_where_nothing_ties():
+    rng = np.random.default_rng(13)
+    labels, logits = rng.integers(0, 20, 500), rng.standard_normal((500, 20)).astype(np.float32)
+    weights = rng.random(500).astype(np.float32)
+    ks = (1, 2, 3, 5, 10, 20)
+    head = jh.MultiClassHead(20).with_metrics(*map(M.TopKAccuracy, ks))
+    values = head.measure(labels, logits, weights=weights).compute()
+    for k in ks[:-1]:
+        expected = sk.top_k_accuracy_score(labels, logits, k=k, sample_weight=weights.astype(float))
+        np.testing.assert_allclose(values[f"top_{k}_accuracy"], expected, rtol=1e-6)
+    assert values["top_20_accuracy"] == 1
+    assert values["top_1_accuracy"] == values["accuracy"]
+
+
+def test_areas_are_scikit_learns_where_every_class_is_there():
+    rng = np.random.default_rng(14)
+    labels, logits = rng.integers(0, 4, 2000), 2 * rng.standard_normal((2000, 4))
+    logits = (logits + (labels[:, None] == np.arange(4))).astype(np.float32)
+    weights = rng.random(2000).astype(np.float32)
+    averages: tuple[Any, ...] = ("macro", "weighted", "micro")
+    for bins in (jh.LogitGrid(), jh.LogitGrid(-30, 30, 60_000)):
+        head = jh.MultiClassHead(4).with_metrics(*(M.OneVsRestAuc(average=a, bins=bins) for a in averages))
+        values = head.measure(labels, logits, weights=weights).compute(bounds=True)
+        for average in averages:
+            key = "auc_ovr" if average == "micro" else f"auc_ovr_{average}"
+            options = {"multi_class": "ovr", "average": average, "sample_weight": weights.astype(float)}
+            expected = sk.roc_auc_score(labels, softmax(logits.astype(float), -1), **options)
+            lower, upper = ("/".join([key, end]) for end in ("lower", "upper"))
+            assert values[lower] - 1e-6 <= expected <= values[upper] + 1e-6
+            assert values[upper] - values[lower] < (6e-3 if bins == jh.LogitGrid() else 2e-4)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1, 30, 1000])
+def test_log_odds_of_each_class_do_not_cancel(scale):
+    z = (scale * np.random.default_rng(15).standard_normal((200, 7))).astype(np.float32)
+    exact = z.astype(np.float64)
+    expected = np.stack([exact[:, k] - logsumexp(np.delete(exact, k, 1), axis=1) for k in range(7)], 1)
+    got = np.asarray(stable.log_odds_of_each(jnp.asarray(z)))
+    np.testing.assert_allclose(got, expected, rtol=5e-7, atol=5e-7 * max(1.0, scale))
+
+
+@pytest.mark.parametrize("make", [np.zeros, lambda shape: np.full(shape, -np.inf)], ids=["equal", "infinite"])
+def test_the_first_of_equal_logits_is_predicted(make):
+    logits = jnp.asarray(make((3, 4)), jnp.float32)
+    ids = jnp.array([[0], [1], [3]])
+    assert stable.first_argmax(logits).ravel().tolist() == jnp.argmax(logits, -1).tolist() == [0, 0, 0]
+    assert stable.rank(logits, ids).ravel().tolist() == [0, 1, 3]
+    assert stable.is_argmax(logits, ids).ravel().tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("normalize", ["true", "pred", "all"])
+def test_normalized_confusion(normalize):
+    data = classes()
+    head = jh.MultiClassHead(K).with_metrics(M.ConfusionMatrix(normalize))
+    metrics = head.measure(**data)
+    predicted, weights = data["logits"].argmax(-1), data["weights"][:, 0].astype(np.float64)
+    options = {"labels": range(K), "normalize": normalize, "sample_weight": weights}
+    expected = sk.confusion_matrix(data["labels"][:, 0], predicted, **options)
+    for values in (metrics.compute(0.0), jax.jit(lambda m: m.compute(0.0))(metrics)):
+        np.testing.assert_allclose(values["confusion_matrix"], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_small_classes_are_not_lost_inside_jit():
+    """A class of weight 1 among 10^7: float32 differences of sums would know nothing of it."""
+    head = jh.MultiClassHead(3).with_metrics(M.CohenKappa(), M.MatthewsCorrcoef(), M.Specificity(average=None))
+    labels, logits = np.array([0, 0, 1, 1, 2]), np.eye(3, dtype=np.float32)[[0, 1, 1, 0, 2]]
+    weights = np.array([1e7, 2, 1, 1, 1], np.float32)
+    metrics = head.measure(labels, logits, weights=weights)
+    predicted, w = logits.argmax(-1), weights.astype(np.float64)
+    inside = jax.jit(lambda metrics: metrics.compute())(metrics)
+    for key, score in (("cohen_kappa", sk.cohen_kappa_score), ("matthews_corrcoef", sk.matthews_corrcoef)):
+        np.testing.assert_allclose(inside[key], score(labels, predicted, sample_weight=w), rtol=1e-5)
+    np.testing.assert_allclose(inside["specificity/class0"], 2 / 3, rtol=1e-6)
+
+
+# Cancellation.
+
+
+def far_off(mean: float) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(16)
+    labels = (mean + rng.standard_normal((20_000, 1))).astype(np.float32)
+    return {"labels": labels, "logits": (labels + 0.5 * rng.standard_normal((20_000, 1))).astype(np.float32)}
+
+
+def explained_by_hand(labels, logits) -> dict[str, float]:
+    y, p = labels[:, 0].astype(np.float64), logits[:, 0].astype(np.float64)
+    return {
+        "r2_score": sk.r2_score(y, p),
+        "explained_variance": sk.explained_variance_score(y, p),
+        "pearson_correlation": np.corrcoef(y, p)[0, 1],
+    }
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0, 100.0, 1e3, 1e4, -1e4])
+def test_intervals_hold_what_rounding_has_moved(mean):
+    data = far_off(mean)
+    expected = explained_by_hand(**data)
+    for shift in (None, mean):
+        head = jh.RegressionHead().with_metrics(M.R2Score(shift=shift), M.ExplainedVariance(), M.PearsonCorrelation())
+        metrics = head.measure(**data)
+        for values in (metrics.compute(bounds=True), jax.jit(lambda m: m.compute(bounds=True))(metrics)):
+            for key, value in expected.items():
+                assert values[f"{key}/lower"] - 1e-7 <= value <= values[f"{key}/upper"] + 1e-7, key
+                if shift is not None:
+                    # What is left is that float32 labels about 10,000 are a thousandth apart: their sums are of those.
+                    np.testing.assert_allclose(values[key], value, rtol=1e-6 if values is not None else 0)
+                elif abs(mean) == 1e4:
+                    assert np.isnan(values[key])
+
+
+def test_the_shift_that_mends_is_named():
+    data = far_off(1e4)
+    head = jh.RegressionHead().with_metrics(M.R2Score(), M.MeanSquaredError())
+    metrics = head.measure(**data)
+    view = metrics._views(np.nan)[0]["moments"]
+    interval = M.R2Score().values(view)["r2_score"]
+    assert interval.is_wide()
+    assert interval.mend == "shift=10000.0"
+    mended = jh.RegressionHead().with_metrics(eval(f"M.R2Score({interval.mend})"), M.MeanSquaredError())
+    view = mended.measure(**data)._views(np.nan)[0]["moments"]
+    assert not M.R2Score().values(view)["r2_score"].is_wide()
+
+
+def test_one_shift_serves_all():
+    given = (M.R2Score(shift=5), M.PearsonCorrelation(), M.ExplainedVariance(shift=5.0))
+    head = jh.RegressionHead().with_metrics(*given)
+    assert head.observed()["moments"].shift == (5.0,)
+    assert jh.RegressionHead(2).with_metrics(M.R2Score(shift=5)).observed()["moments"].shift == (5.0, 5.0)
+    with pytest.raises(ValueError, match="shift must be equal"):
+        jh.RegressionHead().with_metrics(M.R2Score(shift=5), M.PearsonCorrelation(shift=6))
+    with pytest.raises(ValueError, match="2 targets: give one, or one a target"):
+        jh.RegressionHead(2).with_metrics(M.R2Score(shift=(1, 2, 3)))
+
+
+def test_targets_that_do_not_vary_are_left_out_of_the_mean():
+    labels = np.array([[1.0, 3, 0], [2, 3, 0], [4, 3, 0]], np.float32)
+    logits = np.array([[1.0, 2, 0], [2, 3, 0], [3, 4, 1]], np.float32)
+    head = jh.RegressionHead(3).with_metrics(M.R2Score(), M.R2Score(multioutput="raw_values"))
+    values = head.measure(labels, logits).compute(bounds=True)
+    expected = sk.r2_score(labels[:, 0], logits[:, 0])
+    np.testing.assert_allclose(values["r2_score"], expected, rtol=1e-6)
+    # That all labels are 3 nobody can tell from sums of their squares; that all are 0, yes.
+    assert (values["r2_score/lower"], values["r2_score/target1/lower"]) == (-np.inf, -np.inf)
+    assert np.isnan([values["r2_score/target1"], values["r2_score/target2"], values["r2_score/target2/lower"]]).all()
+    assert head.measure(labels, logits).compute(-1.0)["r2_score/target2"] == -1
+
+
+def test_a_prediction_that_is_no_number_shows():
+    head = jh.RegressionHead(2).with_metrics(*EVERY_REGRESSION_METRIC)
+    logits = np.array([[1.0, 2], [np.nan, 3], [1, 5]], np.float32)
+    values = head.measure(np.array([[1.0, 2], [2, 3], [3, 4]], np.float32), logits).compute(0.0)
+    for key in ("r2_score", "pearson_correlation", "explained_variance", "mean_squared_error"):
+        assert np.isnan([values[key], values[f"{key}/target0"]]).all()
+        assert np.isfinite(values[f"{key}/target1"])
+
+
+def test_each_logit_may_have_its_weight():
+    rng = np.random.default_rng(17)
+    labels, logits = (rng.standard_normal((50, 2)).astype(np.float32) for _ in range(2))
+    weights = rng.random((50, 2)).astype(np.float32)
+    head = jh.RegressionHead(2).with_metrics(M.R2Score(multioutput="raw_values"), M.MeanAbsoluteError())
+    values = head.measure(labels, logits, weights=weights).compute()
+    w = weights.astype(np.float64)
+    errors = [sk.mean_absolute_error(labels[:, i], logits[:, i], sample_weight=w[:, i]) for i in range(2)]
+    np.testing.assert_allclose(values["mean_absolute_error"], np.mean(errors), rtol=1e-6)
+    for i in range(2):
+        expected = sk.r2_score(labels[:, i], logits[:, i], sample_weight=w[:, i])
+        np.testing.assert_allclose(values[f"r2_score/target{i}"], expected, rtol=1e-6)
+
+
+# What does not fit is refused.
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: M.TopKAccuracy(0), "positive integer k"),
+        (lambda: M.TopKAccuracy(True), "positive integer k"),
+        (lambda: jh.MultiClassHead(3).with_metrics(M.TopKAccuracy(4)), "more than there are: 3 classes"),
+        (lambda: M.ConfusionMatrix("rows"), "normalize must be"),
+        (lambda: M.CohenKappa(weights="cubic"), "weights must be"),
+        (lambda: M.OneVsRestAuc(bins=200), "bins must be"),
+        (lambda: M.OneVsRestAuc(average="mean"), "average must be one of"),
+        (lambda: M.MeanSquaredError("mean"), "multioutput must be one of"),
+        (lambda: M.R2Score(shift=np.nan), "shift must be a number"),
+        (lambda: M.R2Score(shift="mean"), "shift must be a number"),
+        (lambda: jh.RegressionHead().with_metrics(M.ConfusionMatrix()), "'confusion', which this head does not have"),
+        (lambda: jh.MultiClassHead(3).with_metrics(M.R2Score()), r"\['confusion', 'ranks', 'scores'\]"),
+        (lambda: jh.MultiClassHead(3).with_metrics(M.Accuracy()), "'accuracy', which MultiClassHead has already"),
+        (lambda: jh.BinaryClassHead().with_metrics(M.MeanIoU()), "'confusion', which this head does not have"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
