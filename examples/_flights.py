@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -70,7 +71,7 @@ class Data(NamedTuple):
     split: Arrays
     first_guess: Any
     sizes: dict[str, Any]
-    columns: Arrays = {}
+    columns: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 def arguments(description: str, out: str) -> argparse.ArgumentParser:

@@ -458,9 +458,10 @@ class Head(Configuration, abc.ABC):
                 "weight_column must be a key of features or a function features -> weights. Given type: "
                 f"{type(self.weight_column).__name__}."
             )
-        for name, kind, example in (("slices", Slices, 'Slices("origin", 3)'), ("bootstrap", Bootstrap, "Bootstrap(200)")):
+        examples = {"slices": (Slices, 'jh.Slices("origin", 3)'), "bootstrap": (Bootstrap, "jh.Bootstrap(200)")}
+        for name, (kind, example) in examples.items():
             if not isinstance(given := getattr(self, name), (kind, type(None))):
-                raise ValueError(f"{name} must be jh.{example}, or None. Given {given!r}.")
+                raise ValueError(f"{name} must be {example}, or None. Given {given!r}.")
         for metric in self.extra_metrics:
             if not isinstance(metric, Metric):
                 raise ValueError(

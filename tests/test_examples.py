@@ -1,5 +1,6 @@
 """Examples in a small form, as users start them. `flight_delays.py` is the README's main command: CI runs that."""
 
+import csv
 import json
 import pathlib
 import subprocess
@@ -87,6 +88,45 @@ def test_wide_and_deep_tells_late_flights(tmp_path):
     assert low <= results["sklearn_auc"] <= high
     assert "\nauc " in printed
     assert (tmp_path / "flight_delays.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_one_pass_evaluates_a_model(tmp_path):
+    printed, results = run_example("evaluate_a_model.py", tmp_path, "--rows", "20000", "--epochs", "1")
+    test, exact = results["test"], results["sklearn"]
+    assert 0.64 < test["auc"] < 0.75
+    assert test["auc/lower"] - 1e-6 <= exact["auc"] <= test["auc/upper"] + 1e-6
+    assert test["auc/upper"] - test["auc/lower"] < 0.005
+    assert test["auc"] == pytest.approx(exact["auc"], abs=1e-3)
+    assert test["average_precision"] == pytest.approx(exact["average_precision"], abs=5e-3)
+    for name in ("brier_score", "average_loss"):
+        assert test[name] == pytest.approx(exact[name], abs=1e-5), name
+    assert 0 < test["expected_calibration_error"] < 0.1
+    # By Hanley and McNeil's formula the interval is 0.044 wide.
+    assert 0.03 < test["auc/ci_upper"] - test["auc/ci_lower"] < 0.06
+    for name in ("auc", "brier_score", "label/mean", "precision_at_recall_0.8"):
+        assert test[f"{name}/ci_lower"] < test[name] < test[f"{name}/ci_upper"], name
+
+    october, best = results["operating_points"].values()
+    for point in (october, best):
+        assert [point["recall"], point["precision"]] == pytest.approx(point["sklearn"], abs=1e-6)
+    assert 0.8 <= best["recall"] < 0.82
+    assert best["precision"] == pytest.approx(test["precision_at_recall_0.8"], abs=1e-6)
+    assert 0.65 < october["recall"] < 0.95
+    assert october["recall_interval"][0] < october["recall"] < october["recall_interval"][1]
+
+    with (tmp_path / "slices.csv").open() as file:
+        slices = list(csv.DictReader(file))
+    counts = [float(group["count"]) for group in slices]
+    assert [group["slice"] for group in slices[:3]] == ["EWR", "JFK", "LGA"]
+    # Each flight has an airport and an airline; the 68 without an arrival are in no group.
+    assert (len(slices), sum(counts[:3]), sum(counts[3:]), results["observed"]) == (19, 3222, 3222, 3222)
+    assert [group["auc"] == "" for group in slices] == [count < 100 for count in counts]
+    late = sum(n * float(group["label/mean"]) for n, group in zip(counts[:3], slices[:3], strict=True))
+    assert late / 3222 == pytest.approx(test["label/mean"], abs=1e-6)
+    assert results["slice_auc_difference"] < 5e-3
+    assert "\nLGA " in printed
+    assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

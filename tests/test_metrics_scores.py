@@ -243,6 +243,7 @@ def sampled(kind: str, soft: bool, seed: int, columns: int = 1) -> tuple[np.ndar
     z = rng.normal(size=(ROWS, columns)) + labels
     logits = {
         "continuous": z,
+        "inverted": -z,
         # On the edges of the grids, and between them.
         "ties": np.round(z * 4) / 4,
         "one_bin": 0.3 + np.round(z * 4) / 4 * 1e-3,
@@ -289,7 +290,7 @@ def test_every_metric_is_that_of_the_scores_without_bins(bins, kind, soft):
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-@pytest.mark.parametrize("kind", ["continuous", "ties"])
+@pytest.mark.parametrize("kind", ["continuous", "inverted", "ties"])
 def test_values_of_scores_that_share_no_bin_are_exact(kind, soft):
     """With an edge between any two different scores, every value is that of the scores."""
     labels, logits, weights = sampled(kind, soft, 5)
@@ -445,8 +446,9 @@ def same(a: dict[str, Any], b: dict[str, Any], atol: float = 1e-6) -> None:
 def test_weights_masks_and_batches(head):
     labels, logits, weights = sampled("ties", True, 11, head.n)
     whole = head.measure(labels, logits, weights=weights).compute(bounds=True)
-    twice = head.measure(np.tile(labels, (2, 1)), np.tile(logits, (2, 1))).compute(bounds=True)
-    same(head.measure(labels, logits, weights=np.full((ROWS, 1), 2, np.float32)).compute(bounds=True), twice)
+    times = np.where(labels[:, 0] > 0.3, 2, 1)
+    twice = head.measure(np.repeat(labels, times, 0), np.repeat(logits, times, 0)).compute(bounds=True)
+    same(head.measure(labels, logits, weights=times.astype(np.float32)[:, None]).compute(bounds=True), twice)
     keep = np.arange(ROWS) % 4 == 0
     gone = np.where(keep[:, None], logits, np.nan)
     masked = head.measure(labels, gone, weights=weights, where=keep).compute(bounds=True)
@@ -574,7 +576,10 @@ def test_macro_is_that_of_scikit_learn():
     labels[:, 2] = 0
     decided = logits > 0
     for average in ("micro", "macro", "weighted"):
-        values = multi(average).measure(labels, logits, weights=weights).compute()
+        metrics = multi(average).measure(labels, logits, weights=weights)
+        values = metrics.compute()
+        # What an absent class counts as is not for a mean to add.
+        same(metrics.compute(undefined=0.0), values)
         suffix = "" if average == "micro" else f"_{average}"
         for key, function in (("precision", sklearn.precision_score), ("f1", sklearn.f1_score)):
             expected = function(labels, decided, average=average, sample_weight=weights[:, 0], zero_division=nan)
@@ -636,6 +641,9 @@ def test_keys_have_the_names_of_the_classes():
     )
     values, plain = (h.measure(labels, logits).compute(bounds=True) for h in (more, head))
     assert {f"f1/positive_threshold_0.3/{name}" for name in ("sea", "sun", "sand")} < set(values)
+    for rows, name in zip(class_rows(labels, logits, 1.0), ("sea", "sun", "sand"), strict=True):
+        f1 = sklearn.f1_score(rows.y, rows.decided(0.3, head.bins))
+        close(values[f"f1/positive_threshold_0.3/{name}"], f1, name)
     assert {"auc_macro", "auc_macro/lower", "precision_weighted/positive_threshold_0.3"} < set(values)
     assert {"cut/sea", "cut/sea/lower", "cut_threshold/sea", "cut_logit/sand"} < set(values)
     # What the head had is what it was, though all classes now have rows of their own, in another order; but that the

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +126,7 @@ def test_a_state_stacked_by_device_is_refused_where_devices_would_drift_apart():
         return jax.tree.map(lambda x: x[None], state)
 
     state = jax.tree.map(lambda x: jnp.stack([x] * 4), first_state())
-    specs = {"in_specs": P("d"), "out_specs": P("d")}
+    specs: dict[str, Any] = {"in_specs": P("d"), "out_specs": P("d")}
     with pytest.raises(ValueError, match=r"stacked by device(.|\n)*in_specs=P\(\)"):
         jax.jit(jax.shard_map(stacked, mesh=mesh_of(4, "auto"), **specs))(state, batch_of())
     unchecked = jax.jit(jax.shard_map(stacked, mesh=mesh_of(4, "auto"), check_vma=False, **specs))(state, batch_of())
@@ -150,7 +151,7 @@ def test_a_network_may_loop_over_its_parameters_alone():
     [
         (lambda: make_step()({}, batch_of()), "takes a TrainState(.|\n)*Given a dict"),
         (lambda: jh.make_eval_step(HEAD, network)({}, batch_of()), "takes a TrainState"),
-        (lambda: jh.make_train_step(jh.BinaryClassHead, network, OPTIMIZER), "the class BinaryClassHead: make one"),
+        (lambda: jh.make_train_step(cast(Any, jh.BinaryClassHead), network, OPTIMIZER), "the class BinaryClassHead: make one"),
         (
             lambda: make_step()(dataclasses.replace(first_state(), params={"w": jnp.ones((3, 2))}), batch_of()),
             r"opt_state does not belong(.|\n)*optimizer.init",

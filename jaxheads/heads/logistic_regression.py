@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 
-from jaxheads import losses, spec
+from jaxheads import losses, metrics, spec
 from jaxheads.head import Head, LabelSpec
-from jaxheads.metrics import Mean, Moments, Observation
+from jaxheads.metrics import Mean, Observation
 
 
 class LogisticRegressionHead(Head):
@@ -64,7 +64,7 @@ class LogisticRegressionHead(Head):
         return {"prediction/mean": Mean(jax.nn.sigmoid(logits)), "label/mean": Mean(labels)}
 
     def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
-        return {"moments": lambda: Moments(labels, jax.nn.sigmoid(logits))}
+        return {"moments": lambda: metrics.Moments(labels, jax.nn.sigmoid(logits))}
 
     def signatures(self, predictions: Any) -> dict[str, spec.ExportOutput]:
         return spec.regression_signatures(predictions, "predictions")

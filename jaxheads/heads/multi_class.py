@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxheads import losses, spec
+from jaxheads import losses, metrics, spec
 from jaxheads.head import LabelSpec
 from jaxheads.heads import _abstract
-from jaxheads.metrics import ConfusionTable, LogitGrid, Mean, Observation, Ranks, Scores
+from jaxheads.metrics import LogitGrid, Mean, Observation, Scores
 from jaxheads.numerics import meshes, stable, vocabulary
 
 
@@ -105,8 +105,8 @@ class MultiClassHead(_abstract.AbstractLossFnHead):
             return Scores(one_hot, stable.log_odds_of_each(logits), LogitGrid(), names=names)
 
         return {
-            "confusion": lambda: ConfusionTable(labels, stable.first_argmax(logits), names),
-            "ranks": lambda: Ranks(stable.rank(logits, labels), n),
+            "confusion": lambda: metrics.ConfusionTable(labels, stable.first_argmax(logits), names),
+            "ranks": lambda: metrics.Ranks(stable.rank(logits, labels), n),
             "scores": scores,
         }
 

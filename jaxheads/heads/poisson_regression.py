@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxheads import losses, spec
+from jaxheads import losses, metrics, spec
 from jaxheads.head import Head, LabelSpec
 from jaxheads.heads import _abstract
-from jaxheads.metrics import Mean, Moments, Observation
+from jaxheads.metrics import Mean, Observation
 
 
 class PoissonRegressionHead(Head):
@@ -82,7 +82,7 @@ class PoissonRegressionHead(Head):
         return {"prediction/mean": Mean(jnp.exp(logits)), "label/mean": Mean(labels)}
 
     def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
-        return {"moments": lambda: Moments(labels, jnp.exp(logits))}
+        return {"moments": lambda: metrics.Moments(labels, jnp.exp(logits))}
 
     def signatures(self, predictions: Any) -> dict[str, spec.ExportOutput]:
         return spec.regression_signatures(predictions, "predictions")

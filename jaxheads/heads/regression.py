@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 
-from jaxheads import losses, spec
+from jaxheads import losses, metrics, spec
 from jaxheads.head import LabelSpec
 from jaxheads.heads import _abstract
-from jaxheads.metrics import Mean, Moments, Observation
+from jaxheads.metrics import Mean, Observation
 
 
 class RegressionHead(_abstract.AbstractLossFnHead):
@@ -100,7 +100,7 @@ class RegressionHead(_abstract.AbstractLossFnHead):
         return {"prediction/mean": Mean(self._predicted(logits)), "label/mean": Mean(labels)}
 
     def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
-        return {"moments": lambda: Moments(labels, self._predicted(logits))}
+        return {"moments": lambda: metrics.Moments(labels, self._predicted(logits))}
 
     def _predicted(self, logits: jax.Array) -> jax.Array:
         return logits if self.inverse_link_fn is None else self.inverse_link_fn(logits)

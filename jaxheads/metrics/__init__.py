@@ -15,24 +15,13 @@ histogram. One rule each holds for all of them:
   holds the value of the same scores without bins.
 """
 
-from jaxheads.metrics.areas import AveragePrecision as AveragePrecision
-from jaxheads.metrics.areas import KolmogorovSmirnov as KolmogorovSmirnov
-from jaxheads.metrics.areas import PrAuc as PrAuc
-from jaxheads.metrics.areas import RocAuc as RocAuc
+import importlib as _importlib
+import typing as _typing
+
 from jaxheads.metrics.base import AbstractSourceMetric as AbstractSourceMetric
 from jaxheads.metrics.base import Metric as Metric
 from jaxheads.metrics.base import Observation as Observation
 from jaxheads.metrics.base import View as View
-from jaxheads.metrics.calibration import BaseRate as BaseRate
-from jaxheads.metrics.calibration import BrierScore as BrierScore
-from jaxheads.metrics.calibration import ExpectedCalibrationError as ExpectedCalibrationError
-from jaxheads.metrics.calibration import LogLoss as LogLoss
-from jaxheads.metrics.classes import ConfusionMatrix as ConfusionMatrix
-from jaxheads.metrics.classes import MeanIoU as MeanIoU
-from jaxheads.metrics.classes import OneVsRestAuc as OneVsRestAuc
-from jaxheads.metrics.classes import Perplexity as Perplexity
-from jaxheads.metrics.confusion import ConfusionTable as ConfusionTable
-from jaxheads.metrics.confusion import ConfusionView as ConfusionView
 from jaxheads.metrics.curves import Interval as Interval
 from jaxheads.metrics.curves import ScoresView as ScoresView
 from jaxheads.metrics.grids import LogitGrid as LogitGrid
@@ -48,32 +37,101 @@ from jaxheads.metrics.mean import FunctionMetric as FunctionMetric
 from jaxheads.metrics.mean import Mean as Mean
 from jaxheads.metrics.mean import MeanView as MeanView
 from jaxheads.metrics.mean import Total as Total
-from jaxheads.metrics.moments import Moments as Moments
-from jaxheads.metrics.moments import MomentsView as MomentsView
-from jaxheads.metrics.operating import BestThreshold as BestThreshold
-from jaxheads.metrics.operating import PrecisionAtRecall as PrecisionAtRecall
-from jaxheads.metrics.operating import RecallAtPrecision as RecallAtPrecision
-from jaxheads.metrics.operating import SensitivityAtSpecificity as SensitivityAtSpecificity
-from jaxheads.metrics.operating import SpecificityAtSensitivity as SpecificityAtSensitivity
-from jaxheads.metrics.ranks import Ranks as Ranks
-from jaxheads.metrics.ranks import RanksView as RanksView
-from jaxheads.metrics.ranks import TopKAccuracy as TopKAccuracy
-from jaxheads.metrics.regression import ExplainedVariance as ExplainedVariance
-from jaxheads.metrics.regression import MeanAbsoluteError as MeanAbsoluteError
-from jaxheads.metrics.regression import MeanSquaredError as MeanSquaredError
-from jaxheads.metrics.regression import PearsonCorrelation as PearsonCorrelation
-from jaxheads.metrics.regression import R2Score as R2Score
-from jaxheads.metrics.regression import RootMeanSquaredError as RootMeanSquaredError
 from jaxheads.metrics.scores import Scores as Scores
 from jaxheads.metrics.state import BadInputWarning as BadInputWarning
 from jaxheads.metrics.state import Metrics as Metrics
-from jaxheads.metrics.thresholds import Accuracy as Accuracy
-from jaxheads.metrics.thresholds import BalancedAccuracy as BalancedAccuracy
-from jaxheads.metrics.thresholds import CohenKappa as CohenKappa
-from jaxheads.metrics.thresholds import FBeta as FBeta
-from jaxheads.metrics.thresholds import IoU as IoU
-from jaxheads.metrics.thresholds import MatthewsCorrcoef as MatthewsCorrcoef
-from jaxheads.metrics.thresholds import Precision as Precision
-from jaxheads.metrics.thresholds import Recall as Recall
-from jaxheads.metrics.thresholds import Specificity as Specificity
-from jaxheads.metrics.thresholds import Support as Support
+
+if _typing.TYPE_CHECKING:
+    from jaxheads.metrics.areas import AveragePrecision as AveragePrecision
+    from jaxheads.metrics.areas import KolmogorovSmirnov as KolmogorovSmirnov
+    from jaxheads.metrics.areas import PrAuc as PrAuc
+    from jaxheads.metrics.areas import RocAuc as RocAuc
+    from jaxheads.metrics.calibration import BaseRate as BaseRate
+    from jaxheads.metrics.calibration import BrierScore as BrierScore
+    from jaxheads.metrics.calibration import ExpectedCalibrationError as ExpectedCalibrationError
+    from jaxheads.metrics.calibration import LogLoss as LogLoss
+    from jaxheads.metrics.classes import ConfusionMatrix as ConfusionMatrix
+    from jaxheads.metrics.classes import MeanIoU as MeanIoU
+    from jaxheads.metrics.classes import OneVsRestAuc as OneVsRestAuc
+    from jaxheads.metrics.classes import Perplexity as Perplexity
+    from jaxheads.metrics.confusion import ConfusionTable as ConfusionTable
+    from jaxheads.metrics.confusion import ConfusionView as ConfusionView
+    from jaxheads.metrics.moments import Moments as Moments
+    from jaxheads.metrics.moments import MomentsView as MomentsView
+    from jaxheads.metrics.operating import BestThreshold as BestThreshold
+    from jaxheads.metrics.operating import PrecisionAtRecall as PrecisionAtRecall
+    from jaxheads.metrics.operating import RecallAtPrecision as RecallAtPrecision
+    from jaxheads.metrics.operating import SensitivityAtSpecificity as SensitivityAtSpecificity
+    from jaxheads.metrics.operating import SpecificityAtSensitivity as SpecificityAtSensitivity
+    from jaxheads.metrics.ranks import Ranks as Ranks
+    from jaxheads.metrics.ranks import RanksView as RanksView
+    from jaxheads.metrics.ranks import TopKAccuracy as TopKAccuracy
+    from jaxheads.metrics.regression import ExplainedVariance as ExplainedVariance
+    from jaxheads.metrics.regression import MeanAbsoluteError as MeanAbsoluteError
+    from jaxheads.metrics.regression import MeanSquaredError as MeanSquaredError
+    from jaxheads.metrics.regression import PearsonCorrelation as PearsonCorrelation
+    from jaxheads.metrics.regression import R2Score as R2Score
+    from jaxheads.metrics.regression import RootMeanSquaredError as RootMeanSquaredError
+    from jaxheads.metrics.thresholds import Accuracy as Accuracy
+    from jaxheads.metrics.thresholds import BalancedAccuracy as BalancedAccuracy
+    from jaxheads.metrics.thresholds import CohenKappa as CohenKappa
+    from jaxheads.metrics.thresholds import FBeta as FBeta
+    from jaxheads.metrics.thresholds import IoU as IoU
+    from jaxheads.metrics.thresholds import MatthewsCorrcoef as MatthewsCorrcoef
+    from jaxheads.metrics.thresholds import Precision as Precision
+    from jaxheads.metrics.thresholds import Recall as Recall
+    from jaxheads.metrics.thresholds import Specificity as Specificity
+    from jaxheads.metrics.thresholds import Support as Support
+
+# What is asked for by name alone, imported then: `import jaxheads` does not pay for the catalogue.
+_LAZY = {
+    name: module
+    for module, names in {
+        "areas": ("AveragePrecision", "KolmogorovSmirnov", "PrAuc", "RocAuc"),
+        "calibration": ("BaseRate", "BrierScore", "ExpectedCalibrationError", "LogLoss"),
+        "classes": ("ConfusionMatrix", "MeanIoU", "OneVsRestAuc", "Perplexity"),
+        "confusion": ("ConfusionTable", "ConfusionView"),
+        "moments": ("Moments", "MomentsView"),
+        "operating": (
+            "BestThreshold",
+            "PrecisionAtRecall",
+            "RecallAtPrecision",
+            "SensitivityAtSpecificity",
+            "SpecificityAtSensitivity",
+        ),
+        "ranks": ("Ranks", "RanksView", "TopKAccuracy"),
+        "regression": (
+            "ExplainedVariance",
+            "MeanAbsoluteError",
+            "MeanSquaredError",
+            "PearsonCorrelation",
+            "R2Score",
+            "RootMeanSquaredError",
+        ),
+        "thresholds": (
+            "Accuracy",
+            "BalancedAccuracy",
+            "CohenKappa",
+            "FBeta",
+            "IoU",
+            "MatthewsCorrcoef",
+            "Precision",
+            "Recall",
+            "Specificity",
+            "Support",
+        ),
+    }.items()
+    for name in names
+}
+
+
+def __getattr__(name: str) -> _typing.Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'jaxheads.metrics' has no attribute {name!r}")
+    value = getattr(_importlib.import_module(f"jaxheads.metrics.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -43,12 +43,12 @@ class Observation(abc.ABC):
         """The sums `[size]` of this batch under weights `[..., 1]` or `[..., d]`."""
 
     def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
-        """`reduce` for each of several groups, `[groups.n, size]`: one after the other, unless a better way is known."""
+        """`reduce` for each group, `[groups.n, size]`: one after the other, unless a better way is known."""
         return groups.each(lambda inside: self.reduce(weights * inside))
 
     @property
     def is_late(self) -> bool:
-        """Whether it is reduced once for all rows, and not tile by tile: where the state is large and its arrays small."""
+        """Whether it is reduced for all rows at once, not tile by tile: a large state made of small arrays."""
         return False
 
     @abc.abstractmethod

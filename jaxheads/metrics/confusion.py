@@ -39,8 +39,8 @@ class ConfusionTable(Observation):
 
     @property
     def is_late(self) -> bool:
-        """Of many classes, the state is larger than what a tile says of it."""
-        return self.size > 2**12
+        """Of many classes the table is larger than a tile of rows."""
+        return self.size >= 2**14
 
     def reduce(self, weights: jax.Array) -> jax.Array:
         """One number says the pair, so that one histogram counts them."""

@@ -106,11 +106,11 @@ class LogitGrid(AbstractGrid):
         return layout.edges.locate(logits) if extra is None else edges.locate_uniform(logits, *self._uniform(), extra)
 
     def _uniform(self) -> tuple[int, int, float]:
-        """Of edges at all multiples of a power of two: the first multiple, how many there are, how many to 1; else 0."""
+        """Of edges at multiples of a power of two: the first multiple, how many, and 1 by that power; else zeros."""
         width = (self.high - self.low) / (self.n - 2)
         first = self.low / width
         # Beyond 2^22 multiples a float32 logit divided by the width is no exact number of them.
-        whole = math.frexp(width)[0] == 0.5 and first == int(first) and max(abs(self.low), abs(self.high)) < 2**22 * width
+        whole = math.frexp(width)[0] == 0.5 and first == int(first) and -(2**22) < first <= 2**22 - self.n
         return (int(first), self.n - 1, 1 / width) if whole and 2**-60 < width < 2**60 else (0, 0, 0.0)
 
     def _beside(self, layout: Layout) -> tuple[float, ...] | None:

@@ -65,7 +65,7 @@ class Bootstrap:
 
     Each replica counts each element as often as a Poisson variable of mean 1 says, which is how often an element is
     drawn by the bootstrap where there are many (Hanley and MacGibbon 2006; Chamandy et al. 2012). The draws come from
-    the `key=` that every update is given: a new one for every batch. `metrics.compute(confidence=0.95)` reads intervals.
+    the `key=` that every update is given, a new one for every batch. `metrics.compute(confidence=0.95)` reads them.
 
     Args:
         replicas: how many; their number is the factor by which an update costs more.
@@ -153,7 +153,9 @@ class Membership:
     def each(self, reduce: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """`reduce` of each group's weights, 1 inside and 0 outside, one after the other."""
         # On a mesh a loop would be an all-reduce for each.
-        return self.at_once(reduce) if not meshes.is_local(self) else jax.lax.map(self._weighing(reduce), self._groups())
+        return (
+            self.at_once(reduce) if not meshes.is_local(self) else jax.lax.map(self._weighing(reduce), self._groups())
+        )
 
     def at_once(self, reduce: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """The same for all groups at once."""

@@ -208,7 +208,7 @@ class BestThreshold(AbstractScoreMetric):
 def _threshold(view: ScoresView, cut: Any) -> tuple[Any, Any]:
     """Probability and logit of the edge in the middle of those that decide as that of index `cut` does."""
     xp, n, layout = view.xp, view.layout.n_buckets, view.layout
-    filled, cut = view.negative + view.positive > 0, xp.expand_dims(cut, -1)
+    filled, cut = view.negative + view.positive > 0, xp.expand_dims(cut, -1).astype(np.int32)
     index = np.arange(n, dtype=np.int32).reshape((1,) * (filled.ndim - 1) + (n,))
     low = xp.where(filled & (index < cut), index + 1, xp.zeros_like(index)).max(-1)
     high = xp.where(filled & (index >= cut), index, xp.full_like(index, n)).min(-1)

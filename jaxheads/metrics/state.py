@@ -210,7 +210,9 @@ class Metrics:
         views = {key: view(start, observation) for key, (start, observation) in layout.items()}
         return views, sums[..., 0], sums[..., 1:3] if self.regularized else None, xp
 
-    def compute(self, undefined: float = np.nan, bounds: bool = False, confidence: float | None = None) -> dict[str, Any]:
+    def compute(
+        self, undefined: float = np.nan, bounds: bool = False, confidence: float | None = None
+    ) -> dict[str, Any]:
         """The metrics by name, as float32 scalars (arrays, if the state has a leading axis).
 
         Args:
@@ -274,7 +276,9 @@ class Metrics:
 
     def _slices(self) -> Slices:
         if not isinstance(found := getattr(self.head, "slices", None), Slices):
-            raise ValueError(f'by_slice() needs a head with slices, slices=jh.Slices("origin", 3). Given {self.head!r}.')
+            raise ValueError(
+                f'by_slice() needs a head with slices, slices=jh.Slices("origin", 3). Given {self.head!r}.'
+            )
         return found
 
     def _count(self, at: Any) -> Any:
@@ -293,8 +297,8 @@ class Metrics:
     def _warn(self, bad: Any, xp: Any) -> None:
         if xp is np and np.any(bad > 0):
             warnings.warn(
-                f"{int(np.sum(bad))} elements had an illegal label, weight or slice and were left out of the metrics of "
-                f"{self.head!r}. Call the head eagerly with check=True to see which.",
+                f"{int(np.sum(bad))} elements had an illegal label, weight or slice and were left out of the metrics "
+                f"of {self.head!r}. Call the head eagerly with check=True to see which.",
                 BadInputWarning,
                 stacklevel=3,
             )
@@ -398,9 +402,7 @@ def _named(values: Mapping[tuple[str, str | None], Any], bounds: bool, xp: Any) 
     return out
 
 
-def _quantiles(
-    values: Mapping[tuple[str, str | None], Any], confidence: float, xp: Any, axis: int
-) -> dict[str, Any]:
+def _quantiles(values: Mapping[tuple[str, str | None], Any], confidence: float, xp: Any, axis: int) -> dict[str, Any]:
     """`KEY/ci_lower` and `KEY/ci_upper`, over the replicas that have a value."""
     out = {}
     for (key, name), value in values.items():

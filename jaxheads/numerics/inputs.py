@@ -142,7 +142,7 @@ def check_where(values: np.ndarray, live: np.ndarray, what: str) -> None:
 
 
 def as_slices(x: Any, lead: tuple[int, ...], n: int) -> Any:
-    """Ids of slices `lead + [1]`, or their membership `lead + [n]`; of fewer leading axes they hold for what is inside."""
+    """Ids of slices `lead + [1]`, or membership `lead + [n]`; of fewer leading axes they hold for what is inside."""
     array, what = as_array(x, "slices"), f"slices (ids, or a membership matrix of {n} columns)"
     kind, shape = dtype_kind(array), tuple(array.shape)
     if kind not in ("int", "bool"):

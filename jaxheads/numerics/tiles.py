@@ -107,7 +107,7 @@ def sum_over_rows(sums: Callable[..., list[Any]], batch: Any, n: int, rows: int)
         # Each by itself: put together in one array, XLA would make what is in them again for every number.
         added = [pairs.two_sum(total, part) for (total, _), part in zip(carry, parts, strict=True)]
         carry = [(total, lost + error) for (total, error), (_, lost) in zip(added, carry, strict=True)]
-        return carry, [(part.observation, part.weights, part.groups) for part in late]
+        return carry, [{name: getattr(part, name) for name in ("observation", "weights", "groups", "replicas")} for part in late]
 
     shapes, late_shapes = jax.eval_shape(of_tile, jnp.int32(0))
     zero = jnp.float32(0)
@@ -118,5 +118,8 @@ def sum_over_rows(sums: Callable[..., list[Any]], batch: Any, n: int, rows: int)
     carry, stacked = jax.lax.scan(body, carry, jnp.arange(-(-n // rows), dtype=jnp.int32))
     exact = iter([jnp.where(jnp.isfinite(total), total + lost, total) for total, lost in carry])
     whole = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
-    late = iter([Late(*arrays, like.replicas, like.how) for arrays, like in zip(whole, late_shapes, strict=True)])
+    for arrays, of_tiles in zip(whole, stacked, strict=True):
+        # Keys are no rows: those of one tile serve all.
+        arrays["replicas"] = jax.tree.map(lambda x: x[0], of_tiles["replicas"])
+    late = iter([dataclasses.replace(like, **arrays) for arrays, like in zip(whole, late_shapes, strict=True)])
     return [next(late).reduced() if later else next(exact) for later in is_late]
