@@ -687,7 +687,10 @@ class Head(Configuration, abc.ABC):
     def _all_sums(self, batch: dict[str, Any], with_divisor: bool = False) -> list[jax.Array]:
         """The sums of a gathered batch, part by part; of large batches tile by tile."""
         parts = functools.partial(self._parts_of, with_divisor=with_divisor)
-        return tiles.summed(parts, batch) if self.rowwise else tiles.finished(parts(batch))
+        if not self.rowwise:
+            return tiles.finished(parts(batch))
+        layout, _ = slots(fields.unbound(self), False)
+        return tiles.summed(parts, batch, sum(x.size for _, x in layout.values() if not x.is_late))
 
     def _parts_of(self, batch: dict[str, Any], with_divisor: bool) -> list[Any]:
         """Of a gathered batch the bad elements, then what the head observes: sums, or what is to be reduced later.

@@ -98,6 +98,11 @@ class Grouped(Observation):
         return 1 + self.replicas, 1 + self.groups
 
     @property
+    def is_late(self) -> bool:
+        """As what is inside."""
+        return self.inner.is_late
+
+    @property
     def size(self) -> int:
         """The inner size, for each."""
         return (1 + self.replicas) * (1 + self.groups) * self.inner.size

@@ -12,6 +12,7 @@ from jaxheads.numerics import meshes, pairs
 from jaxheads.numerics.edges import WIDTH, in_three
 
 BLOCK = 2**14
+LARGE = 2**16  # sums, of which blocks take more memory than entries do
 
 
 def histogram(
@@ -109,10 +110,11 @@ def _scattered(buckets: jax.Array, weights: jax.Array, n: int, most: int) -> jax
     replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec(None))
     # Under shape polymorphism the number of rows is no number: then all is one block.
     rows = math.prod(examples) * most if _is_known(buckets) else None
-    blocks = 1 if rows is None else max(1, -(-rows // BLOCK))
+    block = max(BLOCK, n)
+    blocks = 1 if rows is None else max(1, -(-rows // block))
     if blocks > 1:
         width = math.prod(buckets.shape[len(examples) :])
-        buckets = meshes.flat_index(buckets) // width * most // BLOCK * n + buckets
+        buckets = meshes.flat_index(buckets) // width * most // block * n + buckets
 
     def sums(weights):
         zeros = jnp.zeros(blocks * n, jnp.float32)
@@ -124,7 +126,7 @@ def _scattered(buckets: jax.Array, weights: jax.Array, n: int, most: int) -> jax
         # size: where they are of a thousand to one in one bucket, it is off by 1e-5 (see BUILD_NOTES).
         coarse = jax.lax.reduce_precision(weights, exponent_bits=8, mantissa_bits=8)
         return sums(coarse) + sums(weights - coarse)
-    coarse = weights if rows == 0 else _multiples(weights, None if rows is None else min(rows, BLOCK))
+    coarse = weights if rows == 0 else _multiples(weights, None if rows is None else min(rows, block))
 
     def together(coarse, rest):
         # As one complex number: on a CPU one scatter of those takes little longer than one of floats.
@@ -135,7 +137,11 @@ def _scattered(buckets: jax.Array, weights: jax.Array, n: int, most: int) -> jax
     def apart(coarse, rest):
         return sums(coarse) + sums(rest)
 
-    return jax.lax.platform_dependent(coarse, weights - coarse, cpu=together, default=apart)
+    rest = weights - coarse
+    if n < LARGE:
+        return jax.lax.platform_dependent(coarse, rest, cpu=together, default=apart)
+    exact = sums(coarse)
+    return exact + jax.lax.cond(_holds(rest == 0), lambda _: jnp.zeros_like(exact), sums, rest)
 
 
 def _multiples(weights: jax.Array, rows: int | None) -> jax.Array:

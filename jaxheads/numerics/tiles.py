@@ -16,15 +16,17 @@ from jaxheads.numerics import meshes, pairs
 from jaxheads.numerics.linear import LinearLogits
 
 # Small tiles save memory, large ones spare the CPU the handling of many: an eighth of the rows, within these limits.
-MIN_ROWS, MAX_ROWS, MAX_ELEMENTS = 2**13, 2**15, 2**18
+# Each tile makes sums of its own, so it holds about as many elements as there are sums, but no more than the last.
+MIN_ROWS, MAX_ROWS, MIN_ELEMENTS, MAX_ELEMENTS = 2**13, 2**15, 2**18, 2**20
 
 
-def tile_rows(shape: tuple[Any, ...]) -> int | None:
-    """How many rows of an array of this shape make a tile, None if it is not worth cutting."""
+def tile_rows(shape: tuple[Any, ...], size: int = 0) -> int | None:
+    """How many rows of an array of this shape make a tile of `size` sums, None if it is not worth cutting."""
     if not all(isinstance(size, int) for size in shape):
         return None
     rows = min(max(MIN_ROWS, shape[0] // 8), MAX_ROWS)
-    rows = max(1, min(rows, MAX_ELEMENTS // max(1, math.prod(shape[1:]))))
+    elements = min(max(size, MIN_ELEMENTS), MAX_ELEMENTS)
+    rows = max(1, min(rows, elements // max(1, math.prod(shape[1:]))))
     return rows if shape[0] >= 2 * rows else None
 
 
@@ -56,13 +58,13 @@ def finished(parts: list[Any]) -> list[jax.Array]:
     return [part.reduced() if isinstance(part, Late) else part for part in parts]
 
 
-def summed(sums: Callable[[dict[str, Any]], list[Any]], batch: dict[str, Any]) -> list[jax.Array]:
+def summed(sums: Callable[[dict[str, Any]], list[Any]], batch: dict[str, Any], size: int) -> list[jax.Array]:
     """The parts of `sums(batch)` of a gathered batch whose rows do not depend on each other, in tiles where that pays.
 
-    Feature columns may have any shape, so a batch that carries some is not cut.
+    `size` numbers come of each tile. Feature columns may have any shape: a batch that carries some is not cut.
     """
     logits = batch["logits"]
-    rows = tile_rows(tuple(logits.shape))
+    rows = tile_rows(tuple(logits.shape), size)
     if rows is None or batch["features"] or not meshes.is_local({k: v for k, v in batch.items() if k != "key"}):
         return finished(sums(batch))
     lazy = isinstance(logits, LinearLogits)
