@@ -676,11 +676,15 @@ class Head(Configuration, abc.ABC):
         """Ids int32 `lead + [1]`, or a membership matrix `lead + [n]`."""
         slices: Any = self.slices
         column, n = slices.column, slices.n
-        table = columns.table(features) if isinstance(column, str) else None
-        if isinstance(column, str) and (table is None or column not in table):
-            given = features if table is None else sorted(map(str, table))
-            raise ValueError(f"Feature {column} (of slices) is not in features. Given features: {given}.")
-        ids = inputs.as_slices(table[column] if table is not None else column(features), lead, n)
+        if isinstance(column, str):
+            table = columns.table(features)
+            if table is None or column not in table:
+                given = features if table is None else sorted(map(str, table))
+                raise ValueError(f"Feature {column} (of slices) is not in features. Given features: {given}.")
+            found = table[column]
+        else:
+            found = column(features)
+        ids = inputs.as_slices(found, lead, n)
         inputs.check_slices(ids, n, check)
         return ids
 

@@ -145,7 +145,7 @@ def layout_faults(package: pathlib.Path) -> list[str]:
     faults += [
         f"{path.relative_to(package.parent)}:{line} imports by a computed name, which hides it from this test"
         for path in files
-        if path != package / "__init__.py"
+        if path not in (package / "__init__.py", package / "metrics" / "__init__.py")  # lazy; TYPE_CHECKING names all
         for line in hidden_imports(path)
     ]
     # What lies on one floor is a matter of order; across floors the rules above leave no cycle.

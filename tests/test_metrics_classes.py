@@ -353,6 +353,8 @@ def test_what_nobody_asks_for_costs_nothing_and_what_is_shared_is_paid_once():
     assert size(M.Perplexity()) == plain
     assert size(M.ConfusionMatrix(), M.Recall(average=None), M.CohenKappa(), M.MeanIoU()) == plain + matrix
     assert size(M.TopKAccuracy(2), M.TopKAccuracy(3)) == plain + 3
+    ranks = M.Ranks(np.zeros((1, 1)), K, (2, 3))
+    assert ranks.join(dataclasses.replace(ranks, ks=(3, 5))).ks == (2, 3, 5)
     assert size(M.OneVsRestAuc()) == size(M.OneVsRestAuc(average=None), M.AveragePrecision(average="macro"))
 
     def moments(*metrics):
@@ -461,10 +463,10 @@ def test_normalized_confusion(normalize):
 
 
 def test_small_classes_are_not_lost_inside_jit():
-    """A class of weight 1 among 10^7: float32 differences of sums would know nothing of it."""
+    """A class of weight 1 among 10^9: float32 differences of sums would know nothing of it."""
     head = jh.MultiClassHead(3).with_metrics(M.CohenKappa(), M.MatthewsCorrcoef(), M.Specificity(average=None))
     labels, logits = np.array([0, 0, 1, 1, 2]), np.eye(3, dtype=np.float32)[[0, 1, 1, 0, 2]]
-    weights = np.array([1e7, 2, 1, 1, 1], np.float32)
+    weights = np.array([1e9, 2, 1, 1, 1], np.float32)
     metrics = head.measure(labels, logits, weights=weights)
     predicted, w = logits.argmax(-1), weights.astype(np.float64)
     inside = jax.jit(lambda metrics: metrics.compute())(metrics)
@@ -508,16 +510,14 @@ def test_intervals_hold_what_rounding_has_moved(mean):
 
 
 def test_the_shift_that_mends_is_named():
-    data = far_off(1e4)
-    head = jh.RegressionHead().with_metrics(M.R2Score(), M.MeanSquaredError())
-    metrics = head.measure(**data)
-    view = metrics._views(np.nan)[0]["moments"]
-    interval = M.R2Score().values(view)["r2_score"]
-    assert interval.is_wide()
-    assert interval.mend == "shift=10000.0"
-    mended = jh.RegressionHead().with_metrics(eval(f"M.R2Score({interval.mend})"), M.MeanSquaredError())
-    view = mended.measure(**data)._views(np.nan)[0]["moments"]
-    assert not M.R2Score().values(view)["r2_score"].is_wide()
+    def interval(metric):
+        head = jh.RegressionHead().with_metrics(metric, M.MeanSquaredError())
+        return metric.values(head.measure(**far_off(1e4))._views(np.nan)[0]["moments"])["r2_score"]
+
+    for metric in (M.R2Score(), M.R2Score(shift=-3000)):
+        assert interval(metric).is_wide()
+        assert interval(metric).mend == "shift=10000.0"
+    assert not interval(M.R2Score(shift=10000.0)).is_wide()
 
 
 def test_one_shift_serves_all():
@@ -551,6 +551,19 @@ def test_a_prediction_that_is_no_number_shows():
     for key in ("r2_score", "pearson_correlation", "explained_variance", "mean_squared_error"):
         assert np.isnan([values[key], values[f"{key}/target0"]]).all()
         assert np.isfinite(values[f"{key}/target1"])
+
+
+def reciprocal(logits):
+    """What masks put in the place of logits, 0, is infinite here."""
+    return 1 / logits
+
+
+def test_masked_rows_are_absent_whatever_the_link_makes_of_them():
+    head = jh.RegressionHead(inverse_link_fn=reciprocal).with_metrics(M.MeanSquaredError(), M.R2Score())
+    data = {"labels": np.array([1.0, 2, 4, 3]), "logits": np.array([[1.0], [0.5], [0.2], [9]], np.float32)}
+    values = head.measure(**data, where=np.array([1, 1, 1, 0])).compute()
+    np.testing.assert_allclose(values["mean_squared_error"], 1 / 3, rtol=1e-6)
+    np.testing.assert_allclose(values["r2_score"], sk.r2_score([1, 2, 4], [1, 2, 5]), rtol=1e-6)
 
 
 def test_each_logit_may_have_its_weight():

@@ -151,7 +151,10 @@ def test_a_network_may_loop_over_its_parameters_alone():
     [
         (lambda: make_step()({}, batch_of()), "takes a TrainState(.|\n)*Given a dict"),
         (lambda: jh.make_eval_step(HEAD, network)({}, batch_of()), "takes a TrainState"),
-        (lambda: jh.make_train_step(cast(Any, jh.BinaryClassHead), network, OPTIMIZER), "the class BinaryClassHead: make one"),
+        (
+            lambda: jh.make_train_step(cast(Any, jh.BinaryClassHead), network, OPTIMIZER),
+            "the class BinaryClassHead: make one",
+        ),
         (
             lambda: make_step()(dataclasses.replace(first_state(), params={"w": jnp.ones((3, 2))}), batch_of()),
             r"opt_state does not belong(.|\n)*optimizer.init",

@@ -148,7 +148,7 @@ def _multiples(weights: jax.Array, rows: int | None) -> jax.Array:
     """The weights rounded down to multiples of a power of two, such that any `rows` of them, or all, add up exactly."""
     bound = jnp.sum(weights)
     bound = bound if rows is None else jnp.minimum(bound, rows * jnp.max(weights))
-    exponent = jax.lax.shift_right_logical(jax.lax.bitcast_convert_type(bound, jnp.int32), 23) - 126
+    exponent = jax.lax.shift_right_logical(jax.lax.bitcast_convert_type(bound, jnp.int32), np.int32(23)) - 126
     # A sum below 2^e in multiples of 2^(e - 23) has 23 bits; a float32 holds 24. Where the rest would be subnormal, and
     # so 0 to XLA, and where the sum is no number, the quantum is so large that all is rest.
     usual = jnp.isfinite(bound) & (exponent > -80)
@@ -158,7 +158,7 @@ def _multiples(weights: jax.Array, rows: int | None) -> jax.Array:
 
 def _power_of_two(exponent: jax.Array) -> jax.Array:
     """`2^e` as a float32, for e from -127 (where it is 0) to 127."""
-    return jax.lax.bitcast_convert_type(jax.lax.shift_left(exponent + 127, 23), jnp.float32)
+    return jax.lax.bitcast_convert_type(jax.lax.shift_left(exponent + 127, np.int32(23)), jnp.float32)
 
 
 def _is_known(x: jax.Array) -> bool:

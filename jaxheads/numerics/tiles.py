@@ -109,7 +109,9 @@ def sum_over_rows(sums: Callable[..., list[Any]], batch: Any, n: int, rows: int)
         # Each by itself: put together in one array, XLA would make what is in them again for every number.
         added = [pairs.two_sum(total, part) for (total, _), part in zip(carry, parts, strict=True)]
         carry = [(total, lost + error) for (total, error), (_, lost) in zip(added, carry, strict=True)]
-        return carry, [{name: getattr(part, name) for name in ("observation", "weights", "groups", "replicas")} for part in late]
+        return carry, [
+            {name: getattr(part, name) for name in ("observation", "weights", "groups", "replicas")} for part in late
+        ]
 
     shapes, late_shapes = jax.eval_shape(of_tile, jnp.int32(0))
     zero = jnp.float32(0)
