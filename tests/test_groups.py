@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
-from devices import AXES, count, mesh_of
+from devices import count, mesh_of
 from jax.sharding import NamedSharding, PartitionSpec
 from zoo import changed
 
@@ -28,6 +28,10 @@ HEADS = {
     "several": jh.MultiHead([jh.BinaryClassHead(name="a"), jh.RegressionHead(name="b", loss_reduction="mean")]),
 }
 each = pytest.mark.parametrize("name", HEADS)
+# One of each kind of state in the quick tests.
+few = pytest.mark.parametrize(
+    "name", [name if name in ("binary", "several") else pytest.param(name, marks=pytest.mark.slow) for name in HEADS]
+)
 
 
 def sliced(name, slices=SLICES, bootstrap=None):
@@ -110,7 +114,7 @@ def test_a_table_larger_than_a_tile_is_made_once():
     assert 0 < abs(spread - weights.sum()) < 5 * np.sqrt((weights**2).sum() / 2)
 
 
-@each
+@few
 def test_slices_may_overlap(name):
     (batch, origin), head = draw(name), sliced(name)
     matrix = np.concatenate([origin == 0, origin >= 0, origin <= 1], axis=-1)
@@ -121,7 +125,7 @@ def test_slices_may_overlap(name):
     np.testing.assert_array_equal(numbers["count"], found["count"])
 
 
-@each
+@few
 def test_any_split_gives_the_same_slices(name):
     (batch, origin), head = draw(name), sliced(name)
     metrics = head.metrics()
@@ -140,8 +144,8 @@ def test_any_split_gives_the_same_slices(name):
     np.testing.assert_array_equal(again.by_slice()["count"], metrics.by_slice()["count"])
 
 
-@pytest.mark.parametrize("axes", AXES)
-@pytest.mark.parametrize("name", ["binary", "multi_class", "several"])
+@pytest.mark.parametrize("axes", ["auto", pytest.param("explicit", marks=pytest.mark.slow)])
+@few
 def test_slices_and_replicas_on_eight_devices(name, axes):
     """By sharded `jit`, in one all-reduce."""
     (batch, origin), head = draw(name), sliced(name, bootstrap=jh.Bootstrap(2))
@@ -184,7 +188,7 @@ def test_a_slice_that_is_too_small_has_no_metrics():
 
 
 def test_slices_are_read_inside_jit():
-    (batch, origin), head = draw("binary"), sliced("binary", bootstrap=jh.Bootstrap(4))
+    (batch, origin), head = draw("regression"), sliced("regression", bootstrap=jh.Bootstrap(4))
 
     @jax.jit
     def inside(batch, origin):

@@ -1,0 +1,107 @@
+"""Counters that do not stop, over a billion examples and any number of devices: states against exact rational sums."""
+
+import functools
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from devices import P, mesh_of
+from jax.sharding import NamedSharding
+
+import jaxheads as jh
+from jaxheads.numerics import pairs
+
+ROWS, TIMES = 2**16, 15_259  # a billion examples
+
+
+def batches(n, rows, weights=(0.1, 0.3, 1.0, 2.7)):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(n, rows, 1)).astype(np.float32)
+    labels = rng.integers(0, 2, (n, rows, 1))
+    return labels, logits, rng.choice(np.asarray(weights, np.float32), (n, rows, 1))
+
+
+def exactly(state):
+    """The rational numbers that the pairs of a state stand for."""
+    return [sum((Fraction(float(x)) for x in pair), Fraction(0)) for pair in np.asarray(state)]
+
+
+def test_means_of_a_billion_examples_are_right_to_1e_12():
+    """Sixteen different batches in turns, scanned; against the rational sum of what each batch measured."""
+    head = jh.RegressionHead()
+    labels, logits, weights = batches(16, ROWS)
+    measured = [head.measure(*batch[:2], weights=batch[2]).state for batch in zip(labels, logits, weights, strict=True)]
+    stacked = jnp.stack(measured)
+
+    @jax.jit
+    def run(state):
+        return jax.lax.scan(lambda s, i: (pairs.add(s, stacked[i % 16]), None), state, jnp.arange(TIMES))[0]
+
+    state = run(head.metrics().state)
+    often = [TIMES // 16 + (i < TIMES % 16) for i in range(16)]
+    exact = [
+        sum((times * Fraction(float(one[slot, 0])) for times, one in zip(often, measured, strict=True)), Fraction(0))
+        for slot in range(len(state))
+    ]
+    for got, expected in zip(exactly(state), exact, strict=True):
+        assert abs(got - expected) <= abs(expected) * Fraction(1, 10**12)
+    # The mean that is read, which is a float32 at the end.
+    metrics = jh.Metrics(state, head)
+    mean = exact[3] / exact[4]
+    assert abs(Fraction(float(metrics.compute()["prediction/mean"])) - mean) <= abs(mean) / 2**23
+    # A float32 total would have lost more than that long ago.
+    plain = functools.reduce(lambda total, i: total + measured[i % 16][:, 0], range(TIMES), jnp.zeros(len(state)))
+    assert max(abs(float(a) / float(b) - 1) for a, b in zip(plain, exact, strict=True) if b) > 1e-6
+
+
+@pytest.mark.parametrize("ones", [3, 2**24 - 1])
+def test_counts_are_exact_to_2_48(ones):
+    """Doubled until there are 2^48 and more of each; then one example more still counts."""
+    head = jh.BinaryClassHead()
+    one = head.measure(labels=[1], logits=[[0.3]])
+    state, count = pairs.add(head.metrics().state, one.state * ones), ones
+    while count < 2**47:
+        state, count = pairs.add(state, state), 2 * count
+    state, count = pairs.add(state, one.state), count + 1
+    restored = np.asarray(state)  # as a checkpoint keeps it
+    slots = np.flatnonzero(np.asarray(one.state)[:, 0] == 1)
+    assert len(slots) >= 2
+    assert {exactly(restored)[slot] for slot in slots} == {count}
+
+
+@pytest.mark.parametrize("way", ["jit", "shard_map"])
+def test_devices_count_alike_and_do_not_drift_apart(way):
+    """Counts bit by bit; means to 1e-7, after one batch and after three hundred."""
+    n, steps = 1024, 300
+    head = jh.BinaryClassHead(thresholds=(0.3,))
+    labels, logits, weights = batches(8, n)
+    where = np.random.default_rng(1).random((8, n, 1)) < 0.9
+
+    def trained(devices, weighted):
+        mesh = mesh_of(devices, "auto")
+
+        def measure(labels, logits, weights, where):
+            found = head.measure(labels, logits, weights=weights if weighted else None, where=where)
+            return found.psum("d") if way == "shard_map" else found
+
+        step = measure
+        if way == "shard_map":
+            step = jax.shard_map(measure, mesh=mesh, in_specs=P("d"), out_specs=P())
+        step, rows = jax.jit(step), NamedSharding(mesh, P("d"))
+        found = [step(*jax.device_put((labels[i], logits[i], weights[i], where[i]), rows)) for i in range(8)]
+        states = jnp.stack([np.asarray(each.state) for each in found])
+        whole = jax.lax.scan(lambda s, i: (pairs.add(s, states[i % 8]), None), head.metrics().state, jnp.arange(steps))
+        return found[0], jh.Metrics(whole[0], head)
+
+    for weighted in (False, True):
+        alone = trained(1, weighted)
+        for devices in (2, 4, 8):
+            for one, spread in zip(alone, trained(devices, weighted), strict=True):
+                if not weighted:
+                    counts = slice(5, None)  # behind the means of the loss and of the prediction: the histogram
+                    np.testing.assert_array_equal(spread.state[counts], one.state[counts])
+                got, expected = spread.compute(), one.compute()
+                for key, value in expected.items():
+                    np.testing.assert_allclose(got[key], value, rtol=2e-7, atol=1e-7, err_msg=key)
