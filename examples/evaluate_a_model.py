@@ -12,8 +12,8 @@ What to look at:
 
 * The head that evaluates is not the one that trained: the state of training fits any head of the same logits. So
   training pays nothing for slices and replicas, and the threshold that October picks can be one of the head's own.
-* `slices=`: each flight is in two groups, its airport's and its airline's, so a matrix says which. A group of fewer than
-  100 flights has a count and no metrics: SkyWest's 5 flights are a dash, not an AUC.
+* `slices=`: each flight is in two groups, its airport's and its airline's, so a matrix says which. A group of fewer
+  than 100 flights has a count and no metrics: SkyWest's 5 flights are a dash, not an AUC.
 * `bootstrap=`: each replica counts each flight as often as a Poisson variable says. `compute(confidence=0.95)` and
   `by_slice(confidence=0.95)` read intervals of every metric, of the operating point too.
 * A threshold is picked where the test cannot be seen. The required recall was reached in October and is checked on the
@@ -21,10 +21,10 @@ What to look at:
 
 What to expect (seed 0): AUC 0.699 (interval 0.695 to 0.705), Brier score 0.1675, calibration error 0.020: nearly all
 probabilities are a little too low for these two months. For a recall of 0.8 October picks p > 0.148, which on the test
-finds 85 % of the late flights; 30 % of the alarms are right. p > 0.166 would have done: 80 %, 32 %. But the one threshold
-finds 98 % of ExpressJet's late flights and 56 % of Virgin America's. The AUC is 0.726 at LGA and 0.681 at JFK; by airline
-it lies between 0.62 (Virgin America) and 0.77, where Alaska's 106 flights leave all from 0.65 to 0.86 open. AUC and
-Brier score are those of scikit-learn to 1e-4 and 1e-6.
+finds 85 % of the late flights; 30 % of the alarms are right. p > 0.166 would have done: 80 %, 32 %. But the one
+threshold finds 98 % of ExpressJet's late flights and 56 % of Virgin America's. The AUC is 0.726 at LGA and 0.681 at
+JFK; by airline it lies between 0.62 (Virgin America) and 0.77, where Alaska's 106 flights leave all from 0.65 to 0.86
+open. AUC and Brier score are those of scikit-learn to 1e-4 and 1e-6.
 
 What the intervals do not know: flights of one day share its weather, and replicas draw them one by one. Other months
 would differ by more than this.

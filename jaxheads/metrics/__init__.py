@@ -14,10 +14,10 @@ histogram. One rule each holds for all of them:
   counts half; what their order may change spans the interval `KEY/lower`, `KEY/upper` of `compute(bounds=True)`, which
   holds the value of the same scores without bins.
 
-`MultiClassHead` has scores too, the log odds of each class against all others, and beside them a confusion matrix (which
-metrics of decisions read where no threshold is given) and the rank of the label. What is predicted is the first of the
-largest logits; a row with a NaN is predicted nothing and wrong, and makes scores NaN. Heads of regression have the moments
-of labels and predictions, after the inverse link.
+`MultiClassHead` has scores too, the log odds of each class against all others, and beside them a confusion matrix
+(which metrics of decisions read where no threshold is given) and the rank of the label. What is predicted is the first
+of the largest logits; a row with a NaN is predicted nothing and wrong, and makes scores NaN. Heads of regression have
+the moments of labels and predictions, after the inverse link.
 """
 
 import importlib as _importlib

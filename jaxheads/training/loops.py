@@ -1,16 +1,15 @@
 """The loops of notebooks and scripts: `evaluate` and `fit`. For more than they do, write your own around the steps."""
 
 import dataclasses
-import importlib.util
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxheads.metrics import Metrics
-from jaxheads.training.progress import Checkpoints, check_monitor, mean_loss_and_metrics
+from jaxheads.training.progress import Checkpoints, bar_of, check_monitor, mean_loss_and_metrics
 from jaxheads.training.state import TrainState
 
 Batches = Iterable[Mapping[str, Any]]
@@ -35,7 +34,7 @@ def evaluate(
     state: TrainState, eval_step: Callable[..., Any], batches: Batches, *, key: Any = None, progress: bool = False
 ) -> Metrics:
     """The `Metrics` of all batches, by what `make_eval_step` gave, compiled if it is not yet; `key` for a bootstrap."""
-    return mean_loss_and_metrics(state, _compiled(eval_step), _bar(batches, "evaluate", progress), key)[1]
+    return mean_loss_and_metrics(state, _compiled(eval_step), bar_of(batches, "evaluate", progress), key)[1]
 
 
 def fit(
@@ -95,7 +94,7 @@ def fit(
     while at.epoch < epochs and (patience is None or at.stale < patience):
         metrics, skipped = None, at.batch
         given: Any = batches(at.epoch) if callable(batches) else batches
-        for i, batch in enumerate(_bar(given, f"epoch {at.epoch + 1}/{epochs}", progress)):
+        for i, batch in enumerate(bar_of(given, f"epoch {at.epoch + 1}/{epochs}", progress)):
             if i < skipped:
                 continue
             # Before a batch, not after one: then what is resumed has at least one batch to go.
@@ -112,7 +111,7 @@ def fit(
         if metrics is not None:
             line |= _named("train", dataclasses.replace(metrics, state=at.sums[1:]))
         if eval_step is not None and validation is not None:
-            bar = _bar(validation, "validation", progress)
+            bar = bar_of(validation, "validation", progress)
             line["validation/loss"], found = mean_loss_and_metrics(state, _compiled(eval_step), bar)
             line |= _named("validation", found)
         _report(line, writer, progress)
@@ -127,15 +126,6 @@ def fit(
 def _compiled(step: Any, **options: Any) -> Any:
     """A step as it is if it was compiled (or mapped over devices) by its owner."""
     return step if hasattr(step, "lower") else jax.jit(step, **options)
-
-
-def _bar(batches: Batches, title: str, progress: bool) -> Iterator[Mapping[str, Any]]:
-    if not progress or importlib.util.find_spec("tqdm") is None:
-        return iter(batches)
-    from tqdm import tqdm
-
-    # disable=None: a bar on a terminal, silence in a log.
-    return iter(tqdm(batches, title, leave=False, disable=None, mininterval=0.5))
 
 
 def _named(prefix: str, metrics: Metrics) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import importlib.util
 import math
 import pathlib
 from collections.abc import Iterable
@@ -158,3 +159,13 @@ class Checkpoints:
         items = {"state": ocp.args.StandardRestore(shapes), "progress": ocp.args.JsonRestore()}
         found = self.manager.restore(number, args=ocp.args.Composite(**items))
         return found.state, Progress.from_json(found.progress)
+
+
+def bar_of(batches: Iterable[Any], title: str, progress: bool) -> Iterator[Any]:
+    """The batches, with a progress bar if it is wanted and tqdm is there."""
+    if not progress or importlib.util.find_spec("tqdm") is None:
+        return iter(batches)
+    from tqdm import tqdm
+
+    # disable=None: a bar on a terminal, silence in a log.
+    return iter(tqdm(batches, title, leave=False, disable=None, mininterval=0.5))

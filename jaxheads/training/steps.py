@@ -233,8 +233,8 @@ def make_predict_step(
 def _check_state(state: Any) -> None:
     if not isinstance(state, TrainState):
         raise ValueError(
-            "A step takes a TrainState, from jh.TrainState.create(params=..., optimizer=..., head=..., key=...). Given a "
-            f"{type(state).__name__}."
+            "A step takes a TrainState, from jh.TrainState.create(params=..., optimizer=..., head=..., key=...). "
+            f"Given a {type(state).__name__}."
         )
 
 
