@@ -518,6 +518,9 @@ def test_the_shift_that_mends_is_named():
         assert interval(metric).is_wide()
         assert interval(metric).mend == "shift=10000.0"
     assert not interval(M.R2Score(shift=10000.0)).is_wide()
+    text = repr(jh.RegressionHead().with_metrics(M.R2Score(), M.ExplainedVariance()).measure(**far_off(1e4)))
+    assert "r2_score in [-inf, 1], explained_variance in [-inf, 1]. Mend it with shift=10000.0" in text
+    assert "grid" not in text
 
 
 def test_one_shift_serves_all():

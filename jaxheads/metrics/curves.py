@@ -20,6 +20,9 @@ class Interval(NamedTuple):
     lower: Any
     upper: Any
 
+    mend = ""
+    """What would make it narrower, if that is not a grid."""
+
     def is_wide(self) -> bool:
         """Whether the bins leave more than 1e-2 open (of a single value)."""
         return bool(self.upper - self.lower > 1e-2)

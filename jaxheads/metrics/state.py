@@ -376,16 +376,21 @@ class Metrics:
             lines.append(f"  {joined(*key):<{width}}  {shown}")
         if bad > 0:
             lines.append(f"  {int(bad)} elements had an illegal label or weight and were left out.")
-        wide = [
-            f"{joined(*key)} in [{value.lower:.4g}, {value.upper:.4g}]"
-            for key, value in values.items()
-            if isinstance(value, Interval) and np.ndim(value.value) == 0 and value.is_wide()
-        ]
-        if wide:
+        wide: dict[str, list[str]] = {}
+        for key, value in values.items():
+            if isinstance(value, Interval) and np.ndim(value.value) == 0 and value.is_wide():
+                shown = f"{joined(*key)} in [{value.lower:.4g}, {value.upper:.4g}]"
+                wide.setdefault(value.mend, []).append(shown)
+        if binned := wide.pop("", None):
             advice = next((view.advice() for view in self._histograms().values() if view.is_coarse()), "a finer grid")
             lines.append(
-                f"  The grid is too coarse for these scores: {', '.join(wide)}. "
+                f"  The grid is too coarse for these scores: {', '.join(binned)}. "
                 f"Mend it with bins={advice}; scores that are equal no grid can tell apart."
+            )
+        for mend, rounded in wide.items():
+            lines.append(
+                f"  The spread of these numbers is lost in float32 sums of their squares: {', '.join(rounded)}. "
+                f"Mend it with {mend}, about the mean of the labels; where all are equal there is none."
             )
         return "\n".join(lines)
 

@@ -5,7 +5,7 @@ import dataclasses
 import importlib.util
 import math
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
