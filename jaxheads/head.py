@@ -74,6 +74,7 @@ MODES = (None, "train", "eval", "infer")
 AVERAGE_LOSS = "average_loss"
 DIVISOR = "divisor"
 COUNT = "slice_count"
+RESERVED = ("slice", "count", "regularization_loss")  # what metrics of slices, and of a regularized loss, are called
 
 
 class Head(Configuration, abc.ABC):
@@ -414,6 +415,7 @@ class Head(Configuration, abc.ABC):
         where: Any = None,
         params: Any = None,
         axis_name: Any = None,
+        key: jax.Array | None = None,
     ) -> EstimatorSpec:
         """All that a step of training, evaluation or prediction gives, as one pytree.
 
@@ -430,6 +432,7 @@ class Head(Configuration, abc.ABC):
             opt_state: of the optimizer; made by `optimizer.init` if None.
             params: the learned and running fields, as `bind` takes them, or a function of the trainable variables.
             axis_name: as for `loss`; metrics are summed over it too, and gradients averaged.
+            key: for the replicas of a head with a `bootstrap`.
 
         Returns:
             An `EstimatorSpec`. In training its `train_op` is what `train_op_fn` returned, or a `TrainOp` with the new
@@ -439,7 +442,7 @@ class Head(Configuration, abc.ABC):
             ValueError: an unknown mode; in training neither or both of `optimizer` and `train_op_fn`, logits that are
                 no function of the variables that the optimizer is to change; and what `loss` raises.
         """
-        given = spec.Given(features, labels, logits, weights, where, params, regularization_losses, axis_name)
+        given = spec.Given(features, labels, logits, weights, where, params, regularization_losses, axis_name, key)
         training = spec.Training(optimizer, trainable_variables, train_op_fn, update_ops, opt_state)
         return spec.create(self, mode, given, training)
 
@@ -508,7 +511,7 @@ class Head(Configuration, abc.ABC):
         values = {AVERAGE_LOSS: seen[AVERAGE_LOSS].mean, **self.summarize(own)}
         for metric in self.extra_metrics:
             for key, value in metric.summarize(seen).items():
-                if key in values:
+                if key in values or key in RESERVED:
                     raise ValueError(
                         f"{metric!r} gives {key!r}, which {type(self).__name__} has already. Leave it out, or give it "
                         "another name."
@@ -783,7 +786,14 @@ def _membership(given: jax.Array, n: int) -> tuple[Membership, jax.Array]:
     if given.dtype == jnp.bool_ or given.shape[-1] != 1:
         inside = given.astype(jnp.int32)
         return Membership(n, None, inside == 1), jnp.any((inside != 0) & (inside != 1), -1, keepdims=True)
-    return Membership(n, given.astype(jnp.int32)), (given < -1) | (given >= n)
+    if given.dtype.itemsize < 4:
+        given = given.astype(jnp.int32)
+    if jnp.issubdtype(given.dtype, jnp.unsignedinteger):
+        ids = jnp.minimum(given, jnp.asarray(n, given.dtype)).astype(jnp.int32)
+    else:
+        ids = jnp.clip(given, -2, n).astype(jnp.int32)
+    stray = (ids < -1) | (ids >= n)
+    return Membership(n, jnp.where(stray, np.int32(-1), ids)), stray
 
 
 def _measure(head: Head, batch: dict[str, Any]) -> jax.Array:

@@ -163,6 +163,7 @@ class Given(NamedTuple):
     params: Any
     regularization_losses: Any
     axis_name: Any
+    key: Any = None
 
 
 class Training(NamedTuple):
@@ -335,7 +336,7 @@ def _network(head: Any, given: Given, variables: Any) -> tuple[Any, Any, Any]:
 def _forward(head: Any, given: Given, variables: Any) -> tuple[jax.Array, Forward]:
     ready, logits, model_state = _network(head, given, variables)
     batch = ready._gather(given.labels, logits, given.features, given.weights, given.where, None)
-    batch = ready._grouped(batch, given.features, None, None)
+    batch = ready._grouped(batch, given.features, given.key, None)
     losses = given.regularization_losses
     if isinstance(losses, (list, tuple)):
         losses = [_at(loss, variables, "regularization_losses") for loss in losses]

@@ -34,6 +34,10 @@ few = pytest.mark.parametrize(
 )
 
 
+def with_a_count():
+    return jh.BinaryClassHead(slices=SLICES).with_metrics(count=lambda labels, logits: labels)
+
+
 def sliced(name, slices=SLICES, bootstrap=None):
     """The head with slices; of a `MultiHead`, in all heads inside."""
     head = HEADS[name]
@@ -307,9 +311,76 @@ def test_a_slice_that_is_not_there_is_left_out_and_told_under_jit():
     np.testing.assert_array_equal(found["auc"], expected["auc"])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32])
+def test_ids_of_any_integer_type(dtype, compiled):
+    head = jh.BinaryClassHead(slices=jh.Slices("g", 2))
+
+    def measure(ids):
+        return head.measure(labels=[1, 0, 1], logits=jnp.array([[1.0], [-1.0], [1.0]]), features={"g": ids})
+
+    found = (jax.jit(measure) if compiled else measure)(np.array([0, 1, 1], dtype))
+    assert found.by_slice()["count"].tolist() == [1, 2]
+    assert found.compute()["accuracy"] == 1
+
+
+def test_a_row_counts_if_any_of_its_targets_weighs_something():
+    head = jh.RegressionHead(2, slices=jh.Slices("g", 1))
+    weights, zeros = np.array([[0, 1.0], [0, 0], [2, 0]]), np.zeros((3, 2))
+    found = head.measure(zeros + 1, zeros, weights=weights, features={"g": np.zeros(3, int)}).by_slice()
+    assert (found["count"].tolist(), found["average_loss"].tolist()) == ([2], [1])
+
+
+def test_each_task_hides_its_own_small_slices():
+    slices, n = jh.Slices("g", 2, min_count=10), 40
+    head = jh.MultiHead([jh.BinaryClassHead(name="a", slices=slices), jh.RegressionHead(name="b", slices=slices)])
+    groups_, few_ = np.arange(n) % 2, np.arange(n) < 1
+    given = {"labels": {"a": groups_, "b": np.full(n, 7.0)}, "logits": np.zeros((n, 2), np.float32)}
+    for hidden, seen in (("a", "b"), ("b", "a")):
+        found = head.measure(**given, features={"g": groups_}, where={hidden: few_}).by_slice()
+        assert found[f"count/{hidden}"].tolist() == [1, 0]
+        assert found[f"count/{seen}"].tolist() == found["count"].tolist() == [20, 20]
+        assert np.isnan(found[f"average_loss/{hidden}"]).all()
+        assert np.isnan(found[f"loss/{hidden}"]).all()
+        assert np.isfinite(found[f"average_loss/{seen}"]).all()
+
+
+def test_replicas_without_a_value_are_left_out_of_the_interval():
+    """Two positives, above all negatives: the AUC is 1 wherever there is one, and one replica in seven has none."""
+    head = jh.BinaryClassHead(bootstrap=jh.Bootstrap(200))
+    labels, logits = np.arange(40) >= 38, np.linspace(-2, 2, 40, dtype=np.float32)[:, None]
+    found = head.measure(labels, logits, key=jax.random.key(0)).compute(undefined=0.0, confidence=0.95)
+    assert found["auc/ci_lower"] == found["auc/ci_upper"] == 1
+    logits[0] = np.nan
+    found = head.measure(labels, logits, key=jax.random.key(0)).compute(confidence=0.95)
+    assert np.isnan([found["auc"], found["auc/ci_lower"], found["auc/ci_upper"]]).all()
+    nothing = head.metrics().compute(undefined=0.0, confidence=0.95)
+    assert nothing["auc/ci_upper"] == 0
+
+
+def test_sequences_have_slices_of_their_own_or_by_step():
+    inner = jh.BinaryClassHead(slices=jh.Slices("user", 2))
+    head = jh.SequentialHeadWrapper(inner)
+    labels, logits = np.array([[1, 0, 1], [0, 0, 1]]), np.ones((2, 3, 1), np.float32)
+    mask = np.array([[1, 1, 0], [1, 1, 1]])
+    features = {"sequence_length_mask": mask, "user": np.array([0, 1])}
+    assert head.measure(labels, logits, features).by_slice()["count"].tolist() == [2, 3]
+    features["user"] = np.array([[0, 1, 0], [1, 1, -1]])
+    assert head.measure(labels, logits, features).by_slice()["count"].tolist() == [1, 3]
+
+
+def test_a_spec_takes_a_key():
+    head = jh.BinaryClassHead(bootstrap=jh.Bootstrap(4))
+    spec = head.create_estimator_spec({}, "eval", [[1.0], [2.0]], [1, 0], key=jax.random.key(0))
+    assert "auc/ci_lower" in spec.metrics.compute(confidence=0.9)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: with_a_count(), "gives 'count', which"),
+        (lambda: jh.Slices("a", 2, names="ab"), "names must be 2 strings"),
+        (lambda: jh.Slices("a", 2, names=("x", "x")), "all different"),
         (lambda: jh.Slices("a", 0), "n must be an integer of at least 1"),
         (lambda: jh.Slices("a", 2, names=("x",)), "names must be 2 strings"),
         (lambda: jh.Slices(cast(Any, 3), 2), "column must be a key"),

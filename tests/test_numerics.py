@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxheads as jh
+from jaxheads import losses
 from jaxheads.metrics.grids import LogitGrid, ThresholdGrid
 from jaxheads.numerics import fields, histograms, pairs, stable, vocabulary
 from jaxheads.numerics.edges import Edges, in_three
@@ -342,3 +343,25 @@ def test_vocabulary_encodes_text_and_bytes_and_names_the_stranger():
         vocabulary.encode(np.array([["b"], ["c"]]), ("a", "b"))
     kept = vocabulary.encode(np.array([["b"], ["c"]]), ("a", "b"), np.array([[True], [False]]))
     np.testing.assert_array_equal(kept, [[1], [-1]])
+
+
+@pytest.mark.parametrize("label", [0.0, 0.3, 1.0])
+def test_sigmoid_cross_entropy_is_the_formula(label):
+    """In float64 by hand, relative to itself; its slope too; integer and bfloat16 labels; infinite logits."""
+    z = np.concatenate([np.linspace(-80, 80, 20_001), [0.0]]).astype(np.float32)
+    exact = label * np.logaddexp(0, -z.astype(np.float64)) + (1 - label) * np.logaddexp(0, z.astype(np.float64))
+    p, q = (np.exp(-np.logaddexp(0, sign * z.astype(np.float64))) for sign in (-1, 1))
+    labels = jnp.full_like(z, label)
+    np.testing.assert_allclose(losses.sigmoid_cross_entropy(labels, jnp.asarray(z)), exact, rtol=4e-7)
+    slope = jax.grad(lambda z: losses.sigmoid_cross_entropy(labels, z).sum())(z)
+    np.testing.assert_allclose(slope, (1 - label) * p - label * q, rtol=5e-7, atol=1e-7)
+    infinite = jnp.array([jnp.inf, -jnp.inf])
+    expected = [np.inf if label < 1 else 0, np.inf if label > 0 else 0]
+    np.testing.assert_array_equal(losses.sigmoid_cross_entropy(jnp.full(2, label), infinite), expected)
+    tangent = jax.jvp(lambda z: losses.sigmoid_cross_entropy(jnp.full(2, label), z), (infinite,), (jnp.ones(2),))[1]
+    np.testing.assert_allclose(tangent, [1 - label, -label], rtol=1e-6)
+    for dtype in (jnp.int32, jnp.bfloat16):
+        if dtype == jnp.bfloat16 or label in (0, 1):
+            few = losses.sigmoid_cross_entropy(jnp.asarray(label, dtype), jnp.asarray(0.5, jnp.bfloat16))
+            assert few.dtype == jnp.bfloat16
+            jax.grad(lambda z, dtype=dtype: losses.sigmoid_cross_entropy(jnp.asarray(label, dtype), z))(jnp.float32(1))

@@ -200,7 +200,8 @@ def test_what_does_not_fit_is_refused(given, match):
 
 
 def test_functions_of_variables_that_are_not_there_are_refused():
-    for given in ({"logits": network}, {"logits": X @ W, "params": lambda v: v}):
+    every: tuple[dict[str, Any], ...] = ({"logits": network}, {"logits": X @ W, "params": lambda v: v})
+    for given in every:
         with pytest.raises(ValueError, match="as a function of them"):
             HEAD.create_estimator_spec({}, "eval", labels=LABELS, **given)
     with pytest.raises(ValueError, match="has learned or running fields without values"):

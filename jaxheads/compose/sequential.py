@@ -291,8 +291,8 @@ class SequentialHeadWrapper(AbstractCompositeHead):
         return self.static_head._all_sums(self._scaled(batch), with_divisor)
 
     def _grouped(self, batch: dict[str, Any], features: Any, key: Any, check: bool | None) -> dict[str, Any]:
-        inside = None if features is None else self._columns(columns.table(features))
-        return self.static_head._grouped(batch, inside, key, check)
+        # Groups are no column of the inner head's: of sequences, `[B]`, or of steps, they are looked up here.
+        return self.static_head._grouped(batch, features, key, check)
 
     def _in_groups(self, observation: Observation) -> Observation:
         return self.static_head._in_groups(observation)

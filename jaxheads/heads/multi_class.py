@@ -105,7 +105,7 @@ class MultiClassHead(_abstract.AbstractLossFnHead):
             return Scores(one_hot, stable.log_odds_of_each(logits), LogitGrid(), names=names)
 
         return {
-            "confusion": lambda: metrics.ConfusionTable(labels, stable.first_argmax(logits), names),
+            "confusion": lambda: metrics.ConfusionTable.of(labels, stable.first_argmax(logits), names),
             "ranks": lambda: metrics.Ranks(stable.rank(logits, labels), n),
             "scores": scores,
         }

@@ -18,25 +18,32 @@ def squared_error(labels: jax.Array, logits: jax.Array) -> jax.Array:
     return optax.squared_error(logits, labels)
 
 
-@jax.custom_jvp
 def sigmoid_cross_entropy(labels: jax.Array, logits: jax.Array) -> jax.Array:
     """`softplus(z) - y z`, for hard and soft labels; at an infinite z its limit.
 
     Not optax's, which takes two logarithms where one will do: three times as long, and its metrics four times.
     """
     # By subtraction: on a mesh labels may lie as the rows do, and logits be spread over classes too.
+    logits = jnp.asarray(logits)
+    return _sigmoid_cross_entropy(jnp.asarray(labels).astype(logits.dtype), logits)
+
+
+@jax.custom_jvp
+def _sigmoid_cross_entropy(labels: jax.Array, logits: jax.Array) -> jax.Array:
     wrong = (logits > 0).astype(logits.dtype) - labels
     # Infinitely sure and right: 0 * inf, where the limit is 0.
     linear = jnp.where(wrong == 0, jnp.zeros_like(logits), wrong * logits)
     return linear + stable.log1p(jnp.exp(-jnp.abs(logits)))
 
 
-@sigmoid_cross_entropy.defjvp
+@_sigmoid_cross_entropy.defjvp
 def _sigmoid_cross_entropy_jvp(primals: Any, tangents: Any) -> Any:
     (labels, logits), (d_labels, d_logits) = primals, tangents
     # As a difference, sigmoid(z) - y would lose what is left of it where the model is sure and right.
     slope = (1 - labels) * jax.nn.sigmoid(logits) - labels * jax.nn.sigmoid(-logits)
-    return sigmoid_cross_entropy(labels, logits), slope * d_logits - logits * d_labels
+    # At an infinite logit, too, labels that do not move add nothing.
+    by_labels = jnp.where(d_labels == 0, jnp.zeros_like(slope), logits * d_labels)
+    return _sigmoid_cross_entropy(labels, logits), slope * d_logits - by_labels
 
 
 def poisson(labels: jax.Array, logits: jax.Array, full: bool) -> jax.Array:

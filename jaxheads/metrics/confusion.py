@@ -23,14 +23,17 @@ class ConfusionTable(Observation):
     they are misses of their class, and hits of none.
 
     Args:
-        labels: class ids, int32 `[..., 1]`.
-        predicted: class ids, int32 `[..., 1]`; n for none.
+        pairs: `label * (n + 1) + predicted`, int32 `[..., 1]`: one number, for in large batches each row keeps it.
         names: of the n classes, as the keys of metrics show them.
     """
 
-    labels: Any
-    predicted: Any
+    pairs: Any
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, labels: Any, predicted: Any, names: tuple[str, ...]) -> "ConfusionTable":
+        """From class ids, int32 `[..., 1]`; what is predicted is n for none."""
+        return cls(labels * np.int32(len(names) + 1) + predicted, names)
 
     @property
     def size(self) -> int:
@@ -44,19 +47,15 @@ class ConfusionTable(Observation):
 
     def reduce(self, weights: jax.Array) -> jax.Array:
         """One number says the pair, so that one histogram counts them."""
-        return histogram(self._pairs, (jnp.asarray(weights, jnp.float32),), self.size).ravel()
+        return histogram(self.pairs, (jnp.asarray(weights, jnp.float32),), self.size).ravel()
 
     def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
         """Where groups do not overlap, the number says the group too."""
         if groups.ids is None:
             return super().reduce_by(weights, groups)
         weights = masking.keep(groups.ids >= 0, jnp.asarray(weights, jnp.float32), 0)
-        keys = jnp.maximum(groups.ids, 0) * np.int32(self.size) + self._pairs
+        keys = jnp.maximum(groups.ids, 0) * np.int32(self.size) + self.pairs
         return histogram(keys, (weights,), groups.n * self.size).reshape(groups.n, self.size)
-
-    @property
-    def _pairs(self) -> jax.Array:
-        return self.labels * np.int32(len(self.names) + 1) + self.predicted
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "ConfusionView":
         """The matrix, with the metrics that it tells."""

@@ -21,7 +21,8 @@ class Slices:
     """Groups of the data, each of which gets every metric: `jh.BinaryClassHead(slices=jh.Slices("origin", 3))`.
 
     The ids are a column of `features`: integers `[...]` or `[..., 1]` from 0 to n - 1, and -1 for no group; or, where
-    groups overlap, a membership matrix `[..., n]` of bool or 0/1. `metrics.by_slice()` reads them.
+    groups overlap, a membership matrix `[..., n]` of bool or 0/1 (of one column: bool). With fewer leading axes than
+    labels have they hold for all that is inside; with as many they are ids. `metrics.by_slice()` reads them.
 
     Args:
         column: a key of `features`, or a function `features -> ids`.
@@ -48,9 +49,10 @@ class Slices:
                 raise ValueError(f"Slices: {name} must be an integer of at least {least}. Given {value!r}.")
             object.__setattr__(self, name, int(value))
         if self.names is not None:
-            object.__setattr__(self, "names", tuple(self.names))
-            if len(self.names) != self.n or not all(isinstance(name, str) for name in self.names):
-                raise ValueError(f"Slices: names must be {self.n} strings, one for each group. Given {self.names!r}.")
+            names = (self.names,) if isinstance(self.names, str) else tuple(self.names)
+            if len(set(names)) != self.n or len(names) != self.n or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"Slices: names must be {self.n} strings, all different. Given {self.names!r}.")
+            object.__setattr__(self, "names", names)
 
     def __repr__(self) -> str:
         parts = [repr(self.column), repr(self.n)]
@@ -67,6 +69,9 @@ class Bootstrap:
     drawn by the bootstrap where there are many (Hanley and MacGibbon 2006; Chamandy et al. 2012). The draws come from
     the `key=` that every update is given, a new one for every batch. `metrics.compute(confidence=0.95)` reads them.
 
+    Large batches on a CPU are drawn tile by tile, and what is made once for all tiles (a confusion matrix of many
+    classes) by draws of its own: intervals are right for each metric, not for differences of two within a replica.
+
     Args:
         replicas: how many; their number is the factor by which an update costs more.
 
@@ -77,8 +82,9 @@ class Bootstrap:
     replicas: int = 200
 
     def __post_init__(self):
-        if isinstance(self.replicas, bool) or not isinstance(self.replicas, int) or self.replicas < 2:
+        if isinstance(self.replicas, bool) or not isinstance(self.replicas, (int, np.integer)) or self.replicas < 2:
             raise ValueError(f"Bootstrap: replicas must be an integer of at least 2. Given {self.replicas!r}.")
+        object.__setattr__(self, "replicas", int(self.replicas))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +136,7 @@ class Count(Observation):
 
     def reduce(self, weights: jax.Array) -> jax.Array:
         """The number in this batch."""
-        return masking.total((jnp.asarray(weights)[..., :1] != 0).astype(jnp.float32))[None]
+        return masking.total(jnp.any(jnp.asarray(weights) != 0, -1, keepdims=True).astype(jnp.float32))[None]
 
     def read(self, sums: Any, xp: Any, undefined: float) -> Any:
         """The number."""

@@ -232,8 +232,9 @@ class Metrics:
         if confidence is not None:
             self._check_confidence(confidence)
             with jax.debug_nans(False), np.errstate(all="ignore"):
-                replicas, *_ = self._values(undefined, (slice(1, None), 0))
-            out |= _quantiles(replicas, confidence, xp, self._lead)
+                replicas, *_ = self._values(np.nan, (slice(1, None), 0))
+                measured, *_ = self._values(np.nan)
+            out |= _quantiles(replicas, measured, confidence, undefined, xp, self._lead)
         return out
 
     def by_slice(self, undefined: float = np.nan, confidence: float | None = None) -> dict[str, Any]:
@@ -256,18 +257,24 @@ class Metrics:
         slices = self._slices()
         with jax.debug_nans(False), np.errstate(all="ignore"):
             values, bad, xp = self._values(undefined, (0, slice(1, None)))
-            count = self._count((0, slice(1, None)))
-            small = count < slices.min_count
-            out = _named({key: _without(value, small, undefined, xp) for key, value in values.items()}, False, xp)
+            counts = self._counts((0, slice(1, None)))
+            small = {name: count < slices.min_count for name, count in counts.items()}
+
+            def too_small(name: str | None) -> Any:
+                # In a MultiHead each head has seen rows of its own; elsewhere there is one count.
+                return small[name] if name in small else small[None]
+
+            out = _named({key: _without(x, too_small(key[1]), undefined, xp) for key, x in values.items()}, False, xp)
             if confidence is not None:
                 self._check_confidence(confidence)
-                replicas, *_ = self._values(undefined, (slice(1, None), slice(1, None)))
-                small = xp.expand_dims(small, self._lead)
-                hidden = {key: _without(value, small, undefined, xp) for key, value in replicas.items()}
-                out |= _quantiles(hidden, confidence, xp, self._lead)
+                replicas, *_ = self._values(np.nan, (slice(1, None), slice(1, None)))
+                measured, *_ = self._values(np.nan, (0, slice(1, None)))
+                measured = {key: _without(x, too_small(key[1]), np.nan, xp) for key, x in measured.items()}
+                out |= _quantiles(replicas, measured, confidence, undefined, xp, self._lead)
         self._warn(bad, xp)
         names = {} if xp is jnp else {"slice": np.asarray(slices.names or tuple(range(slices.n)))}
-        return {**names, "count": _float32(count, xp), **out}
+        shown = {joined("count", name): _float32(count, xp) for name, count in counts.items()}
+        return {**names, **shown, **out}
 
     @property
     def _lead(self) -> int:
@@ -281,9 +288,12 @@ class Metrics:
             )
         return found
 
-    def _count(self, at: Any) -> Any:
-        views = self._views(np.nan, at)[0]
-        return next(view for key, view in views.items() if key == "slice_count" or key.endswith("/slice_count"))
+    def _counts(self, at: Any) -> dict[str | None, Any]:
+        """How many elements weigh anything: by head of a `MultiHead`, and of that with the most under None."""
+        views, _, _, xp = self._views(np.nan, at)
+        paths = {tuple(key.split("/")): view for key, view in views.items() if key.split("/")[-1] == "slice_count"}
+        by_head: dict[str | None, Any] = {path[-2]: view for path, view in paths.items() if len(path) > 1}
+        return {None: functools.reduce(xp.maximum, paths.values()), **by_head}
 
     def _check_confidence(self, confidence: Any) -> None:
         if not isinstance(confidence, (int, float)) or not 0 < confidence < 1:
@@ -407,13 +417,24 @@ def _named(values: Mapping[tuple[str, str | None], Any], bounds: bool, xp: Any) 
     return out
 
 
-def _quantiles(values: Mapping[tuple[str, str | None], Any], confidence: float, xp: Any, axis: int) -> dict[str, Any]:
-    """`KEY/ci_lower` and `KEY/ci_upper`, over the replicas that have a value."""
+def _quantiles(
+    replicas: Mapping[tuple[str, str | None], Any],
+    measured: Mapping[tuple[str, str | None], Any],
+    confidence: float,
+    undefined: float,
+    xp: Any,
+    axis: int,
+) -> dict[str, Any]:
+    """`KEY/ci_lower` and `KEY/ci_upper`, over the replicas that have a value; both were read with NaN for undefined.
+
+    What has no value itself, has no interval: a NaN among the data shows, though replicas may have missed it.
+    """
     out = {}
-    for (key, name), value in values.items():
-        each = value.value if isinstance(value, Interval) else value
+    for (key, name), value in replicas.items():
+        each, whole = (x.value if isinstance(x, Interval) else x for x in (value, measured[key, name]))
         for end, q in (("ci_lower", (1 - confidence) / 2), ("ci_upper", (1 + confidence) / 2)):
-            out[joined(key, end, name)] = _float32(_nanquantile(each, q, axis, xp), xp)
+            found = xp.where(xp.isnan(whole), whole, _nanquantile(each, q, axis, xp))
+            out[joined(key, end, name)] = _float32(xp.where(xp.isnan(found), undefined, found), xp)
     return out
 
 

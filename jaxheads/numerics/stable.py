@@ -27,7 +27,7 @@ def log1p(x: jax.Array) -> jax.Array:
     s = x / (2 + x)
     square, series = s * s, jnp.full_like(x, 1 / 15)
     for k in (13, 11, 9, 7, 5, 3, 1):
-        series = series * square + np.float32(1 / k)
+        series = series * square + 1 / k
     return 2 * s * series
 
 
