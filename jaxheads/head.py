@@ -803,15 +803,7 @@ def _measure(head: Head, batch: dict[str, Any]) -> jax.Array:
     losses = batch["regularization"]
     bad, *sums = head._all_sums({**batch, **key})
     kept = [] if losses is None else [jnp.stack([inputs.add_scalars(losses), jnp.float32(1)])]
-    parts = [bad, *kept, *sums]
-    if max(part.shape[0] for part in parts) < 2**16:
-        return jnp.concatenate(parts)[:, None]
-    # One after the other: of one concatenation XLA's CPU code asks for each number from which part it comes, which for
-    # a large table takes as long as all the rest.
-    packed, start = jnp.pad(bad, (0, sum(part.shape[0] for part in parts) - 1)), 1
-    for part in parts[1:]:
-        packed, start = jax.lax.dynamic_update_slice_in_dim(packed, part, start, 0), start + part.shape[0]
-    return packed[:, None]
+    return jnp.concatenate([bad, *kept, *sums])[:, None]
 
 
 def _update(state: jax.Array, head: Head, batch: dict[str, Any]) -> jax.Array:

@@ -73,4 +73,4 @@ def test_a_thousand_classes_are_never_copied():
     logits = jax.ShapeDtypeStruct((ROWS, 1000), jnp.float32)
     labels = jax.ShapeDtypeStruct((ROWS, 1), jnp.int32)
     compiled = jax.jit(lambda labels, logits: head.measure(labels, logits)).lower(labels, logits).compile()
-    assert report.cost(compiled).temp <= 0.021 * 4 * ROWS * 1000
+    assert report.cost(compiled).temp <= 0.02 * 4 * ROWS * 1000
