@@ -233,7 +233,7 @@ class Metrics:
             self._check_confidence(confidence)
             with jax.debug_nans(False), np.errstate(all="ignore"):
                 replicas, *_ = self._values(np.nan, (slice(1, None), 0))
-                measured, *_ = self._values(np.nan)
+                measured = values if np.isnan(undefined) else self._values(np.nan)[0]
             out |= _quantiles(replicas, measured, confidence, undefined, xp, self._lead)
         return out
 
@@ -268,7 +268,7 @@ class Metrics:
             if confidence is not None:
                 self._check_confidence(confidence)
                 replicas, *_ = self._values(np.nan, (slice(1, None), slice(1, None)))
-                measured, *_ = self._values(np.nan, (0, slice(1, None)))
+                measured = values if np.isnan(undefined) else self._values(np.nan, (0, slice(1, None)))[0]
                 measured = {key: _without(x, too_small(key[1]), np.nan, xp) for key, x in measured.items()}
                 out |= _quantiles(replicas, measured, confidence, undefined, xp, self._lead)
         self._warn(bad, xp)

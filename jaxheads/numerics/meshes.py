@@ -65,8 +65,8 @@ def varying(tree: Any, axis_name: Any) -> Any:
     check_axis(axis_name)
 
     def each(x: Any) -> Any:
-        for name in axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,):
-            typed = _varying(x, name) if _is_manual(name) else None
+        for name in _manual(axis_name):
+            typed = _varying(x, name)
             x = x if typed is None else typed
         return x
 
@@ -84,19 +84,18 @@ def mean_of_gradients(grads: Any, axis_name: Any) -> Any:
 
 def varies(x: Any, axis_name: Any) -> bool:
     """Whether the type of `x` tells that it differs over a mapped axis (or one of several)."""
-    names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
-    return _is_typed(axis_name) and any(_varying(x, name) is None for name in names if _is_manual(name))
+    return _is_typed(axis_name) and any(_varying(x, name) is None for name in _manual(axis_name))
 
 
 def _is_typed(axis_name: Any) -> bool:
     """Whether types tell here over which devices a value varies: then what varies cannot be made to vary again."""
-    names = [name for name in (axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)) if _is_manual(name)]
-    return any(_varying(_varying(jnp.float32(0), name), name) is None for name in names)
+    return any(_varying(_varying(jnp.float32(0), name), name) is None for name in _manual(axis_name))
 
 
-def _is_manual(name: Any) -> bool:
-    """Whether an axis is one of `shard_map` or `pmap`; that of a `vmap` is not."""
-    return name in jax.sharding.get_abstract_mesh().manual_axes
+def _manual(axis_name: Any) -> list[Any]:
+    """Which of one or several axes are of `shard_map` or `pmap`; that of a `vmap` is not."""
+    names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    return [name for name in names if name in jax.sharding.get_abstract_mesh().manual_axes]
 
 
 def _varying(x: Any, name: Any) -> Any:
