@@ -6,6 +6,7 @@ import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -365,3 +366,20 @@ def test_sigmoid_cross_entropy_is_the_formula(label):
             few = losses.sigmoid_cross_entropy(jnp.asarray(label, dtype), jnp.asarray(0.5, jnp.bfloat16))
             assert few.dtype == jnp.bfloat16
             jax.grad(lambda z, dtype=dtype: losses.sigmoid_cross_entropy(jnp.asarray(label, dtype), z))(jnp.float32(1))
+
+
+def test_labels_of_the_sigmoid_loss_may_be_learned():
+    """A teacher trained with its student: labels move alone, or with the logits. By hand in float64, and by optax."""
+    z, y = jnp.array([-3.0, 0.5, 7.0]), jnp.array([0.2, 0.5, 0.9])
+    moved = jax.grad(lambda y: losses.sigmoid_cross_entropy(y, z).sum())(y)
+    np.testing.assert_allclose(moved, -z, rtol=1e-6)
+
+    def both(loss, w):
+        return loss(w * z, jax.nn.sigmoid(w * y)).sum()
+
+    got = jax.grad(lambda w: both(lambda z, y: losses.sigmoid_cross_entropy(y, z), w))(0.7)
+    z64, y64 = np.asarray(z, np.float64), np.asarray(y, np.float64)
+    teacher = 1 / (1 + np.exp(-0.7 * y64))
+    by_logits = (1 / (1 + np.exp(-0.7 * z64)) - teacher) * z64
+    np.testing.assert_allclose(got, np.sum(by_logits - 0.7 * z64 * teacher * (1 - teacher) * y64), rtol=1e-5)
+    np.testing.assert_allclose(got, jax.grad(lambda w: both(optax.sigmoid_binary_cross_entropy, w))(0.7), rtol=1e-5)

@@ -36,14 +36,24 @@ def _sigmoid_cross_entropy(labels: jax.Array, logits: jax.Array) -> jax.Array:
     return linear + stable.log1p(jnp.exp(-jnp.abs(logits)))
 
 
-@_sigmoid_cross_entropy.defjvp
 def _sigmoid_cross_entropy_jvp(primals: Any, tangents: Any) -> Any:
     (labels, logits), (d_labels, d_logits) = primals, tangents
-    # As a difference, sigmoid(z) - y would lose what is left of it where the model is sure and right.
-    slope = (1 - labels) * jax.nn.sigmoid(logits) - labels * jax.nn.sigmoid(-logits)
-    # At an infinite logit, too, labels that do not move add nothing.
-    by_labels = jnp.where(d_labels == 0, jnp.zeros_like(slope), logits * d_labels)
-    return _sigmoid_cross_entropy(labels, logits), slope * d_logits - by_labels
+    parts = []
+    if not _is_zero(d_logits):
+        # As a difference, sigmoid(z) - y would lose what is left of it where the model is sure and right.
+        slope = (1 - labels) * jax.nn.sigmoid(logits) - labels * jax.nn.sigmoid(-logits)
+        parts.append(slope * d_logits)
+    # Labels that do not move add nothing at an infinite logit either, so their zeros are not multiplied by it.
+    if not _is_zero(d_labels):
+        parts.append(-logits * d_labels)
+    return _sigmoid_cross_entropy(labels, logits), sum(parts[1:], parts[0])
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+
+
+_sigmoid_cross_entropy.defjvp(_sigmoid_cross_entropy_jvp, symbolic_zeros=True)
 
 
 def poisson(labels: jax.Array, logits: jax.Array, full: bool) -> jax.Array:
