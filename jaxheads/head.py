@@ -564,11 +564,7 @@ class Head(Configuration, abc.ABC):
             )
         if not isinstance(column, str):
             return self._found(column(features)), "weights"
-        table = columns.table(features)
-        if table is None or column not in table:
-            given = features if table is None else sorted(map(str, table))
-            raise ValueError(f"Feature {column} (the weight_column) is not in features. Given features: {given}.")
-        return self._found(table[column]), f"weight (features[{column!r}])"
+        return self._found(columns.column(features, column, "the weight_column")), f"weight (features[{column!r}])"
 
     def _found(self, weights: Any) -> Any:
         if weights is None:
@@ -665,7 +661,7 @@ class Head(Configuration, abc.ABC):
     def _grouped(self, batch: dict[str, Any], features: Any, key: Any, check: bool | None) -> dict[str, Any]:
         """A gathered batch with what slices and replicas need."""
         if self.slices is not None:
-            batch["slices"] = self._slice_ids(features, tuple(batch["logits"].shape)[:-1], check)
+            batch["slices"] = self.slices.ids(features, tuple(batch["logits"].shape)[:-1], check)
         if self.bootstrap is not None:
             if key is None:
                 raise ValueError(
@@ -674,22 +670,6 @@ class Head(Configuration, abc.ABC):
                 )
             batch["key"] = key
         return batch
-
-    def _slice_ids(self, features: Any, lead: tuple[int, ...], check: bool | None) -> Any:
-        """Ids int32 `lead + [1]`, or a membership matrix `lead + [n]`."""
-        slices: Any = self.slices
-        column, n = slices.column, slices.n
-        if isinstance(column, str):
-            table = columns.table(features)
-            if table is None or column not in table:
-                given = features if table is None else sorted(map(str, table))
-                raise ValueError(f"Feature {column} (of slices) is not in features. Given features: {given}.")
-            found = table[column]
-        else:
-            found = column(features)
-        ids = inputs.as_slices(found, lead, n)
-        inputs.check_slices(ids, n, check)
-        return ids
 
     def _all_sums(self, batch: dict[str, Any], with_divisor: bool = False) -> list[jax.Array]:
         """The sums of a gathered batch, part by part; of large batches tile by tile."""
@@ -710,7 +690,7 @@ class Head(Configuration, abc.ABC):
         weights, bad, groups = elements.counted, elements.bad, None
         if self.slices is not None:
             observations[COUNT] = Count(weights)
-            groups, stray = _membership(jnp.asarray(batch["slices"]), self.slices.n)
+            groups, stray = Membership.of(jnp.asarray(batch["slices"]), self.slices.n)
             # In no group that there is: left out and counted, as an illegal label is.
             bad = bad | (stray & (weights != 0))
             weights = jnp.where(stray, jnp.zeros_like(weights), weights)
@@ -722,7 +702,8 @@ class Head(Configuration, abc.ABC):
         if with_divisor:
             anywhere = jnp.any(bad, -1, keepdims=True)
             good = elements._replace(weights=weights, exists=elements.exists & ~anywhere)
-            late = tiles.Late(_DivisorOf(term, good, self), masking.ones_like(good.exists), groups, replicas, reduced)
+            of = terms.DivisorOf(term, good, Reduction.of(self.loss_reduction))
+            late = tiles.Late(of, masking.ones_like(good.exists), groups, replicas, reduced)
             parts.append(late.reduced())
         return parts
 
@@ -762,38 +743,6 @@ class Head(Configuration, abc.ABC):
                 raise ValueError(f"{what} is kept by every head already. Use another key.")
             observation.check(what, tuple(logits.shape)[:-1])
         return observations
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _DivisorOf:
-    """What the loss is divided by, reduced as an observation is."""
-
-    term: Term
-    elements: Elements
-    head: Any
-
-    def reduce(self, weights: jax.Array) -> jax.Array:
-        how = Reduction.of(self.head.loss_reduction)
-        return terms.divisor(self.term.scaled(weights), self.elements, how)[None]
-
-    def reduce_by(self, weights: jax.Array, groups: Membership) -> jax.Array:
-        return groups.at_once(lambda inside: self.reduce(weights * inside))
-
-
-def _membership(given: jax.Array, n: int) -> tuple[Membership, jax.Array]:
-    """Which group each row is in, and which rows are in none that there is."""
-    if given.dtype == jnp.bool_ or given.shape[-1] != 1:
-        inside = given.astype(jnp.int32)
-        return Membership(n, None, inside == 1), jnp.any((inside != 0) & (inside != 1), -1, keepdims=True)
-    if given.dtype.itemsize < 4:
-        given = given.astype(jnp.int32)
-    if jnp.issubdtype(given.dtype, jnp.unsignedinteger):
-        ids = jnp.minimum(given, jnp.asarray(n, given.dtype)).astype(jnp.int32)
-    else:
-        ids = jnp.clip(given, -2, n).astype(jnp.int32)
-    stray = (ids < -1) | (ids >= n)
-    return Membership(n, jnp.where(stray, np.int32(-1), ids)), stray
 
 
 def _measure(head: Head, batch: dict[str, Any]) -> jax.Array:

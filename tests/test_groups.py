@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.special
 import scipy.stats
 from devices import count, mesh_of
 from jax.sharding import NamedSharding, PartitionSpec
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import roc_auc_score
 from zoo import changed
 
 import jaxheads as jh
@@ -189,6 +192,59 @@ def test_a_slice_that_is_too_small_has_no_metrics():
     np.testing.assert_array_equal(np.isnan(found["auc"]), np.asarray(sizes) < max(sizes))
     zeros = head.measure(**batch, features={"origin": origin}).by_slice(undefined=0.0)
     assert (zeros["auc"] == 0).tolist() == [size < max(sizes) for size in sizes]
+
+
+def test_curves_of_a_slice_are_those_of_its_rows():
+    """By scikit-learn, from the rows of the slice alone: at the edges of bins, and of calibration exactly."""
+    batch, origin = draw("binary", 2000)
+    slices = jh.Slices("origin", N, names=("a", "b", "c"), min_count=100)
+    head = jh.BinaryClassHead(slices=slices).with_metrics(jh.metrics.ExpectedCalibrationError(8))
+    metrics = head.measure(batch["labels"], batch["logits"], {"origin": origin})
+    inside = origin[:, 0] == 1
+    labels, p = batch["labels"][inside, 0], scipy.special.expit(batch["logits"][inside, 0].astype(np.float64))
+    for which in (1, "b"):
+        fpr, tpr, thresholds = metrics.curve("roc", slice=which)
+        for i in range(0, len(thresholds), 97):
+            np.testing.assert_allclose(tpr[i], np.mean(p[labels == 1] > thresholds[i]), rtol=1e-6, atol=1e-9)
+            np.testing.assert_allclose(fpr[i], np.mean(p[labels == 0] > thresholds[i]), rtol=1e-6, atol=1e-9)
+    frequency, mean = calibration_curve(labels, p, n_bins=8)
+    predicted, observed, weight = metrics.reliability(8, slice="b")
+    np.testing.assert_allclose(predicted, mean, rtol=1e-6)
+    np.testing.assert_allclose(observed, frequency, rtol=1e-6)
+    assert weight.sum() == inside.sum()
+    two = jh.MultiHead([changed(head, name="a"), changed(jh.BinaryClassHead(name="b"), slices=slices)])
+    both, logits = {"a": batch["labels"], "b": batch["labels"]}, np.repeat(batch["logits"], 2, axis=-1)
+    measured = two.measure(both, logits, {"origin": origin})
+    np.testing.assert_allclose(measured.reliability(8, "a/scores", slice=1)[0], mean, rtol=1e-6)
+    assert np.abs(measured.reliability(8, "b/scores", slice=1)[0] - mean).max() > 1e-5
+    # From the histogram's bins where the head keeps no sums of as many steps: not exact.
+    assert 0 < np.abs(metrics.reliability(4, slice="b")[0] - calibration_curve(labels, p, n_bins=4)[1]).max() < 0.01
+
+
+def test_slices_without_curves_are_refused():
+    batch, origin = draw("binary")
+    head = jh.BinaryClassHead(slices=jh.Slices("origin", N, names=("a", "b", "c"), min_count=100))
+    metrics = head.measure(**batch, features={"origin": origin})
+    with pytest.raises(ValueError, match=r"slice 'b' has \d+ elements, fewer than min_count=100"):
+        metrics.curve("pr", slice="b")
+    for given in ("d", 3, -1, True):
+        with pytest.raises(ValueError, match=r"0 to 2, called a, b, c. Given slice="):
+            metrics.reliability(slice=given)
+    with pytest.raises(ValueError, match="needs a head with slices"):
+        jh.BinaryClassHead().measure(**batch).curve("roc", slice=0)
+
+
+def test_bounds_of_slices_hold_what_bins_hide():
+    (batch, origin), head = draw("binary"), sliced("binary", slices=SLICES)
+    head = changed(head, bins=jh.LogitGrid(-2, 2, 8))
+    found = head.measure(**batch, features={"origin": origin}).by_slice(bounds=True)
+    for i in range(N):
+        inside = (origin[:, 0] == i) & batch["where"][:, 0]
+        exact = roc_auc_score(
+            batch["labels"][inside], batch["logits"][inside], sample_weight=batch["weights"][inside, 0]
+        )
+        assert found["auc/lower"][i] < exact < found["auc/upper"][i]
+        assert found["auc/upper"][i] - found["auc/lower"][i] > 0.01
 
 
 def test_slices_are_read_inside_jit():

@@ -202,9 +202,10 @@ def test_an_update_is_one_all_reduce(entry, axes):
         assert count(text, other) == 0
 
 
-def elements_added_up(entry, step):
+def elements_added_up(entry, step, mesh=None):
     """How many numbers cross eight devices in a step under `shard_map` with its check."""
-    mapped = jax.shard_map(step, mesh=mesh_of(8, "auto"), in_specs=(P(), P("d")), out_specs=P())
+    mesh = mesh_of(8, "auto") if mesh is None else mesh
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(mesh.axis_names)), out_specs=P())
     batch = draw(entry, 1024)
     batch["features"] = batch.pop("logits")
     with jax.numpy_dtype_promotion("standard"):  # some of optax's own arithmetic mixes dtypes
@@ -218,6 +219,14 @@ def test_a_step_adds_gradients_up_once(entry):
     parameters = sum(x.size for x in jax.tree.leaves(first_state(entry).trainable))
     heads, running = len(entry.parts or [entry]), sum(x.size for x in jax.tree.leaves(entry.head.init_state()))
     assert parameters <= elements_added_up(entry, step) <= parameters + 3 * heads + running
+
+
+def test_a_step_over_two_axes_adds_gradients_up_once():
+    entry, mesh = entry_of("ordinal"), jax.make_mesh((2, 4), ("d", "e"), (AxisType.Auto,) * 2)
+    step = jh.make_train_step(entry.head, network, optimizer(), axis_name=("d", "e"), with_metrics=False)
+    parameters = sum(x.size for x in jax.tree.leaves(first_state(entry).trainable))
+    # The three sums of the loss may cross one axis after the other.
+    assert parameters <= elements_added_up(entry, step, mesh) <= parameters + 2 * 3
 
 
 @pytest.mark.parametrize("name", ["binary", "ordinal"])

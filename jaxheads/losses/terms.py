@@ -1,5 +1,6 @@
 """From per-element losses to one number."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -61,3 +62,21 @@ def divisor(term: Term, elements: Elements, how: Reduction) -> jax.Array:
     # By multiplication: a broadcast would be laid out unlike values whose last axis is sharded.
     multiplicity = multiplicity * masking.ones_like(term.values)
     return masking.total(multiplicity if term.count is None else masking.weighted(term.count, multiplicity))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DivisorOf:
+    """`divisor` of what is kept of the elements, reduced as an observation is: for all data, each group and replica."""
+
+    term: Term
+    elements: Elements
+    how: Reduction = dataclasses.field(metadata={"static": True})
+
+    def reduce(self, weights: jax.Array) -> jax.Array:
+        """Of all elements, each counted `weights` times: `[1]`."""
+        return divisor(self.term.scaled(weights), self.elements, self.how)[None]
+
+    def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
+        """`reduce` for each group of a `Membership`."""
+        return groups.at_once(lambda inside: self.reduce(weights * inside))

@@ -161,6 +161,12 @@ class CalibrationView(View):
         """`predicted, observed, weight` of each step: mean probability, frequency; undefined where it holds nothing."""
         return self.ratio(self.predicted, self.weight), self.ratio(self.observed, self.weight), self.weight
 
+    def reliability(self) -> tuple[Any, Any, Any]:
+        """The same of the steps that hold anything, of a single state on the host."""
+        predicted, observed, weight = self.curve()
+        held = weight > 0
+        return predicted[held], observed[held], weight[held]
+
 
 @dataclasses.dataclass(frozen=True)
 class AbstractSumsMetric(AbstractScoreMetric):
@@ -248,7 +254,10 @@ class ExpectedCalibrationError(AbstractSumsMetric):
     """`expected_calibration_error`, the sum over equal steps of p of `|sum a p - sum a y|`, divided by `sum a`.
 
     Exact for its steps, whatever the bins of the scores. Undefined where nothing was seen. Source: Naeini et al.
-    (2015); scikit-learn's `calibration_curve` has the same steps.
+    (2015); scikit-learn's `calibration_curve` has the same steps. `metrics.reliability(bins)` draws it.
+
+    A sum of distances: chance alone lifts it above 0, most where a step or a slice holds little, and in every
+    bootstrap replica once more. So read its intervals as upper ones (Kumar et al. 2019).
 
     Args:
         bins: the number of steps, at least 2.

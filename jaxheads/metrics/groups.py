@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxheads.metrics.base import Observation
-from jaxheads.numerics import masking, meshes
+from jaxheads.numerics import columns, inputs, masking, meshes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,14 @@ class Slices:
                 raise ValueError(f"Slices: names must be {self.n} strings, all different. Given {self.names!r}.")
             object.__setattr__(self, "names", names)
 
+    def ids(self, features: Any, lead: tuple[int, ...], check: bool | None) -> Any:
+        """Of a batch: ids int32 `lead + [1]`, or a membership matrix `lead + [n]`; refused on the host if illegal."""
+        column = self.column
+        found = columns.column(features, column, "of slices") if isinstance(column, str) else column(features)
+        ids = inputs.as_slices(found, lead, self.n)
+        inputs.check_slices(ids, self.n, check)
+        return ids
+
     def __repr__(self) -> str:
         parts = [repr(self.column), repr(self.n)]
         parts += [f"names={self.names!r}"] if self.names is not None else []
@@ -73,7 +81,8 @@ class Bootstrap:
     classes) by draws of its own: intervals are right for each metric, not for differences of two within a replica.
 
     Args:
-        replicas: how many; their number is the factor by which an update costs more.
+        replicas: how many; their number is the factor by which an update costs more. The state of all replicas is
+            written at every update, so batches should be large: thousands of rows.
 
     Raises:
         ValueError: fewer than 2 replicas.
@@ -160,6 +169,21 @@ class Membership:
     n: int = dataclasses.field(metadata={"static": True})
     ids: Any = None
     matrix: Any = None
+
+    @classmethod
+    def of(cls, given: jax.Array, n: int) -> "tuple[Membership, jax.Array]":
+        """From what `Slices.ids` gives; and which rows, `[..., 1]`, are in a group that there is not."""
+        if given.dtype == jnp.bool_ or given.shape[-1] != 1:
+            inside = given.astype(jnp.int32)
+            return cls(n, None, inside == 1), jnp.any((inside != 0) & (inside != 1), -1, keepdims=True)
+        if given.dtype.itemsize < 4:
+            given = given.astype(jnp.int32)
+        if jnp.issubdtype(given.dtype, jnp.unsignedinteger):
+            ids = jnp.minimum(given, jnp.asarray(n, given.dtype)).astype(jnp.int32)
+        else:
+            ids = jnp.clip(given, -2, n).astype(jnp.int32)
+        stray = (ids < -1) | (ids >= n)
+        return cls(n, jnp.where(stray, np.int32(-1), ids)), stray
 
     def each(self, reduce: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """`reduce` of each group's weights, 1 inside and 0 outside, one after the other."""

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxheads.metrics import text
 from jaxheads.metrics.base import Observation, View
-from jaxheads.metrics.curves import Interval, ScoresView
+from jaxheads.metrics.curves import ScoresView
 from jaxheads.metrics.groups import Grouped, Slices
+from jaxheads.metrics.reading import float32, joined, named, on_host, quantiles, slots, without
 from jaxheads.numerics import meshes, pairs
 
 
@@ -31,19 +33,6 @@ class Reader(Protocol):
     def observed(self) -> Mapping[str, Observation]: ...
 
     def read(self, seen: Mapping[str, Any]) -> Mapping[tuple[str, str | None], Any]: ...
-
-
-@functools.lru_cache(maxsize=1024)
-def slots(head: Any, regularized: bool) -> tuple[dict[str, tuple[int, Observation]], int]:
-    """Where each observation of a head begins in its packed state, and the size of the state.
-
-    Slot 0 counts the bad elements; then the regularization's mean, if there is one; then what the head observes.
-    """
-    offset, layout = (3 if regularized else 1), {}
-    for key, observation in head.observed().items():
-        layout[key] = (offset, observation)
-        offset += observation.size
-    return layout, offset
 
 
 @functools.lru_cache(maxsize=1024)
@@ -141,11 +130,11 @@ class Metrics:
             raise ValueError("merge() works on the host, outside jit. There, metrics add: a + b.")
         # As on a device, what overflows is inf and inf - inf is NaN, without a word.
         with np.errstate(over="ignore", invalid="ignore"):
-            return dataclasses.replace(first, state=pairs.merge([_on_host(state.state) for state in states]))
+            return dataclasses.replace(first, state=pairs.merge([on_host(state.state) for state in states]))
 
     def __reduce__(self) -> Any:
         # Where it is unpickled there may be no device.
-        state = np.asarray(_on_host(self.state)) if isinstance(self.state, jax.Array) else self.state
+        state = np.asarray(on_host(self.state)) if isinstance(self.state, jax.Array) else self.state
         return type(self), (state, self.head, self.regularized)
 
     def __deepcopy__(self, memo: Any) -> "Metrics":
@@ -197,7 +186,7 @@ class Metrics:
             xp, pair = jnp, self.state
         else:
             # In float64 on the host: exact, one transfer, and nothing to compile.
-            xp, pair = np, np.asarray(_on_host(self.state), np.float64)
+            xp, pair = np, np.asarray(on_host(self.state), np.float64)
         sums = pair.sum(-1)
         layout, _ = slots(self.head, self.regularized)
 
@@ -228,23 +217,25 @@ class Metrics:
         with jax.debug_nans(False), np.errstate(all="ignore"):
             values, bad, xp = self._values(undefined)
         self._warn(bad, xp)
-        out = _named(values, bounds, xp)
+        out = named(values, bounds, xp)
         if confidence is not None:
             self._check_confidence(confidence)
             with jax.debug_nans(False), np.errstate(all="ignore"):
                 replicas, *_ = self._values(np.nan, (slice(1, None), 0))
                 measured = values if np.isnan(undefined) else self._values(np.nan)[0]
-            out |= _quantiles(replicas, measured, confidence, undefined, xp, self._lead)
+            out |= quantiles(replicas, measured, confidence, undefined, xp, self._lead)
         return out
 
-    def by_slice(self, undefined: float = np.nan, confidence: float | None = None) -> dict[str, Any]:
+    def by_slice(
+        self, undefined: float = np.nan, bounds: bool = False, confidence: float | None = None
+    ) -> dict[str, Any]:
         """The metrics of each slice: arrays `[n]` by name, with `slice` (the names) and `count` first.
 
         Fit for `pandas.DataFrame(metrics.by_slice())`. Where fewer than `min_count` elements weigh anything, a slice
         has no metrics: they are undefined. Inside `jit` there are no names.
 
         Args:
-            undefined, confidence: as for `compute`.
+            undefined, bounds, confidence: as for `compute`.
 
         >>> import numpy as np
         >>> import jaxheads as jh
@@ -254,7 +245,7 @@ class Metrics:
         >>> found["slice"].tolist(), found["count"].tolist(), found["label/mean"].tolist()
         (['JFK', 'LGA'], [1.0, 2.0], [1.0, 3.0])
         """
-        slices = self._slices()
+        slices = self._slices("by_slice()")
         with jax.debug_nans(False), np.errstate(all="ignore"):
             values, bad, xp = self._values(undefined, (0, slice(1, None)))
             counts = self._counts((0, slice(1, None)))
@@ -264,16 +255,16 @@ class Metrics:
                 # In a MultiHead each head has seen rows of its own; elsewhere there is one count.
                 return small[name] if name in small else small[None]
 
-            out = _named({key: _without(x, too_small(key[1]), undefined, xp) for key, x in values.items()}, False, xp)
+            out = named({key: without(x, too_small(key[1]), undefined, xp) for key, x in values.items()}, bounds, xp)
             if confidence is not None:
                 self._check_confidence(confidence)
                 replicas, *_ = self._values(np.nan, (slice(1, None), slice(1, None)))
                 measured = values if np.isnan(undefined) else self._values(np.nan, (0, slice(1, None)))[0]
-                measured = {key: _without(x, too_small(key[1]), np.nan, xp) for key, x in measured.items()}
-                out |= _quantiles(replicas, measured, confidence, undefined, xp, self._lead)
+                measured = {key: without(x, too_small(key[1]), np.nan, xp) for key, x in measured.items()}
+                out |= quantiles(replicas, measured, confidence, undefined, xp, self._lead)
         self._warn(bad, xp)
         names = {} if xp is jnp else {"slice": np.asarray(slices.names or tuple(range(slices.n)))}
-        shown = {joined("count", name): _float32(count, xp) for name, count in counts.items()}
+        shown = {joined("count", name): float32(count, xp) for name, count in counts.items()}
         return {**names, **shown, **out}
 
     @property
@@ -281,11 +272,9 @@ class Metrics:
         """How many leading axes the state has: before the axis of replicas or slices in what is read."""
         return np.ndim(self.state) - 2
 
-    def _slices(self) -> Slices:
+    def _slices(self, what: str) -> Slices:
         if not isinstance(found := getattr(self.head, "slices", None), Slices):
-            raise ValueError(
-                f'by_slice() needs a head with slices, slices=jh.Slices("origin", 3). Given {self.head!r}.'
-            )
+            raise ValueError(f'{what} needs a head with slices, slices=jh.Slices("origin", 3). Given {self.head!r}.')
         return found
 
     def _counts(self, at: Any) -> dict[str | None, Any]:
@@ -322,157 +311,81 @@ class Metrics:
             values["regularization_loss", self.head.suffix] = mean
         return values, bad, xp
 
-    def curve(self, kind: str, key: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def curve(
+        self, kind: str, key: str | None = None, *, slice: int | str | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The points of a curve, on the host.
 
         Args:
             kind: `"roc"` for `fpr, tpr, thresholds`; `"pr"` for `precision, recall, thresholds`. Thresholds are
                 probabilities.
             key: under which the head observes the scores, where it keeps several histograms.
+            slice: number or name of the slice whose data alone it shall be of.
         """
         if kind not in ("roc", "pr"):
             raise ValueError(f'curve() knows "roc" and "pr". Given {kind!r}.')
-        view = self._scores("curve()", key)
+        at = self._entry("curve()", slice)
+        view = self._histograms(at)[self._scores_key("curve()", key, at)]
         return view.roc_curve() if kind == "roc" else view.pr_curve()
 
-    def reliability(self, bins: int = 10, key: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def reliability(
+        self, bins: int = 10, key: str | None = None, *, slice: int | str | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`predicted, observed, weight`: mean predicted probability against observed frequency.
 
-        Probabilities are those of the histogram's bins (their middles), grouped in `bins` equal steps; steps without
-        data are left out.
+        In `bins` equal steps; steps without data are left out. Exact if the head keeps
+        `jh.metrics.ExpectedCalibrationError(bins)` of as many; else probabilities are those of the histogram's bins
+        (their middles). The other arguments are those of `curve`.
         """
         if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
             raise ValueError(f"reliability() needs a positive integer number of bins. Given {bins!r}.")
-        return self._scores("reliability()", key).reliability(bins)
+        at = self._entry("reliability()", slice)
+        key = self._scores_key("reliability()", key, at)
+        views, (path, _, source) = self._views(np.nan, at)[0], key.rpartition("/")
+        exact = views.get(joined(path, f"calibration/{bins}")) if source == "scores" else None
+        return views[key].reliability(bins) if exact is None else exact.reliability()
 
-    def _scores(self, what: str, key: str | None) -> ScoresView:
+    def _entry(self, what: str, slice: int | str | None) -> tuple[int, int]:
+        """Where all data of a slice are; refused outside of one concrete state, and for a slice that is too small."""
         if isinstance(self.state, Tracer) or np.ndim(self.state) != 2:
             raise ValueError(
                 f"{what} reads one concrete state, outside jit. Given {self!r}. Merge devices with .psum first, or "
                 "take one entry with jax.tree.map(lambda x: x[0], metrics)."
             )
-        views = self._histograms()
+        if slice is None:
+            return 0, 0
+        slices = self._slices(what)
+        names = slices.names or ()
+        index = names.index(slice) if slice in names else slice
+        if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or not 0 <= index < slices.n:
+            known = f"0 to {slices.n - 1}" + (f", called {', '.join(names)}" if names else "")
+            raise ValueError(f"{what}: the head's slices are {known}. Given slice={slice!r}.")
+        at = 0, 1 + int(index)
+        if (count := self._counts(at)[None]) < slices.min_count:
+            raise ValueError(
+                f"{what}: slice {slice!r} has {count:g} elements, fewer than min_count={slices.min_count}: too few for "
+                "metrics."
+            )
+        return at
+
+    def _scores_key(self, what: str, key: str | None, at: tuple[int, int]) -> str:
+        """The key of the one score histogram that is meant."""
+        views = self._histograms(at)
         if key in views:
-            return views[key]
+            return key
         if key is not None or len(views) != 1:
             raise ValueError(
                 f"{what} reads one score histogram. {self.head!r} keeps {len(views)}: {list(views)}. Given key={key!r}."
             )
-        return next(iter(views.values()))
+        return next(iter(views))
 
-    def _histograms(self) -> dict[str, ScoresView]:
-        return {key: view for key, view in self._views(np.nan)[0].items() if isinstance(view, ScoresView)}
+    def _histograms(self, at: tuple[int, int] = (0, 0)) -> dict[str, ScoresView]:
+        return {key: view for key, view in self._views(np.nan, at)[0].items() if isinstance(view, ScoresView)}
 
     def __repr__(self) -> str:
         title = f"Metrics of {self.head!r}"
-        state = self.state
-        concrete = isinstance(state, (jax.Array, np.ndarray)) and not isinstance(state, Tracer)
-        if not concrete or state.ndim != 2:
-            kind = getattr(state, "dtype", type(state).__name__)
-            return f"{title}: {kind}{list(getattr(state, 'shape', ()))}"
-        if isinstance(state, jax.Array) and state.is_deleted():
-            return f"{title}: {state.dtype}{list(state.shape)}, deleted (it was donated to a compiled function)"
-        if isinstance(state, jax.Array) and not _addressable(state):
-            return f"{title}: {state.dtype}{list(state.shape)}, not addressable from here"
-        if state.shape[0] != slots(self.head, self.regularized)[1]:
-            return f"{title}: {state.dtype}{list(state.shape)}, which does not fit the head"
+        if kind := text.kind(self.state, slots(self.head, self.regularized)[1]):
+            return f"{title}: {kind}"
         with np.errstate(all="ignore"):
             values, bad, _ = self._values(np.nan)
-        width = max(len(joined(*key)) for key in values)
-        lines = [title]
-        for key, value in values.items():
-            middle = value.value if isinstance(value, Interval) else value
-            shown = f"{middle:.6g}" if np.ndim(middle) == 0 else np.array2string(np.asarray(middle), precision=6)
-            lines.append(f"  {joined(*key):<{width}}  {shown}")
-        if bad > 0:
-            lines.append(f"  {int(bad)} elements had an illegal label or weight and were left out.")
-        wide: dict[str, list[str]] = {}
-        for key, value in values.items():
-            if isinstance(value, Interval) and np.ndim(value.value) == 0 and value.is_wide():
-                shown = f"{joined(*key)} in [{value.lower:.4g}, {value.upper:.4g}]"
-                wide.setdefault(value.mend, []).append(shown)
-        if binned := wide.pop("", None):
-            advice = next((view.advice() for view in self._histograms().values() if view.is_coarse()), "a finer grid")
-            lines.append(
-                f"  The grid is too coarse for these scores: {', '.join(binned)}. "
-                f"Mend it with bins={advice}; scores that are equal no grid can tell apart."
-            )
-        for mend, rounded in wide.items():
-            lines.append(
-                f"  The spread of these numbers is lost in float32 sums of their squares: {', '.join(rounded)}. "
-                f"Mend it with {mend}, about the mean of the labels; where all are equal there is none."
-            )
-        return "\n".join(lines)
-
-
-def _named(values: Mapping[tuple[str, str | None], Any], bounds: bool, xp: Any) -> dict[str, Any]:
-    """Values by their full names, with the ends of intervals if they are asked for."""
-    out = {}
-    for key, value in values.items():
-        interval = value if isinstance(value, Interval) else Interval(value, None, None)
-        out[joined(*key)] = _float32(interval.value, xp)
-        if bounds and interval.lower is not None:
-            out[joined(key[0], "lower", key[1])] = _float32(interval.lower, xp)
-            out[joined(key[0], "upper", key[1])] = _float32(interval.upper, xp)
-    return out
-
-
-def _quantiles(
-    replicas: Mapping[tuple[str, str | None], Any],
-    measured: Mapping[tuple[str, str | None], Any],
-    confidence: float,
-    undefined: float,
-    xp: Any,
-    axis: int,
-) -> dict[str, Any]:
-    """`KEY/ci_lower` and `KEY/ci_upper`, over the replicas that have a value; both were read with NaN for undefined.
-
-    What has no value itself, has no interval: a NaN among the data shows, though replicas may have missed it.
-    """
-    out = {}
-    for (key, name), value in replicas.items():
-        each, whole = (x.value if isinstance(x, Interval) else x for x in (value, measured[key, name]))
-        for end, q in (("ci_lower", (1 - confidence) / 2), ("ci_upper", (1 + confidence) / 2)):
-            found = xp.where(xp.isnan(whole), whole, _nanquantile(each, q, axis, xp))
-            out[joined(key, end, name)] = _float32(xp.where(xp.isnan(found), undefined, found), xp)
-    return out
-
-
-def _nanquantile(x: Any, q: float, axis: int, xp: Any) -> Any:
-    if xp is jnp:
-        return jnp.nanquantile(x, q, axis=axis)
-    with warnings.catch_warnings():
-        # Where no replica has a value, there is none: NaN, and no need to say so twice.
-        warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
-        return np.nanquantile(x, q, axis=axis)
-
-
-def _without(value: Any, small: Any, undefined: float, xp: Any) -> Any:
-    """A value, or an interval, undefined for slices that are too small."""
-    if isinstance(value, Interval):
-        return Interval(*(None if part is None else _without(part, small, undefined, xp) for part in value))
-    # A metric may be an array: a confusion matrix.
-    small = xp.expand_dims(small, tuple(range(np.ndim(small), np.ndim(value))))
-    return xp.where(small, xp.full_like(value, undefined), value)
-
-
-def joined(*parts: str | None) -> str:
-    """The full name of a metric or a summary from its key and, where there is one, the name of its head."""
-    return "/".join(part for part in parts if part)
-
-
-def _float32(value: Any, xp: Any) -> Any:
-    return jnp.asarray(value, jnp.float32) if xp is jnp else np.float32(value)
-
-
-def _addressable(state: jax.Array) -> bool:
-    return state.is_fully_addressable or state.is_fully_replicated
-
-
-def _on_host(state: Any) -> Any:
-    if isinstance(state, jax.Array) and not _addressable(state):
-        raise ValueError(
-            f"These metrics are spread over processes: state {state.shape} with sharding {state.sharding}. Merge them "
-            "with .psum(axis_name) inside the step, so that every process holds the total."
-        )
-    return state
+            return "\n".join([title, *text.table(values, bad, self._histograms().values())])

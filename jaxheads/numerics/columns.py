@@ -65,6 +65,15 @@ def table(features: Any) -> Mapping[Any, Any] | None:
     return None
 
 
+def column(features: Any, key: str, what: str) -> Any:
+    """One column, or an error that says what it is for and which there are."""
+    found = table(features)
+    if found is None or key not in found:
+        given = features if found is None else sorted(map(str, found))
+        raise ValueError(f"Feature {key} ({what}) is not in features. Given features: {given}.")
+    return found[key]
+
+
 def numeric_columns(features: Any) -> Columns:
     """The columns of `features` that compiled code can hold: numbers, in arrays of any rank and nested mappings."""
     columns, left_out = Columns(), {}

@@ -17,10 +17,11 @@ each_chip = pytest.mark.parametrize(
 )
 
 # Bytes for each row and each logit of it on a device: what a program reads and writes, as XLA counts them, and its
-# temporary memory. A fifth to a third above the most that was measured.
-ACCESSED = {"loss_and_gradient": 200, "update_metrics": 540, "train_step": 250}
+# temporary memory. From 3 % (a train step) to a third above the most that was measured for large batches.
+ACCESSED = {"loss_and_gradient": 200, "update_metrics": 540, "train_step": 200}
 TEMPORARY = {"loss_and_gradient": 16, "update_metrics": 32, "train_step": 16}
-SCRATCH = 2**20  # of all-reduces, however few numbers they add up: small batches cannot hide it
+# Of all-reduces, however few numbers they add up: small batches cannot hide it.
+SCRATCH = {"accessed": 2**18, "temporary": 2**20}
 
 
 def check(entry, chip, rows, program):
@@ -31,8 +32,9 @@ def check(entry, chip, rows, program):
     logits = rows * entry.head.logits_dimension
     # The inputs are read for the logits and for the gradient; XLA counts them six times.
     inputs = 6 * 4 * rows * INPUTS if program == "train_step" else 0
-    assert found.accessed <= inputs + logits * ACCESSED[program]
-    assert found.temp <= (SCRATCH if rows < ROWS else 0) + logits * TEMPORARY[program]
+    scratch = SCRATCH if rows < ROWS else {"accessed": 0, "temporary": 0}
+    assert found.accessed <= inputs + scratch["accessed"] + logits * ACCESSED[program]
+    assert found.temp <= scratch["temporary"] + logits * TEMPORARY[program]
     return found
 
 

@@ -1,0 +1,102 @@
+"""How a packed state is laid out, and how what is read of it is named and given its intervals."""
+
+import functools
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxheads.metrics.base import Observation
+from jaxheads.metrics.curves import Interval
+
+
+@functools.lru_cache(maxsize=1024)
+def slots(head: Any, regularized: bool) -> tuple[dict[str, tuple[int, Observation]], int]:
+    """Where each observation of a head begins in its packed state, and the size of the state.
+
+    Slot 0 counts the bad elements; then the regularization's mean, if there is one; then what the head observes.
+    """
+    offset, layout = (3 if regularized else 1), {}
+    for key, observation in head.observed().items():
+        layout[key] = (offset, observation)
+        offset += observation.size
+    return layout, offset
+
+
+def joined(*parts: str | None) -> str:
+    """The full name of a metric or a summary from its key and, where there is one, the name of its head."""
+    return "/".join(part for part in parts if part)
+
+
+def named(values: Mapping[tuple[str, str | None], Any], bounds: bool, xp: Any) -> dict[str, Any]:
+    """Values by their full names, with the ends of intervals if they are asked for."""
+    out = {}
+    for key, value in values.items():
+        interval = value if isinstance(value, Interval) else Interval(value, None, None)
+        out[joined(*key)] = float32(interval.value, xp)
+        if bounds and interval.lower is not None:
+            out[joined(key[0], "lower", key[1])] = float32(interval.lower, xp)
+            out[joined(key[0], "upper", key[1])] = float32(interval.upper, xp)
+    return out
+
+
+def quantiles(
+    replicas: Mapping[tuple[str, str | None], Any],
+    measured: Mapping[tuple[str, str | None], Any],
+    confidence: float,
+    undefined: float,
+    xp: Any,
+    axis: int,
+) -> dict[str, Any]:
+    """`KEY/ci_lower` and `KEY/ci_upper`, over the replicas that have a value; both were read with NaN for undefined.
+
+    What has no value itself, has no interval: a NaN among the data shows, though replicas may have missed it.
+    """
+    out = {}
+    for (key, name), value in replicas.items():
+        each, whole = (x.value if isinstance(x, Interval) else x for x in (value, measured[key, name]))
+        for end, q in (("ci_lower", (1 - confidence) / 2), ("ci_upper", (1 + confidence) / 2)):
+            found = xp.where(xp.isnan(whole), whole, _nanquantile(each, q, axis, xp))
+            out[joined(key, end, name)] = float32(xp.where(xp.isnan(found), undefined, found), xp)
+    return out
+
+
+def _nanquantile(x: Any, q: float, axis: int, xp: Any) -> Any:
+    if xp is jnp:
+        return jnp.nanquantile(x, q, axis=axis)
+    with warnings.catch_warnings():
+        # Where no replica has a value, there is none: NaN, and no need to say so twice.
+        warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
+        return np.nanquantile(x, q, axis=axis)
+
+
+def without(value: Any, small: Any, undefined: float, xp: Any) -> Any:
+    """A value, or an interval, undefined for slices that are too small."""
+    if isinstance(value, Interval):
+        return Interval(*(None if part is None else without(part, small, undefined, xp) for part in value))
+    # A metric may be an array: a confusion matrix.
+    small = xp.expand_dims(small, tuple(range(np.ndim(small), np.ndim(value))))
+    return xp.where(small, xp.full_like(value, undefined), value)
+
+
+def float32(value: Any, xp: Any) -> Any:
+    """The value in float32, outside `jit` as NumPy's."""
+    return jnp.asarray(value, jnp.float32) if xp is jnp else np.float32(value)
+
+
+def is_addressable(state: jax.Array) -> bool:
+    """Whether this process holds all of it."""
+    return state.is_fully_addressable or state.is_fully_replicated
+
+
+def on_host(state: Any) -> Any:
+    """The same state, refused if this process does not hold it."""
+    if isinstance(state, jax.Array) and not is_addressable(state):
+        raise ValueError(
+            f"These metrics are spread over processes: state {state.shape} with sharding {state.sharding}. Merge them "
+            "with .psum(axis_name) inside the step, so that every process holds the total."
+        )
+    return state

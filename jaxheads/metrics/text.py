@@ -1,0 +1,58 @@
+"""`Metrics` as a notebook shows them."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from jaxheads.metrics.curves import Interval, ScoresView
+from jaxheads.metrics.reading import is_addressable, joined
+
+
+def kind(state: Any, size: int) -> str | None:
+    """In a line what a state is that has no values to show; None for one that has."""
+    if isinstance(state, Tracer) or not isinstance(state, (jax.Array, np.ndarray)):
+        return f"{getattr(state, 'dtype', type(state).__name__)}{list(getattr(state, 'shape', ()))}"
+    line = f"{state.dtype}{list(state.shape)}"
+    if state.ndim != 2:
+        return line
+    if isinstance(state, jax.Array) and state.is_deleted():
+        return f"{line}, deleted (it was donated to a compiled function)"
+    if isinstance(state, jax.Array) and not is_addressable(state):
+        return f"{line}, not addressable from here"
+    return None if state.shape[0] == size else f"{line}, which does not fit the head"
+
+
+def table(values: Mapping[tuple[str, str | None], Any], bad: Any, histograms: Iterable[ScoresView]) -> list[str]:
+    """Lines of keys and values, then what was left out, then what bins or rounding leave open, and its cure."""
+    width = max(len(joined(*key)) for key in values)
+    lines = []
+    for key, value in values.items():
+        middle = value.value if isinstance(value, Interval) else value
+        shown = f"{middle:.6g}" if np.ndim(middle) == 0 else np.array2string(np.asarray(middle), precision=6)
+        lines.append(f"  {joined(*key):<{width}}  {shown}")
+    if bad > 0:
+        lines.append(f"  {int(bad)} elements had an illegal label or weight and were left out.")
+    return lines + _open(values, histograms)
+
+
+def _open(values: Mapping[tuple[str, str | None], Any], histograms: Iterable[ScoresView]) -> list[str]:
+    wide: dict[str, list[str]] = {}
+    for key, value in values.items():
+        if isinstance(value, Interval) and np.ndim(value.value) == 0 and value.is_wide():
+            wide.setdefault(value.mend, []).append(f"{joined(*key)} in [{value.lower:.4g}, {value.upper:.4g}]")
+    lines = []
+    if binned := wide.pop("", None):
+        advice = next((view.advice() for view in histograms if view.is_coarse()), "a finer grid")
+        lines.append(
+            f"  The grid is too coarse for these scores: {', '.join(binned)}. "
+            f"Mend it with bins={advice}; scores that are equal no grid can tell apart."
+        )
+    lines += [
+        f"  The spread of these numbers is lost in float32 sums of their squares: {', '.join(rounded)}. "
+        f"Mend it with {mend}, about the mean of the labels; where all are equal there is none."
+        for mend, rounded in wide.items()
+    ]
+    return lines
