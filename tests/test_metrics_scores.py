@@ -350,6 +350,15 @@ def test_bounds_are_reached():
     assert values["lowest_cost/lower"] == pytest.approx(min(found["lowest_cost"]), abs=1e-6)
 
 
+def decided_by(values, key, rows, bins):
+    """The weights of the four outcomes, deciding the rows by hand at the threshold that a metric tells."""
+    decided = rows.z > values[f"{key}_logit"]
+    if isinstance(bins, jh.ThresholdGrid):
+        decided = np.asarray(jax.nn.sigmoid(jnp.asarray(rows.z, jnp.float32))) > values[f"{key}_threshold"]
+    close(1 / (1 + np.exp(-np.float64(values[f"{key}_logit"]))), values[f"{key}_threshold"], key)
+    return tuple(rows.w[(decided == d) & (rows.y == y)].sum() for d, y in ((1, 1), (1, 0), (0, 1), (0, 0)))
+
+
 @pytest.mark.parametrize("bins", GRIDS, ids=repr)
 @pytest.mark.parametrize("kind", SCORES)
 def test_the_best_threshold_reaches_its_value(bins, kind):
@@ -357,15 +366,47 @@ def test_the_best_threshold_reaches_its_value(bins, kind):
     rows = Rows.of(labels, logits, weights)
     values = binary(bins).measure(labels, logits, weights=weights).compute()
     for key, sign, best in (("best_f1", 1, best_f(rows, 1)), ("lowest_cost", -1, lowest_cost(rows, 1, 5))):
-        decided = rows.z > values[f"{key}_logit"]
-        if isinstance(bins, jh.ThresholdGrid):
-            p = np.asarray(jax.nn.sigmoid(jnp.asarray(rows.z, jnp.float32)))
-            decided = p > values[f"{key}_threshold"]
-        tp, fp, fn, tn = (rows.w[(decided == d) & (rows.y == y)].sum() for d, y in ((1, 1), (1, 0), (0, 1), (0, 0)))
+        tp, fp, fn, tn = decided_by(values, key, rows, bins)
         reached = 2 * tp / (2 * tp + fp + fn) if key == "best_f1" else (fp + 5 * fn) / (tp + fp + fn + tn)
         close(values[key], reached, key)
         assert sign * reached <= sign * best + 1e-9, key
-        close(1 / (1 + np.exp(-np.float64(values[f"{key}_logit"]))), values[f"{key}_threshold"], key)
+
+
+OPERATING = {
+    "precision_at_recall_0.9": ("precision", "recall", 0.9),
+    "recall_at_precision_0.9": ("recall", "precision", 0.9),
+    "sensitivity_at_specificity_0.9": ("recall", "specificity", 0.9),
+    "specificity_at_sensitivity_0.9": ("specificity", "recall", 0.9),
+}
+
+
+@pytest.mark.parametrize("bins", GRIDS, ids=repr)
+@pytest.mark.parametrize("kind", SCORES)
+def test_an_operating_point_is_had_at_its_threshold(bins, kind):
+    """The value is reached, and the rate is held."""
+    labels, logits, weights = sampled(kind, False, 7)
+    rows = Rows.of(labels, logits, weights)
+    values = binary(bins).measure(labels, logits, weights=weights).compute()
+    for key, (value, held, rate) in OPERATING.items():
+        tp, fp, fn, tn = decided_by(values, key, rows, bins)
+        rates = {
+            "precision": tp / (tp + fp) if tp + fp else 1.0,
+            "recall": tp / (tp + fn),
+            "specificity": tn / (tn + fp),
+        }
+        close(values[key], rates[value], key)
+        assert rates[held] >= rate - 2e-7, key
+
+
+def test_thresholds_of_rates_that_only_the_ends_hold():
+    labels, logits = np.array([1.0, 0, 0, 0]), np.array([[-3.0], [-1.0], [2.0], [4.0]], np.float32)
+    values = binary(jh.LogitGrid()).measure(labels, logits).compute()
+    # The one positive has the lowest score: found with all others, or never with precision.
+    assert (values["precision_at_recall_0.9"], values["recall_at_precision_0.9"]) == (0.25, 0)
+    assert values["precision_at_recall_0.9_logit"] < -3
+    assert values["recall_at_precision_0.9_logit"] > 4
+    none = binary(jh.LogitGrid()).measure(np.zeros(4), logits).compute()
+    assert np.isnan(none["precision_at_recall_0.9_threshold"])
 
 
 def test_the_best_threshold_lies_in_the_middle_of_the_gap():

@@ -5,6 +5,11 @@ be had; a threshold inside a bin may be better still, and the bound on that side
 bound is the value itself. A rate is held if it is missed by no more than a part of 1e-6 of `1 - rate`: what rounding
 may do to sums of weights.
 
+With `_threshold` appended to its key each tells where that is, as a probability, and with `_logit` as a logit, which is
+exact also where the probability rounds to 1. Positive is what lies above it. Of several that are as good it is the
+lowest, and of thresholds between the same scores the one in the middle. 0 and -inf: all is positive; 1 and inf: nothing
+is (so it is for a recall of 0, where no threshold has the precision). A mean over classes has no threshold.
+
 Each takes `average` and `name`; the rules for 0/0 and for absent classes are told in `jaxheads.metrics`.
 
 >>> import jax.numpy as jnp
@@ -12,8 +17,9 @@ Each takes `average` and `name`; the rules for 0/0 and for absent classes are to
 >>> head = jh.BinaryClassHead().with_metrics(jh.metrics.PrecisionAtRecall(0.9), jh.metrics.BestThreshold())
 >>> labels, logits = jnp.array([1, 1, 0, 0]), jnp.array([[2.0], [-0.5], [-1.0], [0.5]])
 >>> values = head.measure(labels=labels, logits=logits).compute()
->>> print(*(f"{values[key]:.3f}" for key in ("precision_at_recall_0.9", "best_f1", "best_f1_threshold")))
-0.667 0.800 0.317
+>>> keys = "precision_at_recall_0.9", "precision_at_recall_0.9_threshold", "best_f1", "best_f1_threshold"
+>>> print(*(f"{values[key]:.3f}" for key in keys))
+0.667 0.317 0.800 0.317
 """
 
 import dataclasses
@@ -32,15 +38,20 @@ SLACK = 1 + 1e-6
 
 def _best(
     view: ScoresView, value: Callable[[Outcomes], Any], held: Callable[[Outcomes], Any], defined: Any
-) -> Interval:
-    """The largest value where a rate is held, 0 if it is nowhere. Both must be better for more TP and fewer FP."""
+) -> dict[str, Any]:
+    """The largest value where a rate is held, and where. Both must be better for more TP and fewer FP."""
+    xp = view.xp
 
-    def largest(outcomes: Outcomes) -> Any:
+    def rated(outcomes: Outcomes, missed: float) -> Any:
         plain = outcomes.zeroed()
-        return view.xp.where(held(plain), value(plain), view.xp.zeros_like(plain.true_positives)).max(-1)
+        return xp.where(held(plain), value(plain), xp.full_like(plain.true_positives, missed))
 
-    found = largest(view.cuts())
-    return view.interval(defined, found, found, largest(view.ideal()))
+    # One of the ends, all positive or nothing, holds the rate always, so some cut does.
+    found, ideal = rated(view.cuts(), -1), rated(view.ideal(), 0)
+    return {
+        "": view.interval(defined, found.max(-1), found.max(-1), ideal.max(-1)),
+        **_thresholds(view, found.argmax(-1), defined),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +74,7 @@ class PrecisionAtRecall(AbstractScoreMetric):
     def key(self) -> str:
         return f"precision_at_recall_{self.recall:g}"
 
-    def read(self, view: ScoresView) -> Interval:
+    def read(self, view: ScoresView) -> dict[str, Any]:
         missed = (1 - self.recall) * SLACK
         return _best(
             view, lambda o: o.precision, lambda o: o.false_negatives <= missed * o.positives, view.positives > 0
@@ -90,7 +101,7 @@ class RecallAtPrecision(AbstractScoreMetric):
     def key(self) -> str:
         return f"recall_at_precision_{self.precision:g}"
 
-    def read(self, view: ScoresView) -> Interval:
+    def read(self, view: ScoresView) -> dict[str, Any]:
         wrong = (1 - self.precision) * SLACK
 
         def held(o: Outcomes) -> Any:
@@ -119,7 +130,7 @@ class SensitivityAtSpecificity(AbstractScoreMetric):
     def key(self) -> str:
         return f"sensitivity_at_specificity_{self.specificity:g}"
 
-    def read(self, view: ScoresView) -> Interval:
+    def read(self, view: ScoresView) -> dict[str, Any]:
         wrong = (1 - self.specificity) * SLACK
         defined = (view.positives > 0) & (view.negatives > 0)
         return _best(view, lambda o: o.recall, lambda o: o.false_positives <= wrong * o.negatives, defined)
@@ -145,7 +156,7 @@ class SpecificityAtSensitivity(AbstractScoreMetric):
     def key(self) -> str:
         return f"specificity_at_sensitivity_{self.sensitivity:g}"
 
-    def read(self, view: ScoresView) -> Interval:
+    def read(self, view: ScoresView) -> dict[str, Any]:
         missed = (1 - self.sensitivity) * SLACK
         defined = (view.positives > 0) & (view.negatives > 0)
         return _best(view, lambda o: o.specificity, lambda o: o.false_negatives <= missed * o.positives, defined)
@@ -155,10 +166,7 @@ class SpecificityAtSensitivity(AbstractScoreMetric):
 class BestThreshold(AbstractScoreMetric):
     """The threshold with the highest F score, or with the lowest cost of errors, and what it reaches.
 
-    `best_f1` (`best_fbeta_B`), or `lowest_cost = (c_FP FP + c_FN FN) / (TP + TN + FP + FN)`; with `_threshold` appended
-    the threshold as a probability, with `_logit` as a logit, which is exact also where the probability rounds to 1.
-    Positive is what lies above it. Of thresholds between the same scores it is the one in the middle. 0 and -inf: all
-    is positive; 1 and inf: nothing is. A mean over classes has no threshold.
+    `best_f1` (`best_fbeta_B`), or `lowest_cost = (c_FP FP + c_FN FN) / (TP + TN + FP + FN)`.
 
     An F score is undefined without positives, a cost where nothing was seen.
 
@@ -197,12 +205,13 @@ class BestThreshold(AbstractScoreMetric):
             defined, scores = view.total > 0, cuts.cost(*costs)
             best, found = scores.argmin(-1), scores.min(-1)
             value = Interval(*(view.where(defined, x) for x in (found, ideal.cost(*costs).min(-1), found)))
-        probability, logit = _threshold(view, best)
-        return {
-            "": value,
-            "_threshold": view.where(defined, probability),
-            "_logit": view.where(defined, logit),
-        }
+        return {"": value, **_thresholds(view, best, defined)}
+
+
+def _thresholds(view: ScoresView, cut: Any, defined: Any) -> dict[str, Any]:
+    """Probability and logit of the edge of index `cut`, by what they add to a key."""
+    probability, logit = _threshold(view, cut)
+    return {"_threshold": view.where(defined, probability), "_logit": view.where(defined, logit)}
 
 
 def _threshold(view: ScoresView, cut: Any) -> tuple[Any, Any]:
