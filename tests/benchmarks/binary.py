@@ -16,7 +16,9 @@ import numpy as np
 import optax
 
 import jaxheads as jh
+from benchmarks.by_hand import by_hand
 from benchmarks.program import (
+    COMPILER,
     FLOOR,
     OURS,
     Program,
@@ -162,6 +164,7 @@ BINARY: Programs = {
     OURS: (None, lambda thresholds: of_head(jh.BinaryClassHead(bins=jh.ThresholdGrid(thresholds)))),
     "jaxheads, logit bins": (None, lambda _: of_head(jh.BinaryClassHead())),
     FLOOR: (None, lambda _: floor()),
+    "C, one thread": (COMPILER, by_hand),
     "clu, 4 means": ("clu", _clu),
     "Keras": ("keras", _keras),
     "metrax, jit": ("metrax", _metrax),

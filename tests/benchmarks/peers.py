@@ -1,4 +1,4 @@
-"""jaxheads beside google-metrax, clu, Keras on JAX, torchmetrics and scikit-learn: a table in Markdown and a figure.
+"""jaxheads beside google-metrax, clu, Keras on JAX, torchmetrics, scikit-learn, C by hand: a table and a figure.
 
     pip install -e '.[benchmark]'
     python tests/benchmarks/peers.py --out benchmark_out
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints the tables and writes them, with the figure, to a folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="which, by default all")
-    parser.add_argument("--peers", nargs="*", choices=program.MODULES, default=list(program.MODULES))
+    parser.add_argument("--peers", nargs="*", choices=program.PEERS, default=program.PEERS)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="batch sizes of table A")
     parser.add_argument("--thresholds", type=int, nargs="+", default=THRESHOLDS, help="their numbers in table A")
     parser.add_argument("--wide-rows", type=int, default=65_536, help="the batch size of table B")
@@ -134,7 +134,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     sheet = Sheet()
     sheet.say("# jaxheads beside its peers", "")
     peers = program.installed(options.peers, sheet.say)
-    versions = [f"{peer} {importlib.metadata.version(DISTRIBUTIONS.get(peer, peer))}" for peer in peers]
+    versions = [
+        f"{peer} {importlib.metadata.version(DISTRIBUTIONS.get(peer, peer))}"
+        for peer in peers
+        if peer != program.COMPILER
+    ]
     sheet.say(f"{datetime.date.today()}: {machine()}, {', '.join(versions) or 'no peers'}.")
     for name in options.tables:
         TABLES[name](sheet, options, peers)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ MODULES = {
     "torchmetrics": "torchmetrics",
     "scikit-learn": "sklearn",
 }
+COMPILER = "gcc"
+PEERS = (*MODULES, COMPILER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,9 @@ def installed(peers: Iterable[str], say: Callable[[str], None]) -> list[str]:
     """Those that are here; the others are named with the cure."""
     found = []
     for peer in peers:
-        if importlib.util.find_spec(MODULES[peer]) is None:
+        if peer == COMPILER:
+            found += [peer] if shutil.which(peer) else []
+        elif importlib.util.find_spec(MODULES[peer]) is None:
             say(f"{peer} is not installed and left out: pip install -e '.[benchmark]'")
         else:
             found.append(peer)

@@ -1,11 +1,13 @@
 """The comparison with other libraries runs without any of them, and shows what it must."""
 
 import re
+import shutil
 import sys
 
+import numpy as np
 import pytest
 
-from benchmarks import peers, program
+from benchmarks import by_hand, peers, program
 
 SMALL = "--peers --rows 64 256 --thresholds 20 50 --wide-rows 32 --classes 12 --labels 6 --repeat 1".split()
 
@@ -47,6 +49,23 @@ def test_the_tables_and_the_figure_without_peers(tmp_path, capsys):
     picture = (tmp_path / "peers.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 20_000
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="the floor in C is compiled by gcc, which is not here")
+def test_the_floor_in_c_does_the_same_job():
+    batch, made = program.batch_of(5_000), by_hand.by_hand(20)
+    given = made.prepare(batch)
+    made.update(None, given)
+    sums, counts = made.update(None, given)
+    logits, labels = given[0].astype(np.float64), given[1]
+    p = 1 / (1 + np.exp(-logits))
+    expected = [np.sum(np.logaddexp(0, logits) - labels * logits), p.sum(), labels.sum()]
+    np.testing.assert_allclose(sums, np.multiply(2, expected), rtol=1e-5)
+    buckets = np.searchsorted(np.arange(20) / 19, p)
+    for label in (0, 1):
+        np.testing.assert_array_equal(
+            counts.sum(0)[:20, label], 2 * np.bincount(buckets[labels == label], minlength=20)
+        )
 
 
 def test_a_peer_that_is_not_here_is_named(monkeypatch):
