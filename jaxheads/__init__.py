@@ -35,6 +35,7 @@ from jaxheads.metrics import ColumnMeans as ColumnMeans
 from jaxheads.metrics import LogitGrid as LogitGrid
 from jaxheads.metrics import Mean as Mean
 from jaxheads.metrics import Metrics as Metrics
+from jaxheads.metrics import RoundingWarning as RoundingWarning
 from jaxheads.metrics import Scores as Scores
 from jaxheads.metrics import Slices as Slices
 from jaxheads.metrics import ThresholdGrid as ThresholdGrid

@@ -661,7 +661,8 @@ class Head(Configuration, abc.ABC):
     def _grouped(self, batch: dict[str, Any], features: Any, key: Any, check: bool | None) -> dict[str, Any]:
         """A gathered batch with what slices and replicas need."""
         if self.slices is not None:
-            batch["slices"] = self.slices.ids(features, tuple(batch["logits"].shape)[:-1], check)
+            lead, live = tuple(batch["logits"].shape)[:-1], batches.live_rows(batch, check)
+            batch["slices"] = self.slices.ids(features, lead, live, check)
         if self.bootstrap is not None:
             if key is None:
                 raise ValueError(

@@ -368,6 +368,20 @@ def test_a_slice_that_is_not_there_is_left_out_and_told_under_jit():
     np.testing.assert_array_equal(found["auc"], expected["auc"])
 
 
+def test_ids_of_masked_rows_may_be_anything():
+    head = jh.BinaryClassHead(slices=jh.Slices("g", 2))
+    rest: dict[str, Any] = {
+        "labels": [1, 0, 1, 9],
+        "logits": np.ones((4, 1), np.float32),
+        "features": {"g": np.array([0, 1, 1, -7])},
+    }
+    for hidden in ("where", "weights"):
+        rest[hidden] = np.array([1, 1, 1, 0])
+        assert head.measure(**rest).by_slice()["count"].tolist() == [1, 2]
+    with pytest.raises(ValueError, match="Given -7 at index"):
+        head.measure(**{**rest, "labels": [1, 0, 1, 1], "where": None, "weights": [0, 1, 1, 1]})
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32])
 def test_ids_of_any_integer_type(dtype, compiled):

@@ -493,6 +493,7 @@ def explained_by_hand(labels, logits) -> dict[str, float]:
     }
 
 
+@pytest.mark.filterwarnings("ignore::jaxheads.RoundingWarning")  # what it warns of is what is tested
 @pytest.mark.parametrize("mean", [0.0, 3.0, 100.0, 1e3, 1e4, -1e4])
 def test_intervals_hold_what_rounding_has_moved(mean):
     data = far_off(mean)
@@ -608,3 +609,92 @@ def test_each_logit_may_have_its_weight():
 def test_what_does_not_fit_is_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_classes_that_exclude_each_other_are_one_decision():
+    """Loss, Brier score, accuracy and calibration of a row, not of its entries; by class, each against all others."""
+    data = classes()
+    head = jh.MultiClassHead(K, label_vocabulary=NAMES).with_metrics(
+        M.LogLoss(),
+        M.BrierScore(),
+        M.Accuracy(name="right"),
+        M.ExpectedCalibrationError(8),
+        M.LogLoss(average=None),
+        M.BrierScore(average="macro"),
+        M.ExpectedCalibrationError(8, average=None),
+    )
+    metrics = head.measure(**data)
+    w, y = data["weights"][:, 0].astype(np.float64), data["labels"][:, 0]
+    p = softmax(data["logits"].astype(np.float64), -1)
+    chosen = p.argmax(-1)
+
+    def calibration_error(p, y):
+        step = np.clip(np.ceil(8 * p).astype(int) - 1, 0, 7)
+        return np.abs(np.bincount(step, w * (p - y), 8)).sum() / w.sum()
+
+    brier = [np.average((p[:, k] - (y == k)) ** 2, weights=w) for k in range(K)]
+    expected = {
+        "log_loss": sk.log_loss(y, p, labels=range(K), sample_weight=w),
+        "brier_score": sk.brier_score_loss(y, p, labels=range(K), sample_weight=w),
+        "right": sk.accuracy_score(y, chosen, sample_weight=w),
+        "expected_calibration_error": calibration_error(p.max(-1), chosen == y),
+        "brier_score_macro": np.mean(brier),
+        "log_loss/bee": sk.log_loss(y == 1, p[:, 1], sample_weight=w),
+        "expected_calibration_error/bee": calibration_error(p[:, 1], y == 1),
+    }
+    for values in (metrics.compute(), jax.jit(lambda m: m.compute())(metrics)):
+        for key, value in expected.items():
+            np.testing.assert_allclose(values[key], value, rtol=2e-6, atol=1e-7, err_msg=key)
+        np.testing.assert_allclose(values["right"], values["accuracy"], rtol=1e-6)
+        np.testing.assert_allclose(values["log_loss"], values["average_loss"], rtol=1e-6)
+
+
+def test_bins_of_one_metric_serve_all():
+    data, bins = classes(), jh.LogitGrid(-4, 4, 130)
+    auc, precision = M.OneVsRestAuc(bins=bins), M.AveragePrecision(average="macro")
+    both = [jh.MultiClassHead(K).with_metrics(*order).measure(**data) for order in ((auc, precision), (precision, auc))]
+    for metrics in both:
+        assert metrics.state.shape == both[0].state.shape
+        assert metrics.compute() == both[0].compute()
+    alone = jh.MultiClassHead(K).with_metrics(auc).measure(**data).compute()
+    assert both[0].compute()["auc_ovr_macro"] == alone["auc_ovr_macro"]
+    with pytest.raises(ValueError, match=r"Given bins LogitGrid\(.* and LogitGrid\((.|\n)*Give them to one"):
+        jh.MultiClassHead(K).with_metrics(auc, M.OneVsRestAuc(average=None, bins=jh.LogitGrid(-5, 5)))
+
+
+def test_a_spread_that_rounding_may_have_lost_is_told():
+    rng = np.random.default_rng(0)
+    labels = (1000 + rng.normal(size=5000)).astype(np.float32)
+    logits = (labels + rng.normal(size=5000).astype(np.float32) / 2)[:, None]
+    head = jh.RegressionHead().with_metrics(M.PearsonCorrelation())
+    with pytest.warns(jh.RoundingWarning, match=r"pearson_correlation(.|\n)*shift=1000"):
+        head.measure(labels, logits).compute()
+    shifted = jh.RegressionHead().with_metrics(M.PearsonCorrelation(shift=1000))
+    expected = np.corrcoef(labels.astype(np.float64), logits[:, 0].astype(np.float64))[0, 1]
+    np.testing.assert_allclose(shifted.measure(labels, logits).compute()["pearson_correlation"], expected, rtol=1e-5)
+    # One row has no spread, and no value that could be wrong.
+    one = head.measure(labels[:1], logits[:1])
+    assert np.isnan(one.compute()["pearson_correlation"])
+    assert one.compute(undefined=0.0)["pearson_correlation"] == 0
+
+
+def test_a_function_has_a_state_of_its_own():
+    class Hidden(jh.Head):
+        logits_dimension = 1
+
+        def losses(self, labels, logits):
+            return (labels - logits) ** 2
+
+        def observe(self, labels, logits):
+            return {"hidden": jh.Mean(jnp.abs(labels - logits))}
+
+        def summarize(self, seen):
+            return {"mae": seen["hidden"].mean}
+
+    head = Hidden().with_metrics(hidden=lambda labels, logits: 0 * logits + 7, scores=lambda labels, logits: logits)
+    values = head.measure([1.0, 2.0], [[0.0], [1.0]]).compute()
+    assert (values["mae"], values["hidden"], values["scores"]) == (1, 7, 0.5)
+
+
+def test_k_may_be_numpys():
+    assert M.TopKAccuracy(np.int64(2)) == M.TopKAccuracy(2)

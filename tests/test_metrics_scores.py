@@ -718,8 +718,15 @@ def test_metrics_of_heads_inside_heads():
             lambda: jh.MultiLabelHead(2, classes_for_class_based_metrics=[0]).with_metrics(M.RocAuc(average=None)),
             "auc/class0",
         ),
-        (lambda: jh.BinaryClassHead().with_metrics(M.FBeta(average="macro")), "this head scores one"),
+        (
+            lambda: jh.BinaryClassHead().with_metrics(M.FBeta(average="macro")),
+            'this head scores one. Pass average="micro"',
+        ),
         (lambda: jh.BinaryClassHead().with_metrics(M.BrierScore(average=None)), "this head scores one"),
+        (
+            lambda: jh.BinaryClassHead().with_metrics(M.Support()),
+            'average=None, of each class(.|\n)*Pass average="micro"',
+        ),
         (lambda: jh.RegressionHead().with_metrics(M.FBeta()), r"reads 'scores', which this head does not have"),
         (lambda: jh.RegressionHead().with_metrics(M.BrierScore()), r"reads 'scores', which this head does not have"),
         (lambda: ScoredHead(2, names=("a",)).with_metrics(M.FBeta(average=None)), "one name for each of 2"),
@@ -752,7 +759,7 @@ def test_heads_with_metrics_are_values():
     metrics = [m for average in ("micro", "macro", None) for m in catalogue(average)]
     head = jh.MultiLabelHead(3, name="h").with_metrics(
         M.AveragePrecision(average="macro"),
-        M.FBeta(0.3, beta=2, average=None),
+        M.FBeta(2, threshold=0.3, average=None),
         M.BestThreshold(name="cut"),
         M.BrierScore(),
     )
@@ -761,7 +768,7 @@ def test_heads_with_metrics_are_values():
         assert eval(repr(value), scope) == value
         assert hash(eval(repr(value), scope)) == hash(value)
         assert pickle.loads(pickle.dumps(value)) == value == copy.deepcopy(value)
-    assert repr(M.FBeta(np.float64(0.3), beta=2, average="macro")) == (
+    assert repr(M.FBeta(2, threshold=np.float64(0.3), average="macro")) == (
         "jh.metrics.FBeta(average='macro', threshold=0.3, beta=2.0)"
     )
     assert repr(M.RocAuc()) == "jh.metrics.RocAuc()"
@@ -793,3 +800,25 @@ def test_probabilities_at_the_ends_of_steps_and_of_the_line():
     assert values["expected_calibration_error"] == pytest.approx((0.5 + 1) / 5, rel=1e-6)
     assert values["brier_score"] == pytest.approx((0.25 + 1) / 5, rel=1e-6)
     assert values["log_loss"] == pytest.approx((np.log(2) + 40) / 5, rel=1e-6)
+
+
+def test_a_number_is_the_beta_of_an_f_score():
+    labels, logits, _ = sampled("ties", False, 0)
+    head = jh.BinaryClassHead().with_metrics(M.FBeta(0.5), M.FBeta(2, threshold=0.3))
+    values = head.measure(labels, logits).compute()
+    rows = Rows.of(labels, logits, 1.0)
+    close(values["fbeta_0.5"], sklearn.fbeta_score(rows.y, rows.z > 0, beta=0.5), "0.5")
+    decided = rows.decided(0.3, head.bins)
+    close(values["fbeta_2/positive_threshold_0.3"], sklearn.fbeta_score(rows.y, decided, beta=2), "2")
+
+
+def test_the_name_of_a_class_hides_no_end_of_an_interval():
+    head = jh.MultiLabelHead(2, label_vocabulary=("lower", "b"), classes_for_class_based_metrics=["lower"])
+    metrics = head.measure(np.array([[0, 1], [1, 0]]), np.array([[0.1, 0.2], [0.3, 0.4]], np.float32))
+    assert set(metrics.compute()) >= {"auc", "auc/lower"}
+    with pytest.raises(ValueError, match="'auc/lower' is a metric, and an end of the interval of 'auc'"):
+        metrics.compute(bounds=True)
+    named = jh.BinaryClassHead(bootstrap=jh.Bootstrap(2)).with_metrics(M.Recall(name="auc/ci_lower"))
+    measured = named.measure([1, 0], [[1.0], [2.0]], key=jax.random.key(0))
+    with pytest.raises(ValueError, match="'auc/ci_lower' is a metric"):
+        measured.compute(confidence=0.9)

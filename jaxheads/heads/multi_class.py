@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxheads import losses, metrics, spec
 from jaxheads.head import LabelSpec
 from jaxheads.heads import _abstract
-from jaxheads.metrics import LogitGrid, Mean, Observation, Scores
+from jaxheads.metrics import Mean, Observation, Scores
 from jaxheads.numerics import meshes, stable, vocabulary
 
 
@@ -102,7 +102,7 @@ class MultiClassHead(_abstract.AbstractLossFnHead):
 
         def scores() -> Scores:
             one_hot = meshes.columns(logits, labels.dtype) == labels
-            return Scores(one_hot, stable.log_odds_of_each(logits), LogitGrid(), names=names)
+            return Scores(one_hot, stable.log_odds_of_each(logits), None, names=names)
 
         return {
             "confusion": lambda: metrics.ConfusionTable.of(labels, stable.first_argmax(logits), names),

@@ -45,6 +45,7 @@ from jaxheads.metrics.mean import Total as Total
 from jaxheads.metrics.scores import Scores as Scores
 from jaxheads.metrics.state import BadInputWarning as BadInputWarning
 from jaxheads.metrics.state import Metrics as Metrics
+from jaxheads.metrics.state import RoundingWarning as RoundingWarning
 
 if _typing.TYPE_CHECKING:
     from jaxheads.metrics.areas import AveragePrecision as AveragePrecision

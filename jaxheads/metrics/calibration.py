@@ -175,7 +175,10 @@ class AbstractSumsMetric(AbstractScoreMetric):
     def observe(
         self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]
     ) -> Mapping[str, Observation]:
-        return {self.kept: self.sums(self.check_classes(self.made(sources)))}
+        scores = self.check_classes(self.made(sources))
+        one_of_many = self.average == "micro" and "confusion" in sources
+        whole = self.whole(scores, sources["confusion"]()) if one_of_many else None
+        return {self.kept: self.sums(scores)} if whole is None else {self._kept_whole: whole}
 
     @property
     def kept(self) -> str:
@@ -186,8 +189,22 @@ class AbstractSumsMetric(AbstractScoreMetric):
     def sums(self, scores: Any) -> Observation:
         """What is accumulated, for every average alike."""
 
+    def whole(self, scores: Any, decided: Any) -> Observation | None:
+        """What is accumulated of all classes together where one excludes the others; None: entries are examples.
+
+        Args:
+            scores: of each class against all others.
+            decided: the `ConfusionTable`.
+        """
+        return None
+
+    @property
+    def _kept_whole(self) -> str:
+        return f"{self.kept}/classes"
+
     def summarize(self, seen: Mapping[str, Any]) -> Mapping[str, Any]:
-        return self.values(seen[self.kept])
+        by_row = self.average == "micro" and self._kept_whole in seen
+        return self.values(seen[self._kept_whole if by_row else self.kept])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +212,16 @@ class AbstractClassMean(AbstractSumsMetric):
     """A weighted mean of one value an entry."""
 
     def sums(self, scores: Any) -> Observation:
-        labels = jnp.asarray(scores.labels, jnp.float32) * masking.ones_like(scores.logits)
+        labels = _floats(scores)
         return ClassMeans(self.entries(labels, scores.logits), labels, scores.class_names)
+
+    def whole(self, scores: Any, decided: Any) -> Observation | None:
+        row = self.of_row(_floats(scores), scores.logits)
+        return None if row is None else ClassMeans(row, masking.ones_like(row), ("all",))
+
+    def of_row(self, labels: jax.Array, logits: jax.Array) -> jax.Array | None:
+        """One value a row, `[..., 1]`, of classes that exclude each other; None where there is none but the entries."""
+        return None
 
     @abc.abstractmethod
     def entries(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
@@ -210,7 +235,8 @@ class AbstractClassMean(AbstractSumsMetric):
 class BrierScore(AbstractClassMean):
     """`brier_score`, the mean of `y (1 - p)^2 + (1 - y) p^2`: for labels 0 and 1, of `(y - p)^2`.
 
-    Undefined where nothing was seen. Source: `brier_score_loss`.
+    Of a `MultiClassHead` the mean over rows of `sum_k (y_k - p_k)^2`; by class, of each against all others. Undefined
+    where nothing was seen. Source: `brier_score_loss`.
     """
 
     stem = "brier_score"
@@ -219,13 +245,17 @@ class BrierScore(AbstractClassMean):
         # sigmoid(-z) is 1 - p where that is small, too.
         return labels * jax.nn.sigmoid(-logits) ** 2 + (1 - labels) * jax.nn.sigmoid(logits) ** 2
 
+    def of_row(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
+        return self.entries(labels, logits).sum(-1, keepdims=True)
+
 
 @dataclasses.dataclass(frozen=True)
 class LogLoss(AbstractClassMean):
     """`log_loss`, the mean of `-y ln p - (1 - y) ln(1 - p)`, whatever the head is trained on.
 
     The `average_loss` of a `BinaryClassHead` and of a `MultiLabelHead` without `loss_fn` is just that; this is for
-    heads with a loss of their own, and by class. Undefined where nothing was seen. Source: `log_loss`.
+    heads with a loss of their own, and by class. Of a `MultiClassHead` the mean of `-ln p_y`; by class, of each against
+    all others. Undefined where nothing was seen. Source: `log_loss`.
     """
 
     stem = "log_loss"
@@ -234,6 +264,9 @@ class LogLoss(AbstractClassMean):
         # Masked, for at a logit of inf one of the terms is 0 times inf.
         right = masking.weighted(jax.nn.softplus(-logits), labels)
         return right + masking.weighted(jax.nn.softplus(logits), 1 - labels)
+
+    def of_row(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
+        return masking.weighted(jax.nn.softplus(-logits), labels).sum(-1, keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,8 +286,10 @@ class BaseRate(AbstractClassMean):
 class ExpectedCalibrationError(AbstractSumsMetric):
     """`expected_calibration_error`, the sum over equal steps of p of `|sum a p - sum a y|`, divided by `sum a`.
 
-    Exact for its steps, whatever the bins of the scores. Undefined where nothing was seen. Source: Naeini et al.
-    (2015); scikit-learn's `calibration_curve` has the same steps. `metrics.reliability(bins)` draws it.
+    Exact for its steps, whatever the bins of the scores. Of a `MultiClassHead` p is the probability of the class that
+    is predicted and y whether it is right (Guo et al. 2017); by class, each against all others. Undefined where nothing
+    was seen. Source: Naeini et al. (2015); scikit-learn's `calibration_curve` has the same steps.
+    `metrics.reliability(bins)` gives its curve.
 
     A sum of distances: chance alone lifts it above 0, most where a step or a slice holds little, and in every
     bootstrap replica once more. So read its intervals as upper ones (Kumar et al. 2019).
@@ -278,8 +313,16 @@ class ExpectedCalibrationError(AbstractSumsMetric):
         return f"calibration/{self.bins}"
 
     def sums(self, scores: Any) -> Observation:
-        labels = jnp.asarray(scores.labels, jnp.float32) * masking.ones_like(scores.logits)
-        return CalibrationBins(labels, scores.logits, self.bins, scores.class_names)
+        return CalibrationBins(_floats(scores), scores.logits, self.bins, scores.class_names)
+
+    def whole(self, scores: Any, decided: Any) -> Observation:
+        largest = scores.logits.max(-1, keepdims=True)
+        return CalibrationBins(decided.right.astype(jnp.float32), largest, self.bins, ("all",))
 
     def read(self, view: CalibrationView) -> Any:
         return view.error
+
+
+def _floats(scores: Any) -> jax.Array:
+    """The labels of scores, one for each of their entries."""
+    return jnp.asarray(scores.labels, jnp.float32) * masking.ones_like(scores.logits)

@@ -28,7 +28,7 @@ import jax
 from jaxheads.metrics.base import AbstractSourceMetric, Metric, Observation
 from jaxheads.metrics.confusion import ConfusionView
 from jaxheads.metrics.curves import Interval, ScoresView
-from jaxheads.metrics.grids import AbstractGrid, LogitGrid
+from jaxheads.metrics.grids import AbstractGrid
 from jaxheads.metrics.scored import AbstractScoreMetric, Average
 
 
@@ -84,7 +84,8 @@ class OneVsRestAuc(AbstractScoreMetric):
 
     Args:
         average: `"macro"`, `"weighted"` by support, None for each class, `"micro"` for all together.
-        bins: of the log odds. It serves all metrics of scores of the head, `RocAuc` and the rest.
+        bins: of the log odds, by default a `LogitGrid`. They serve all metrics of the head's scores, `RocAuc` and the
+            rest.
 
     Source: `sklearn.metrics.roc_auc_score(multi_class="ovr")`; Provost and Domingos (2000).
 
@@ -97,17 +98,17 @@ class OneVsRestAuc(AbstractScoreMetric):
     """
 
     average: Average = dataclasses.field(default="macro", kw_only=True)
-    bins: AbstractGrid = dataclasses.field(default=LogitGrid(), kw_only=True)
+    bins: AbstractGrid | None = dataclasses.field(default=None, kw_only=True)
 
     stem = "auc_ovr"
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.bins, AbstractGrid):
+        if not isinstance(self.bins, (AbstractGrid, type(None))):
             raise ValueError(f"OneVsRestAuc: bins must be jh.LogitGrid(...) or jh.ThresholdGrid(n): {self.bins!r}.")
 
     def refine(self, observation: Any) -> Observation:
-        return super().refine(dataclasses.replace(observation, grid=self.bins))
+        return super().refine(dataclasses.replace(observation, grid=self.bins or observation.grid))
 
     def read(self, view: ScoresView) -> Interval:
         return view.roc_auc()

@@ -36,6 +36,12 @@ class ConfusionTable(Observation):
         return cls(labels * np.int32(len(names) + 1) + predicted, names)
 
     @property
+    def right(self) -> jax.Array:
+        """Whether the label is predicted, bool `[..., 1]`."""
+        n = np.int32(len(self.names) + 1)
+        return self.pairs // n == self.pairs % n
+
+    @property
     def size(self) -> int:
         """A sum for each pair."""
         return len(self.names) * (len(self.names) + 1)
@@ -168,6 +174,11 @@ class MultiClassOutcomes(Outcomes):
     """
 
     confusion: ConfusionView
+
+    @property
+    def accuracy(self) -> Any:
+        """How often the label is predicted: a row counts once, not once a class."""
+        return self.ratio(self.true_positives, self.confusion.total)
 
     @property
     def balanced_accuracy(self) -> Any:

@@ -20,12 +20,12 @@ class Interval(NamedTuple):
     lower: Any
     upper: Any
 
-    mend = ""
-    """What would make it narrower, if that is not a grid."""
+    mend = None
+    """What would make it narrower, as text; None for a grid."""
 
-    def is_wide(self) -> bool:
-        """Whether the bins leave more than 1e-2 open (of a single value)."""
-        return bool(self.upper - self.lower > 1e-2)
+    def is_wide(self) -> Any:
+        """Whether the bins leave more than 1e-2 open."""
+        return self.upper - self.lower > 1e-2
 
 
 @dataclasses.dataclass(frozen=True)

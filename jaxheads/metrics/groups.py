@@ -54,12 +54,12 @@ class Slices:
                 raise ValueError(f"Slices: names must be {self.n} strings, all different. Given {self.names!r}.")
             object.__setattr__(self, "names", names)
 
-    def ids(self, features: Any, lead: tuple[int, ...], check: bool | None) -> Any:
-        """Of a batch: ids int32 `lead + [1]`, or a membership matrix `lead + [n]`; refused on the host if illegal."""
+    def ids(self, features: Any, lead: tuple[int, ...], live: Any, check: bool | None) -> Any:
+        """Of a batch: ids int32 `lead + [1]`, or a membership matrix `lead + [n]`; those of live rows are checked."""
         column = self.column
         found = columns.column(features, column, "of slices") if isinstance(column, str) else column(features)
         ids = inputs.as_slices(found, lead, self.n)
-        inputs.check_slices(ids, self.n, check)
+        inputs.check_slices(ids, self.n, live, check)
         return ids
 
     def __repr__(self) -> str:

@@ -28,9 +28,9 @@ class RoundedInterval(Interval):
         interval.mend = mend
         return interval
 
-    def is_wide(self) -> bool:
+    def is_wide(self) -> Any:
         """Whether rounding leaves more open than 1e-2, or 1e-2 of the value where that is large."""
-        return bool(self.upper - self.lower > 1e-2 * np.fmax(1.0, np.abs(self.value)))
+        return self.upper - self.lower > 1e-2 * np.fmax(1.0, np.abs(self.value))
 
 
 @jax.tree_util.register_dataclass

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxheads.metrics.base import AbstractSourceMetric, Observation, View
 from jaxheads.numerics import masking
@@ -86,8 +87,9 @@ class TopKAccuracy(AbstractSourceMetric):
     source = "ranks"
 
     def __post_init__(self):
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+        if isinstance(self.k, bool) or not isinstance(self.k, (int, np.integer)) or self.k < 1:
             raise ValueError(f"TopKAccuracy needs a positive integer k. Given {self.k!r}.")
+        object.__setattr__(self, "k", int(self.k))
 
     def refine(self, observation: Ranks) -> Ranks:
         if self.k > observation.n_classes:

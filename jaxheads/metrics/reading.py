@@ -33,35 +33,48 @@ def joined(*parts: str | None) -> str:
 
 def named(values: Mapping[tuple[str, str | None], Any], bounds: bool, xp: Any) -> dict[str, Any]:
     """Values by their full names, with the ends of intervals if they are asked for."""
-    out = {}
-    for key, value in values.items():
-        interval = value if isinstance(value, Interval) else Interval(value, None, None)
-        out[joined(*key)] = float32(interval.value, xp)
-        if bounds and interval.lower is not None:
-            out[joined(key[0], "lower", key[1])] = float32(interval.lower, xp)
-            out[joined(key[0], "upper", key[1])] = float32(interval.upper, xp)
+    intervals = {key: x if isinstance(x, Interval) else Interval(x, None, None) for key, x in values.items()}
+    out = {joined(*key): float32(interval.value, xp) for key, interval in intervals.items()}
+    if not bounds:
+        return out
+    for key, interval in intervals.items():
+        if interval.lower is not None:
+            _add_end(out, key, "lower", float32(interval.lower, xp))
+            _add_end(out, key, "upper", float32(interval.upper, xp))
     return out
 
 
-def quantiles(
+def _add_end(out: dict[str, Any], key: tuple[str, str | None], end: str, value: Any) -> None:
+    """Adds the end of an interval, refused where something has that name: a class called "lower"."""
+    name = joined(key[0], end, key[1])
+    if name in out:
+        raise ValueError(
+            f"{name!r} is a metric, and an end of the interval of {joined(*key)!r} would be called so too. Give the "
+            'class, or the metric, another name than "lower", "upper", "ci_lower" or "ci_upper".'
+        )
+    out[name] = value
+
+
+def add_quantiles(
+    out: dict[str, Any],
     replicas: Mapping[tuple[str, str | None], Any],
     measured: Mapping[tuple[str, str | None], Any],
     confidence: float,
     undefined: float,
     xp: Any,
     axis: int,
-) -> dict[str, Any]:
-    """`KEY/ci_lower` and `KEY/ci_upper`, over the replicas that have a value; both were read with NaN for undefined.
+) -> None:
+    """Adds `KEY/ci_lower` and `KEY/ci_upper`, over the replicas that have a value.
+
+    Replicas and what was `measured` were both read with NaN for undefined.
 
     What has no value itself, has no interval: a NaN among the data shows, though replicas may have missed it.
     """
-    out = {}
-    for (key, name), value in replicas.items():
-        each, whole = (x.value if isinstance(x, Interval) else x for x in (value, measured[key, name]))
+    for key, value in replicas.items():
+        each, whole = (x.value if isinstance(x, Interval) else x for x in (value, measured[key]))
         for end, q in (("ci_lower", (1 - confidence) / 2), ("ci_upper", (1 + confidence) / 2)):
             found = xp.where(xp.isnan(whole), whole, _nanquantile(each, q, axis, xp))
-            out[joined(key, end, name)] = float32(xp.where(xp.isnan(found), undefined, found), xp)
-    return out
+            _add_end(out, key, end, float32(xp.where(xp.isnan(found), undefined, found), xp))
 
 
 def _nanquantile(x: Any, q: float, axis: int, xp: Any) -> Any:
@@ -76,7 +89,7 @@ def _nanquantile(x: Any, q: float, axis: int, xp: Any) -> Any:
 def without(value: Any, small: Any, undefined: float, xp: Any) -> Any:
     """A value, or an interval, undefined for slices that are too small."""
     if isinstance(value, Interval):
-        return Interval(*(None if part is None else without(part, small, undefined, xp) for part in value))
+        return value._make(None if part is None else without(part, small, undefined, xp) for part in value)
     # A metric may be an array: a confusion matrix.
     small = xp.expand_dims(small, tuple(range(np.ndim(small), np.ndim(value))))
     return xp.where(small, xp.full_like(value, undefined), value)

@@ -58,8 +58,8 @@ class AbstractScoreMetric(AbstractSourceMetric):
         """The head's scores, refused where one class is to be averaged over classes."""
         if self.average != "micro" and scores.logits.shape[-1] < 2:
             raise ValueError(
-                f"{self!r} is of each class of several; this head scores one. Leave average= out, which is "
-                '"micro": all there is.'
+                f"{self!r} has average={self.average!r}, of each class of several; this head scores one. Pass "
+                'average="micro": all there is.'
             )
         return scores
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxheads.metrics.base import Observation
 from jaxheads.metrics.curves import ScoresView
-from jaxheads.metrics.grids import AbstractGrid, Layout
+from jaxheads.metrics.grids import AbstractGrid, Layout, LogitGrid
 from jaxheads.numerics import masking
 from jaxheads.numerics.histograms import by_label
 
@@ -24,7 +24,7 @@ class Scores(Observation):
     Args:
         labels: float `[..., c]` in [0, 1].
         logits: float `[..., c]`; the entries of the last axis are examples of one histogram (micro average).
-        grid: the bins.
+        grid: the bins; None for a `LogitGrid`, or for those of whoever shares the histogram.
         thresholds: probabilities that become exact edges.
         columns: which entries of the last axis have a histogram of their own as well; it costs memory alone.
         names: of the entries of the last axis, as they stand in metric keys; by default `class0`, `class1`, ...
@@ -32,7 +32,7 @@ class Scores(Observation):
 
     labels: Any
     logits: Any
-    grid: AbstractGrid = dataclasses.field(metadata={"static": True})
+    grid: AbstractGrid | None = dataclasses.field(metadata={"static": True})
     thresholds: tuple[float, ...] = dataclasses.field(default=(), metadata={"static": True})
     columns: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     names: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
@@ -40,7 +40,11 @@ class Scores(Observation):
     @property
     def layout(self) -> Layout:
         """The edges of the histogram."""
-        return self.grid.layout(self.thresholds)
+        return self._bins.layout(self.thresholds)
+
+    @property
+    def _bins(self) -> AbstractGrid:
+        return LogitGrid() if self.grid is None else self.grid
 
     @property
     def size(self) -> int:
@@ -70,12 +74,17 @@ class Scores(Observation):
 
     def join(self, other: Observation) -> "Scores":
         """The thresholds and the columns of both, in one histogram."""
-        if not isinstance(other, Scores) or other.grid != self.grid:
+        if not isinstance(other, Scores):
+            raise ValueError(f"Scores and a {type(other).__name__} are observed under one key. Rename one.")
+        grids = {grid for grid in (self.grid, other.grid) if grid is not None}
+        if len(grids) > 1:
             raise ValueError(
-                f"One histogram serves all metrics of the same scores. Given bins {self.grid} and {other}."
+                f"One histogram serves all metrics of the same scores. Given bins {' and '.join(map(repr, grids))}. "
+                "Give them to one metric alone: they serve all."
             )
         return dataclasses.replace(
             self,
+            grid=next(iter(grids), None),
             thresholds=tuple(dict.fromkeys(self.thresholds + other.thresholds)),
             columns=tuple(dict.fromkeys(self.columns + other.columns)),
         )
@@ -103,7 +112,7 @@ class Scores(Observation):
         weights = weights * masking.ones_like(labels)
         # A NaN score has no bucket; it must show, so it makes a NaN of the histogram.
         weights = jnp.where(jnp.isnan(self.logits) & (weights != 0), self.logits, weights)
-        return self.grid.buckets(layout, self.logits), labels, weights
+        return self._bins.buckets(layout, self.logits), labels, weights
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "ScoresView":
         """The histogram, with the metrics that it tells."""
@@ -113,7 +122,7 @@ class Scores(Observation):
         both = xp.where(xp.isnan(total), total, both)
 
         def view(negative: Any, positive: Any, *own: Any) -> ScoresView:
-            return ScoresView(xp, undefined, self.grid, self.layout, negative, positive, self.class_names, *own)
+            return ScoresView(xp, undefined, self._bins, self.layout, negative, positive, self.class_names, *own)
 
         if not self.columns:
             return view(both[..., 0, 0, :], both[..., 1, 0, :])

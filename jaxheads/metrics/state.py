@@ -16,12 +16,16 @@ from jaxheads.metrics import text
 from jaxheads.metrics.base import Observation, View
 from jaxheads.metrics.curves import ScoresView
 from jaxheads.metrics.groups import Grouped, Slices
-from jaxheads.metrics.reading import float32, joined, named, on_host, quantiles, slots, without
+from jaxheads.metrics.reading import add_quantiles, float32, joined, named, on_host, slots, without
 from jaxheads.numerics import meshes, pairs
 
 
 class BadInputWarning(UserWarning):
-    """Elements with an illegal label or weight were left out of the metrics."""
+    """Elements with an illegal label, weight or slice were left out of the metrics."""
+
+
+class RoundingWarning(UserWarning):
+    """A metric is given that rounding may have moved by more than 1e-2."""
 
 
 class Reader(Protocol):
@@ -212,18 +216,20 @@ class Metrics:
                 bootstrap replicas (the percentile interval). The head needs `bootstrap=jh.Bootstrap(200)`.
 
         Warns:
-            BadInputWarning: outside `jit`, if elements with an illegal label or weight were left out.
+            BadInputWarning: outside `jit`, if elements with an illegal label, weight or slice were left out.
+            RoundingWarning: outside `jit`, if float32 sums of squares have lost the spread of the numbers, as of labels
+                whose mean is a thousand times their spread; it tells the `shift` that mends it.
         """
         with jax.debug_nans(False), np.errstate(all="ignore"):
             values, bad, xp = self._values(undefined)
-        self._warn(bad, xp)
+        self._warn(values, bad, xp)
         out = named(values, bounds, xp)
         if confidence is not None:
             self._check_confidence(confidence)
             with jax.debug_nans(False), np.errstate(all="ignore"):
                 replicas, *_ = self._values(np.nan, (slice(1, None), 0))
                 measured = values if np.isnan(undefined) else self._values(np.nan)[0]
-            out |= quantiles(replicas, measured, confidence, undefined, xp, self._lead)
+            add_quantiles(out, replicas, measured, confidence, undefined, xp, self._lead)
         return out
 
     def by_slice(
@@ -231,7 +237,8 @@ class Metrics:
     ) -> dict[str, Any]:
         """The metrics of each slice: arrays `[n]` by name, with `slice` (the names) and `count` first.
 
-        Fit for `pandas.DataFrame(metrics.by_slice())`. Where fewer than `min_count` elements weigh anything, a slice
+        Fit for `pandas.DataFrame(metrics.by_slice())`, but for metrics that are arrays themselves (a confusion matrix,
+        `[n, classes, classes]`). Where fewer than `min_count` elements weigh anything, a slice
         has no metrics: they are undefined. Inside `jit` there are no names.
 
         Args:
@@ -255,17 +262,18 @@ class Metrics:
                 # In a MultiHead each head has seen rows of its own; elsewhere there is one count.
                 return small[name] if name in small else small[None]
 
-            out = named({key: without(x, too_small(key[1]), undefined, xp) for key, x in values.items()}, bounds, xp)
+            shown = {key: without(x, too_small(key[1]), undefined, xp) for key, x in values.items()}
+            out = named(shown, bounds, xp)
             if confidence is not None:
                 self._check_confidence(confidence)
                 replicas, *_ = self._values(np.nan, (slice(1, None), slice(1, None)))
                 measured = values if np.isnan(undefined) else self._values(np.nan, (0, slice(1, None)))[0]
                 measured = {key: without(x, too_small(key[1]), np.nan, xp) for key, x in measured.items()}
-                out |= quantiles(replicas, measured, confidence, undefined, xp, self._lead)
-        self._warn(bad, xp)
+                add_quantiles(out, replicas, measured, confidence, undefined, xp, self._lead)
+        self._warn(shown, bad, xp)
         names = {} if xp is jnp else {"slice": np.asarray(slices.names or tuple(range(slices.n)))}
-        shown = {joined("count", name): float32(count, xp) for name, count in counts.items()}
-        return {**names, **shown, **out}
+        sizes = {joined("count", name): float32(count, xp) for name, count in counts.items()}
+        return {**names, **sizes, **out}
 
     @property
     def _lead(self) -> int:
@@ -293,14 +301,18 @@ class Metrics:
                 "with bootstrap=jh.Bootstrap(200), and give a key to every update."
             )
 
-    def _warn(self, bad: Any, xp: Any) -> None:
-        if xp is np and np.any(bad > 0):
+    def _warn(self, values: Mapping[Any, Any], bad: Any, xp: Any) -> None:
+        if xp is not np:
+            return
+        if np.any(bad > 0):
             warnings.warn(
                 f"{int(np.sum(bad))} elements had an illegal label, weight or slice and were left out of the metrics "
                 f"of {self.head!r}. Call the head eagerly with check=True to see which.",
                 BadInputWarning,
                 stacklevel=3,
             )
+        if lines := text.rounded(values):
+            warnings.warn(f"Metrics of {self.head!r}: {' '.join(lines)}", RoundingWarning, stacklevel=3)
 
     def _values(self, undefined: float, at: Any = (0, 0)) -> tuple[dict[tuple[str, str | None], Any], Any, Any]:
         """Values and intervals by key and name of the head; the bad count; the array module in use."""

@@ -34,25 +34,40 @@ def table(values: Mapping[tuple[str, str | None], Any], bad: Any, histograms: It
         shown = f"{middle:.6g}" if np.ndim(middle) == 0 else np.array2string(np.asarray(middle), precision=6)
         lines.append(f"  {joined(*key):<{width}}  {shown}")
     if bad > 0:
-        lines.append(f"  {int(bad)} elements had an illegal label or weight and were left out.")
+        lines.append(f"  {int(bad)} elements had an illegal label, weight or slice and were left out.")
     return lines + _open(values, histograms)
 
 
-def _open(values: Mapping[tuple[str, str | None], Any], histograms: Iterable[ScoresView]) -> list[str]:
+def rounded(values: Mapping[tuple[str, str | None], Any]) -> list[str]:
+    """What is given though rounding may have moved it by more than 1e-2, with the mend; a line for each mend."""
     wide: dict[str, list[str]] = {}
+    for key, value in values.items():
+        if isinstance(value, Interval) and value.mend is not None:
+            lower, upper = np.asarray(value.lower), np.asarray(value.upper)
+            # As wide as can be they are of numbers that may all be equal: those have no value, or are in no mean.
+            told = np.isfinite(lower) & ~((lower == -1) & (upper == 1))
+            if np.any(value.is_wide() & told & ~np.isnan(value.value)):
+                wide.setdefault(value.mend, []).append(joined(*key))
+    return [_lost(names, mend) for mend, names in wide.items()]
+
+
+def _lost(metrics: list[str], mend: str) -> str:
+    return (
+        f"The spread of these numbers is lost in float32 sums of their squares: {', '.join(metrics)}. "
+        f"Mend it with {mend or 'shift='}, about the mean of the labels; where all are equal there is none."
+    )
+
+
+def _open(values: Mapping[tuple[str, str | None], Any], histograms: Iterable[ScoresView]) -> list[str]:
+    wide: dict[str | None, list[str]] = {}
     for key, value in values.items():
         if isinstance(value, Interval) and np.ndim(value.value) == 0 and value.is_wide():
             wide.setdefault(value.mend, []).append(f"{joined(*key)} in [{value.lower:.4g}, {value.upper:.4g}]")
     lines = []
-    if binned := wide.pop("", None):
+    if binned := wide.pop(None, None):
         advice = next((view.advice() for view in histograms if view.is_coarse()), "a finer grid")
         lines.append(
             f"  The grid is too coarse for these scores: {', '.join(binned)}. "
             f"Mend it with bins={advice}; scores that are equal no grid can tell apart."
         )
-    lines += [
-        f"  The spread of these numbers is lost in float32 sums of their squares: {', '.join(rounded)}. "
-        f"Mend it with {mend}, about the mean of the labels; where all are equal there is none."
-        for mend, rounded in wide.items()
-    ]
-    return lines
+    return lines + [f"  {_lost(metrics, mend or '')}" for mend, metrics in wide.items()]

@@ -67,7 +67,8 @@ class FBeta(AbstractThresholdMetric):
         beta: how many times recall weighs as much as precision.
     """
 
-    beta: float = dataclasses.field(default=1.0, kw_only=True)
+    beta: float = 1.0
+    threshold: float | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()

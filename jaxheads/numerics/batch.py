@@ -151,6 +151,12 @@ def _live_on_host(where: tuple[Any, ...], weights: Any, check: bool | None) -> n
     return live
 
 
+def live_rows(batch: Mapping[str, Any], check: bool | None) -> np.ndarray | None:
+    """In which rows `[..., 1]` of a gathered batch values are checked; None where knowing it would stall a device."""
+    live = _live_on_host(batch["where"], batch["weights"], check)
+    return None if live is None else np.any(live, -1, keepdims=True) if live.ndim else live
+
+
 def _check_weight_values(weights: np.ndarray, live: np.ndarray, what: str) -> None:
     bad = ~((weights >= 0) & np.isfinite(weights)) & live
     if bad.any():

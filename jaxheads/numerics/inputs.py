@@ -156,13 +156,13 @@ def as_slices(x: Any, lead: tuple[int, ...], n: int) -> Any:
     return expand(array, lead, (n,) if is_matrix else (1,), what)
 
 
-def check_slices(ids: Any, n: int, check: bool | None) -> None:
-    """Refuses ids on the host that no group has; -1 is no group."""
-    if not is_readable(ids, check):
+def check_slices(ids: Any, n: int, live: Any, check: bool | None) -> None:
+    """Refuses ids on the host that no group has, in rows that are `live [..., 1]` (None: nobody knows which)."""
+    if live is None or not is_readable(ids, check):
         return
     values = np.asarray(ids)
     low, high = (0, 1) if values.shape[-1] != 1 or values.dtype == np.bool_ else (-1, n - 1)
-    bad = (values < low) | (values > high)
+    bad = ((values < low) | (values > high)) & live
     if bad.any():
         raise ValueError(
             f"slices must lie in {low} ... {high}"
