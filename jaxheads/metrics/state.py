@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxheads.metrics import text
 from jaxheads.metrics.base import Observation, View
-from jaxheads.metrics.curves import ScoresView
+from jaxheads.metrics.curves import Interval, ScoresView
 from jaxheads.metrics.groups import Grouped, Slices
 from jaxheads.metrics.reading import add_quantiles, float32, joined, named, on_host, slots, without
 from jaxheads.numerics import meshes, pairs
@@ -311,8 +310,11 @@ class Metrics:
                 BadInputWarning,
                 stacklevel=3,
             )
-        if lines := text.rounded(values):
-            warnings.warn(f"Metrics of {self.head!r}: {' '.join(lines)}", RoundingWarning, stacklevel=3)
+        if any(isinstance(value, Interval) and value.mend is not None for value in values.values()):
+            from jaxheads.metrics import text
+
+            if lines := text.rounded(values):
+                warnings.warn(f"Metrics of {self.head!r}: {' '.join(lines)}", RoundingWarning, stacklevel=3)
 
     def _values(self, undefined: float, at: Any = (0, 0)) -> tuple[dict[tuple[str, str | None], Any], Any, Any]:
         """Values and intervals by key and name of the head; the bad count; the array module in use."""
@@ -395,6 +397,8 @@ class Metrics:
         return {key: view for key, view in self._views(np.nan, at)[0].items() if isinstance(view, ScoresView)}
 
     def __repr__(self) -> str:
+        from jaxheads.metrics import text
+
         title = f"Metrics of {self.head!r}"
         if kind := text.kind(self.state, slots(self.head, self.regularized)[1]):
             return f"{title}: {kind}"

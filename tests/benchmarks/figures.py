@@ -14,6 +14,7 @@ STYLES = {
     "jaxheads": ("#000000", "o"),
     "jaxheads, logit bins": ("#000000", "x"),
     "one pass over memory": ("#999999", "."),
+    "C, one thread": ("#666666", "+"),
     "clu, 4 means": ("#56B4E9", "v"),
     "Keras": ("#009E73", "s"),
     "metrax, jit": ("#D55E00", "D"),
@@ -39,7 +40,7 @@ def _spread(heights: Mapping[str, float], gap: float) -> dict[str, float]:
 def _panel(axes: matplotlib.axes.Axes, lines: Lines, xlabel: str, title: str) -> None:
     for name, points in lines.items():
         colour, marker = STYLES[name]
-        dashed = name in ("jaxheads, logit bins", "one pass over memory")
+        dashed = name in ("jaxheads, logit bins", "one pass over memory", "C, one thread")
         width, order = (2.5, 3) if name == "jaxheads" else (1.5, 2)
         style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "--" if dashed else "-"}
         axes.plot(*zip(*points, strict=True), linewidth=width, zorder=order, **style)

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import by_hand, peers, program
+from benchmarks import binary, by_hand, figures, peers, program
 
 SMALL = "--peers --rows 64 256 --thresholds 20 50 --wide-rows 32 --classes 12 --labels 6 --repeat 1".split()
 
@@ -57,6 +57,7 @@ def test_the_floor_in_c_does_the_same_job():
     given = made.prepare(batch)
     made.update(None, given)
     sums, counts = made.update(None, given)
+    assert np.float32(1e-38) * np.float32(0.1) > 0  # loading it has left subnormal numbers alone
     logits, labels = given[0].astype(np.float64), given[1]
     p = 1 / (1 + np.exp(-logits))
     expected = [np.sum(np.logaddexp(0, logits) - labels * logits), p.sum(), labels.sum()]
@@ -66,6 +67,10 @@ def test_the_floor_in_c_does_the_same_job():
         np.testing.assert_array_equal(
             counts.sum(0)[:20, label], 2 * np.bincount(buckets[labels == label], minlength=20)
         )
+
+
+def test_every_program_has_a_line_in_the_figure():
+    assert set(binary.BINARY) <= set(figures.STYLES)
 
 
 def test_a_peer_that_is_not_here_is_named(monkeypatch):
