@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxheads import losses, spec
 from jaxheads.head import LabelSpec, WeightColumn
 from jaxheads.heads import _abstract
 from jaxheads.metrics import LogitGrid, Mean, Observation, Scores
 from jaxheads.metrics.grids import AbstractGrid
-from jaxheads.numerics import stable, vocabulary
+from jaxheads.numerics import constants, stable, vocabulary
 
 
 class BinaryClassHead(_abstract.AbstractLossFnHead):
@@ -52,6 +53,7 @@ class BinaryClassHead(_abstract.AbstractLossFnHead):
     Source: `tf.estimator.BinaryClassHead` (TensorFlow 2.15).
 
     >>> import jax.numpy as jnp
+import numpy as np
     >>> import jaxheads as jh
     >>> head = jh.BinaryClassHead(thresholds=(0.3,))
     >>> labels, logits = jnp.array([1, 1, 0, 0]), jnp.array([[2.0], [-0.5], [-1.0], [0.5]])
@@ -92,6 +94,9 @@ class BinaryClassHead(_abstract.AbstractLossFnHead):
 
     def standard_losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
         return losses.sigmoid_cross_entropy(labels, logits)
+
+    def standard_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return constants.log_odds(constants.means(labels, weights))
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {
