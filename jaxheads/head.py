@@ -57,7 +57,7 @@ from jaxheads.metrics import (
 )
 from jaxheads.metrics.state import joined, metric_names, slots
 from jaxheads.numerics import batch as batches
-from jaxheads.numerics import columns, fields, inputs, masking, meshes, pairs, reduction, tiles
+from jaxheads.numerics import columns, constants, fields, inputs, masking, meshes, pairs, reduction, tiles
 from jaxheads.numerics import labels as rules
 from jaxheads.numerics.batch import Elements
 from jaxheads.numerics.configuration import Configuration
@@ -163,9 +163,9 @@ class Head(Configuration, abc.ABC):
         On the host, in NumPy: `labels` float64 `[n, size]` and `weights` float64 `[n, 1]` or `[n, d]`, of the elements
         that weigh anything.
         """
-        raise ValueError(
-            f"{type(self).__name__} has no best constant logits in closed form. Start from zeros, or fit them: minimize "
-            "head.loss over one row of logits, broadcast to all."
+        raise constants.NoClosedForm(
+            f"{type(self).__name__} has no best constant logits in closed form. Start from zeros, or fit them: "
+            "minimize head.loss over one row of logits, broadcast to all."
         )
 
     def signatures(self, predictions: Mapping[str, Any]) -> Mapping[str, ExportOutput]:
@@ -619,20 +619,20 @@ class Head(Configuration, abc.ABC):
         scale = 1.0 if elements.scale is None else np.asarray(elements.scale, np.float64)
         weights = np.asarray(elements.counted, np.float64) * scale
         weights = weights.reshape(-1, weights.shape[-1])
-        seen = weights.any(-1)
+        seen = np.asarray(weights.any(-1))
         if not seen.any():
             raise ValueError(
-                f"constant_logits needs elements that weigh something. Given {len(seen)} for {type(self).__name__}, of "
-                "which none does: they are masked, or of weight 0."
+                f"constant_logits needs elements that weigh something. Given {seen.size} for {type(self).__name__}, of "
+                "which none does: they are masked, or their weight is zero."
             )
-        labels = jax.tree.map(lambda x: np.asarray(x, np.float64).reshape(len(seen), -1)[seen], elements.labels)
-        constants = np.asarray(self.best_constant(labels, weights[seen]), np.float64)
-        if constants.shape != (self.logits_dimension,):
+        labels = jax.tree.map(lambda x: np.asarray(x, np.float64).reshape(seen.size, -1)[seen], elements.labels)
+        found = np.asarray(self.best_constant(labels, weights[seen]), np.float64)
+        if found.shape != (self.logits_dimension,):
             raise ValueError(
                 f"{type(self).__name__}.best_constant must return shape {(self.logits_dimension,)}. Given "
-                f"{constants.shape}."
+                f"{found.shape}."
             )
-        return constants
+        return found
 
     def _weights(self, weights: Any, features: Any) -> tuple[Any, str]:
         column = self.weight_column

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxheads.compose import SequentialHeadWrapper
@@ -85,7 +86,9 @@ def check_boosted(head: Any, params: Any, metrics: bool) -> None:
     """
     check_head(head)
     if isinstance(head, SequentialHeadWrapper):
-        raise ValueError("A booster has one row of logits an example. Given a SequentialHeadWrapper: use its inner head.")
+        raise ValueError(
+            "A booster has one row of logits an example. Given a SequentialHeadWrapper: use its inner head."
+        )
     for inner in _all(head):
         if inner.weight_column is not None:
             raise ValueError(
@@ -93,11 +96,13 @@ def check_boosted(head: Any, params: Any, metrics: bool) -> None:
                 f"sample_weight=. Given a head with weight_column={inner.weight_column!r}; build it without."
             )
         if inner.reads_features:
-            raise ValueError(f"A booster's dataset gives no features to a loss_fn. Given {inner!r}. Leave them out of it.")
+            raise ValueError(
+                f"A booster's dataset gives no features to a loss_fn. Given {inner!r}. Leave them out of it."
+            )
         if metrics and (inner.slices is not None or inner.bootstrap is not None):
             raise ValueError(
-                f"The metrics of a booster's log have no slices and no bootstrap. Given {inner!r}. Measure the predicted "
-                "logits by such a head afterwards: head.measure(labels, booster.predict(..., output_margin=True))."
+                f"The metrics of a booster's log have no slices and no bootstrap. Given {inner!r}. Measure the "
+                "margins that the booster predicts by such a head afterwards: head.measure(labels, margins, features)."
             )
     head._ready(params)
 
@@ -138,7 +143,7 @@ class RowsCache:
                 self._kept.append(self._kept.pop(i))
                 return rows
         rows = prepare(head, labels, weights)
-        # A copy: the caller may write into its arrays.
+        # Copies: the memory is the booster's or the caller's.
         kept = labels if isinstance(labels, Attached) else np.array(labels)
         self._kept = [*self._kept[1 - KEPT :], (kept, None if weights is None else np.array(weights), rows)]
         return rows
@@ -168,17 +173,19 @@ def prepare(head: Head, labels: Any, weights: Any) -> Rows:
     else:
         labels = _from_floats(head, labels)
     batch = head._gather(labels, head._zero_logits(labels), None, weights, where, True)
-    return Rows(*_taken(batch))
+    # Copies, on the device: what boosters hand out may be a view of memory that they free.
+    n, columns = _taken(batch)
+    return Rows(n, *jax.tree.map(jnp.array, columns))
 
 
-def _taken(batch: Mapping[str, Any]) -> tuple[int, Any, Any, Any]:
-    """Number of rows, labels, weights and mask of a gathered batch, by head where there are several."""
+def _taken(batch: Mapping[str, Any]) -> tuple[int, tuple[Any, Any, Any]]:
+    """Number of rows; labels, weights and mask of a gathered batch, by head where there are several."""
     if "heads" in batch:
         each = {name: _taken(inner) for name, inner in batch["heads"].items()}
-        columns = ({name: found[i] for name, found in each.items()} for i in (1, 2, 3))
-        return next(iter(each.values()))[0], *columns
+        labels, weights, where = ({name: columns[i] for name, (_, columns) in each.items()} for i in range(3))
+        return next(iter(each.values()))[0], (labels, weights, where)
     where = batch["where"][0] if batch["where"] else None
-    return len(batch["logits"]), batch["labels"], batch["weights"], where
+    return len(batch["logits"]), (batch["labels"], batch["weights"], where)
 
 
 def _from_floats(head: Head, labels: Any) -> np.ndarray:
@@ -186,8 +193,8 @@ def _from_floats(head: Head, labels: Any) -> np.ndarray:
     labels, spec = np.asarray(labels), head.label_spec
     if not isinstance(spec, LabelSpec):
         raise ValueError(
-            f"{type(head).__name__} takes a dict of labels, {sorted(spec)}, which a booster's dataset cannot hold. Attach "
-            "them: jh.boosting.with_labels(dataset, labels)."
+            f"{type(head).__name__} takes a dict of labels, {sorted(spec)}, which a booster's dataset cannot hold. "
+            "Attach them: jh.boosting.with_labels(dataset, labels)."
         )
     if not labels.size:
         raise ValueError(

@@ -67,7 +67,8 @@ class Evaluation:
     @property
     def __name__(self) -> str:
         """What XGBoost's scikit-learn estimators call it in their log."""
-        return _logged(self.keys[0]) if len(self.keys) == 1 else type(self.head).__name__
+        key, *others = self.keys
+        return type(self.head).__name__ if others else logged(key)
 
     def __call__(self, predicted: Any, dataset: Any, sample_weight: Any = None) -> Any:
         """`(margins, DMatrix or Dataset)`; or `(labels, margins[, sample_weight])`, as scikit-learn's wrappers call."""
@@ -82,7 +83,7 @@ class Evaluation:
             return [(key, float(values[key]), bool(higher_is_better(key))) for key in self.keys]
         values = _over_workers(found).compute()
         if hasattr(dataset, "get_label"):
-            return [(_logged(key), float(values[key])) for key in self.keys]
+            return [(logged(key), float(values[key])) for key in self.keys]
         if len(self.keys) > 1:
             raise ValueError(
                 "XGBoost's scikit-learn estimators log one number of a metric. Given the keys "
@@ -102,8 +103,8 @@ def _over_workers(metrics: Metrics) -> Metrics:
     return dataclasses.replace(metrics, state=pairs.merge([total[..., None]]))
 
 
-def _logged(key: str) -> str:
-    # XGBoost prints its log and parses it again, at spaces and colons.
+def logged(key: str) -> str:
+    """A metric's name in XGBoost's log, which is printed and parsed again, at spaces and colons."""
     return re.sub(r"[\s:]+", "_", key)
 
 
@@ -123,8 +124,8 @@ def xgboost_metric(head: Head, keys: str | Sequence[str] | None = None, *, param
 
     Sums are kept in float64; under XGBoost's collective (Dask, Spark) they are added over workers before they are read,
     so that an AUC is that of all rows. As the `eval_metric` of a scikit-learn estimator give it one key. XGBoost's log
-    keeps six decimals. Train with an objective of `jh.boosting`: beside a built-in one XGBoost hands over probabilities,
-    which cannot always be told from margins.
+    keeps six decimals. Train with an objective of `jh.boosting`: beside a built-in one XGBoost hands over
+    probabilities, which cannot always be told from margins.
 
     Args:
         head: any head with one row of logits an example, and without a `weight_column`, slices or bootstrap.

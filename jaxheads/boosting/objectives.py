@@ -79,8 +79,8 @@ def _refuse(gradient: np.ndarray, hessian: np.ndarray, logits: np.ndarray) -> No
         row, column = (int(i) for i in np.argwhere(bad)[0])
         raise ValueError(
             f"The loss has no finite derivatives in {int(bad.sum())} places, the first at row {row}, logit {column}: "
-            f"gradient {gradient[row, column]}, Hessian {hessian[row, column]} at margin {logits[row, column]}. Lower the "
-            "learning rate or set max_delta_step, start from head.constant_logits(labels), or mend the loss_fn."
+            f"gradient {gradient[row, column]}, Hessian {hessian[row, column]} at margin {logits[row, column]}. Lower "
+            "the learning rate or set max_delta_step, start from head.constant_logits(labels), or mend the loss_fn."
         )
 
 
@@ -103,7 +103,7 @@ def xgboost_objective(
         head: any head with one row of logits an example, and without a `weight_column`.
         params: values of its learned and running fields; they are not trained.
         hessian, floor: as for `derivatives`; `"auto"` is what XGBoost's own objective does.
-        max_delta_step: of a `PoissonRegressionHead`; set the booster's parameter to the same, as its own objective does.
+        max_delta_step: of a `PoissonRegressionHead`; set the booster's parameter too, as its own objective does.
 
     Raises:
         ValueError: a head that needs features or learned values that are not there. When called: labels that the head

@@ -14,7 +14,7 @@ import numpy as np
 from jaxheads.head import Head
 from jaxheads.metrics import ScoresView
 from jaxheads.metrics.grids import AbstractGrid
-from jaxheads.numerics import stable
+from jaxheads.numerics import constants, stable
 
 CALLED = ("labels", "logits", "features")
 
@@ -56,9 +56,9 @@ class AbstractLossFnHead(Head):
 
     def best_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
         if self.loss_fn is not None:
-            raise ValueError(
-                f"{type(self).__name__} with a loss_fn has no best constant logits in closed form. Given {self!r}. Start "
-                "from zeros, or from those of the head without it."
+            raise constants.NoClosedForm(
+                f"{type(self).__name__} with a loss_fn has no best constant logits in closed form. Given {self!r}. "
+                "Start from zeros, or from those of the head without it."
             )
         return self.standard_constant(labels, weights)
 

@@ -53,7 +53,6 @@ class BinaryClassHead(_abstract.AbstractLossFnHead):
     Source: `tf.estimator.BinaryClassHead` (TensorFlow 2.15).
 
     >>> import jax.numpy as jnp
-import numpy as np
     >>> import jaxheads as jh
     >>> head = jh.BinaryClassHead(thresholds=(0.3,))
     >>> labels, logits = jnp.array([1, 1, 0, 0]), jnp.array([[2.0], [-0.5], [-1.0], [0.5]])

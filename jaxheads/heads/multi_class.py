@@ -48,7 +48,6 @@ class MultiClassHead(_abstract.AbstractLossFnHead):
     Source: `tf.estimator.MultiClassHead` (TensorFlow 2.15).
 
     >>> import jax.numpy as jnp
-import numpy as np
     >>> import jaxheads as jh
     >>> head = jh.MultiClassHead(3, label_vocabulary=("ant", "bee", "cat"))
     >>> logits = jnp.array([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]])

@@ -45,7 +45,6 @@ class PoissonRegressionHead(Head):
     Source: `tf.estimator.PoissonRegressionHead` (TensorFlow 2.15).
 
     >>> import jax.numpy as jnp
-import numpy as np
     >>> import jaxheads as jh
     >>> head = jh.PoissonRegressionHead()
     >>> labels, logits = jnp.array([[0.0], [3.0]]), jnp.array([[0.0], [1.0]])

@@ -6,14 +6,18 @@ import numpy as np
 LIMIT = 30.0
 
 
+class NoClosedForm(ValueError):
+    """A head whose best constant logits no formula gives."""
+
+
 def means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The weighted mean of each column, `[n, d]` under `[n, 1]` or `[n, d]`: `[d]`."""
     weights = np.broadcast_to(weights, values.shape)
     totals = weights.sum(0)
     if not totals.all():
         raise ValueError(
-            f"There is no best constant for the logits {np.flatnonzero(totals == 0).tolist()} of {len(totals)}: none of "
-            "their elements weighs anything. Give some a weight."
+            f"There is no best constant for the logits {np.flatnonzero(totals == 0).tolist()} of {len(totals)}: none "
+            "of their elements weighs anything. Give some a weight."
         )
     return (values * weights).sum(0) / totals
 
