@@ -126,7 +126,9 @@ class XGBoost:
         if plan.monitor is not None:
             key, higher, rounds = plan.monitor
             last = evals[-1][1]
-            stop = EarlyStopping(rounds, metric_name=logged(key), data_name=last, maximize=higher, save_best=False)
+            stop = EarlyStopping(
+                rounds=rounds, metric_name=logged(key), data_name=last, maximize=higher, save_best=False
+            )
             callbacks.append(stop)
         log: dict[str, dict[str, list[float]]] = {}
         booster = xgboost.train(
