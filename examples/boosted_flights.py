@@ -61,13 +61,12 @@ ROUNDS = 400
 PATIENCE = 30
 CATEGORIES = ("carrier", "origin", "dest")
 NUMBERS = ("weekday", "hour", "departure", "arrival", "duration", "distance", "scheduled", "scheduled_before")
-# Each booster in its own words: about as many leaves, as large a step, and enough flights in a leaf.
-PARAMS = {
-    "xgboost": {"learning_rate": 0.1, "max_leaves": 63, "max_depth": 0, "grow_policy": "lossguide"},
-    "lightgbm": {"learning_rate": 0.1, "num_leaves": 63},
+# Each booster in its own words: about as many leaves, and enough flights in each.
+PARAMS: dict[str, dict[str, Any]] = {
+    "xgboost": {"max_depth": 6, "min_child_weight": 20},
+    "lightgbm": {"num_leaves": 63, "min_child_samples": 100},
 }
-PARAMS["xgboost"] |= {"min_child_weight": 20, "colsample_bytree": 0.7, "reg_lambda": 10.0, "seed": 0}
-PARAMS["lightgbm"] |= {"min_child_samples": 100, "colsample_bytree": 0.7, "reg_lambda": 10.0, "seed": 0}
+SHARED: dict[str, Any] = {"learning_rate": 0.1, "colsample_bytree": 0.7, "reg_lambda": 10.0, "seed": 0}
 NAMES = {"xgboost": "XGBoost", "lightgbm": "LightGBM"}
 SHOWN = {
     "average_loss": "log loss",
@@ -113,6 +112,7 @@ def train_trees(head: jh.Head, data: Data, x: pd.DataFrame, booster: str) -> tup
         early_stopping_rounds=PATIENCE,
         monitor="average_loss",
         **PARAMS[booster],
+        **SHARED,
     )
     model.fit(
         *(x.iloc[rows], data.labels[rows]),

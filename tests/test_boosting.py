@@ -38,14 +38,14 @@ WHERE = np.arange(N) % 5 != 1
 LIBRARIES = ("xgboost", "lightgbm")
 each = pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
 both = pytest.mark.parametrize("library", LIBRARIES)
-ONE_THREAD = {"n_jobs": 1}
+ONE_THREAD: dict[str, Any] = {"n_jobs": 1}
 
 
-def objective(library: str, head: jh.Head, **given: Any) -> Any:
+def objective(library: str, head: Any, **given: Any) -> Any:
     return getattr(jh.boosting, f"{library}_objective")(head, **given)
 
 
-def metric(library: str, head: jh.Head, *keys: Any) -> Any:
+def metric(library: str, head: Any, *keys: Any) -> Any:
     return getattr(jh.boosting, f"{library}_metric")(head, *keys)
 
 
@@ -178,7 +178,7 @@ def test_gauss_newton_leaves_out_the_bend_of_the_link():
 def test_other_hessians():
     head = jh.BinaryClassHead(loss_fn=zoo.hinge_per_element)
     z = np.array([[0.0], [2.0], [0.5]], np.float32)
-    derivatives = functools.partial(jh.boosting.derivatives, head, [1, 1, 0], z, weights=[1.0, 3.0, 0.0])
+    derivatives: Any = functools.partial(jh.boosting.derivatives, head, [1, 1, 0], z, weights=[1.0, 3.0, 0.0])
     np.testing.assert_array_equal(derivatives()[0][:, 0], [-1, 0, 0])
     np.testing.assert_array_equal(derivatives(hessian="unit")[1][:, 0], [1, 3, 0])
     np.testing.assert_array_equal(derivatives(floor=0.5)[1][:, 0], [0.5, 0.5, 0])
@@ -439,7 +439,7 @@ def test_scikit_learns_wrappers_take_both(library):
         model.fit(x, y, sample_weight=w, eval_X=x, eval_y=y, eval_sample_weight=[w], eval_metric=key)
         (log,), margins = model.evals_result_.values(), np.asarray(model.predict(x))
         params = {"objective": ours, "num_threads": 1, "verbosity": -1}
-        expected = lightgbm.train(params, lightgbm.Dataset(x, y, weight=w), 5).predict(x)
+        expected = np.asarray(lightgbm.train(params, lightgbm.Dataset(x, y, weight=w), 5).predict(x))
     np.testing.assert_allclose(margins, expected, atol=1e-6)
     np.testing.assert_allclose(log["average_loss"][-1], log_loss(y, expit(margins), sample_weight=w), atol=1e-6)
 
@@ -571,6 +571,27 @@ def test_classes_of_any_kind(library):
 
 
 @both
+def test_rows_without_a_label_are_absent(library):
+    x, s = table()
+    there = np.arange(300) % 3 > 0
+    y = np.where(there, s > 0, np.nan)
+    given = {"learning_rate": 0.3, "n_estimators": 5}
+    model = boosted(jh.BinaryClassHead(), library, **given).fit(x, y, where=there)
+    assert model.classes_.tolist() == [0, 1]
+    rate = (s > 0)[there].mean()
+    np.testing.assert_allclose(model.init_logits_, [np.log(rate / (1 - rate))], rtol=1e-5, atol=1e-6)
+    # The trees see the features of all rows, for their bins, but no gradient of those without a label.
+    weighted = boosted(jh.BinaryClassHead(), library, **given).fit(x, s > 0, there.astype(float))
+    if library == "lightgbm":
+        np.testing.assert_allclose(model.predict_logits(x), weighted.predict_logits(x), atol=1e-6)
+    assert log_loss((s > 0)[there], model.predict_proba(x[there])) < 0.4
+    values = model.measure(x, y, where=there).compute()
+    np.testing.assert_allclose(values["label/mean"], rate, rtol=1e-6)
+    with pytest.raises(ValueError, match="contains NaN"):
+        boosted(jh.BinaryClassHead(), library).fit(x, y)
+
+
+@both
 def test_an_estimator_is_the_native_booster_on_the_same_head(library):
     x, s = table()
     y, w = (s > 0.5).astype(int), (1 + np.arange(300) % 3).astype(np.float32)
@@ -653,7 +674,8 @@ def test_early_stopping_by_a_head_metric(library):
     np.testing.assert_allclose(values["auc"], max(log["auc"]), atol=2e-6)
     np.testing.assert_allclose(values["average_loss"], log["average_loss"][model.best_iteration_], atol=2e-6)
     assert {"accuracy", "label/mean", "auc_precision_recall"} < log.keys()
-    plain = clone(model).set_params(monitor=None).fit(x[:200], y[:200], eval_set=[(x[200:], y[200:])])
+    plain: Any = clone(model)
+    plain.set_params(monitor=None).fit(x[:200], y[:200], eval_set=[(x[200:], y[200:])])
     assert plain.best_iteration_ == np.argmin(plain.evals_result_["validation_0"]["average_loss"])
 
 
@@ -715,14 +737,15 @@ def test_frames_keep_their_categories(library):
     assert model.fit(frame, y).score(frame, y) == 1
     assert model.feature_names_in_.tolist() == ["town", "noise"]
     as_numbers = frame.assign(town=town)
-    assert clone(model).fit(as_numbers, y).score(as_numbers, y) < 0.9
+    again: Any = clone(model)
+    assert again.fit(as_numbers, y).score(as_numbers, y) < 0.9
 
 
 def test_parameters_of_booster_and_estimator_stand_together():
     head = jh.BinaryClassHead()
     model = jh.boosting.BoostedHead(head, max_depth=3, n_estimators=7)
     assert model.get_params()["max_depth"] == 3
-    again = clone(model.set_params(max_depth=2, learning_rate=0.5, hessian="exact"))
+    again: Any = clone(model.set_params(max_depth=2, learning_rate=0.5, hessian="exact"))
     assert (again.hessian, again.params) == ("exact", {"max_depth": 2, "learning_rate": 0.5})
     assert again.head == head
     assert jh.boosting.BoostedHead(head).get_params().keys() == model.get_params().keys() - {
@@ -748,7 +771,7 @@ def test_soft_labels_loss_functions_and_starts(library):
     np.testing.assert_allclose(far.predict(x), 7.5, atol=1e-4)
     tasks = jh.MultiHead([jh.RegressionHead(name="m"), jh.BinaryClassHead(loss_fn=zoo.hinge_per_element, name="h")])
     started = boosted(tasks, library, n_estimators=1).fit(x, {"m": s + 3, "h": s > 0})
-    np.testing.assert_allclose(started.init_logits_, [np.mean(s) + 3, 0], rtol=1e-5)
+    np.testing.assert_allclose(started.init_logits_, np.array([np.mean(s) + 3, 0]), rtol=1e-5)
 
 
 def test_engines_and_exports():

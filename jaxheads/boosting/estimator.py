@@ -165,7 +165,7 @@ class BoostedHead(BaseEstimator):
         engine = self._engine()
         check_boosted(self.head, None, metrics=True)
         x = self._table(X, reset=True)
-        self._learn_classes(y)
+        self._learn_classes(y, where)
         params = self._booster_params()
         step = params.get("max_delta_step" if self.booster == "xgboost" else "poisson_max_delta_step", 0.7)
         train = self._part(x, y, sample_weight, where)
@@ -271,10 +271,10 @@ class BoostedHead(BaseEstimator):
             return validate_data(self, X, reset=reset, skip_check_array=True)
         return validate_data(self, X, reset=reset, accept_sparse="csr", ensure_all_finite="allow-nan", dtype="numeric")
 
-    def _learn_classes(self, y: Any) -> None:
+    def _learn_classes(self, y: Any, where: Any) -> None:
         self._soft = False
         if isinstance(self.head, targets.CLASS_HEADS) and y is not None:
-            self.classes_, self._soft = targets.learn_classes(self.head, y)
+            self.classes_, self._soft = targets.learn_classes(self.head, y, where)
         elif isinstance(self.head, MultiLabelHead):
             self.classes_ = np.asarray(self.head.label_vocabulary or np.arange(self.head.n_classes))
 

@@ -84,12 +84,13 @@ class Evaluation:
         values = _over_workers(found).compute()
         if hasattr(dataset, "get_label"):
             return [(logged(key), float(values[key])) for key in self.keys]
-        if len(self.keys) > 1:
+        key, *others = self.keys
+        if others:
             raise ValueError(
                 "XGBoost's scikit-learn estimators log one number of a metric. Given the keys "
-                f"{list(self.keys)}: pass one, xgboost_metric(head, keys={self.keys[0]!r})."
+                f"{list(self.keys)}: pass one, xgboost_metric(head, keys={key!r})."
             )
-        return float(values[self.keys[0]])
+        return float(values[key])
 
 
 def _over_workers(metrics: Metrics) -> Metrics:

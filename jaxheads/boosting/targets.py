@@ -32,7 +32,7 @@ def kind_of(head: Head) -> str | None:
     return "regressor" if "predictions" in keys_of(head) and isinstance(head.label_spec, LabelSpec) else None
 
 
-def learn_classes(head: ClassHead, y: Any) -> tuple[np.ndarray, bool]:
+def learn_classes(head: ClassHead, y: Any, where: Any) -> tuple[np.ndarray, bool]:
     """The classes behind a head's ids, and whether labels are given as shares (soft labels) rather than as classes.
 
     Those of the vocabulary; else 0 ... n - 1, if labels are such ids; else the different labels in order.
@@ -41,6 +41,8 @@ def learn_classes(head: ClassHead, y: Any) -> tuple[np.ndarray, bool]:
     if head.label_vocabulary is not None:
         return np.asarray(head.label_vocabulary), False
     y = column_or_1d(y)
+    if where is not None:
+        y = y[column_or_1d(where).astype(bool)]
     if y.dtype == np.bool_ and n == 2:
         return np.array([False, True]), False
     if y.dtype.kind in "iu" and y.size and y.min() >= 0 and y.max() < n:

