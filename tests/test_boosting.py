@@ -256,8 +256,13 @@ def test_objectives_read_datasets_and_scikit_learns_arguments(library):
             np.testing.assert_allclose(h, p * (1 - p) * k, rtol=1e-5)
     # Other labels are other labels, whatever was prepared before.
     np.testing.assert_allclose(ours(1 - y, z, w)[0], (p - 1 + y) * w, rtol=1e-5)
+    before, w = y.copy(), w.copy()
     y[0] = 0
-    np.testing.assert_allclose(ours(y, z, w)[0][0], p[0], rtol=1e-5)
+    np.testing.assert_allclose(ours(y, z, w)[0][0], p[0] * w[0], rtol=1e-5)
+    # Nor is what was prepared a view of memory that others write to.
+    np.testing.assert_allclose(ours(before, z, w)[0], (p - before) * w, rtol=1e-5)
+    y[:] = 0
+    np.testing.assert_allclose(ours(np.array([0.0, 0, 1], np.float32), z, w)[0], (p - [0, 0, 1]) * w, rtol=1e-5)
 
 
 @both
