@@ -331,7 +331,7 @@ def test_what_a_dataset_cannot_give_is_refused(library):
             metric(library, head)
     with pytest.raises(ValueError, match="with_labels"):
         objective(library, survival)(z, dataset(library, z[:, None], z))
-    with pytest.raises(ValueError, match="no labels"):
+    with pytest.raises(ValueError, match=r"0 labels for 3 margins\. Give the dataset its labels"):
         objective(library, jh.BinaryClassHead())(np.zeros(0), z)
     with pytest.raises(ValueError, match=r"Given 0\.5"):
         objective(library, jh.MultiClassHead(3))(np.array([0.5, 1, 2]), np.zeros((3, 3)))
@@ -349,6 +349,11 @@ def test_what_a_dataset_cannot_give_is_refused(library):
         metric(library, jh.BinaryClassHead(), "area")
     with pytest.raises(ValueError, match="at least one"):
         metric(library, jh.BinaryClassHead(), ())
+    for head in (jh.BinaryClassHead(), jh.MultiClassHead(3)):
+        # A worker without rows takes part all the same.
+        nothing = np.zeros((0, head.logits_dimension))
+        assert [part.size for part in objective(library, head)(np.zeros(0), nothing)] == [0, 0]
+        metric(library, head, "average_loss")(np.zeros(0), nothing)
     bound = {**ordinal.params(), "cuts": jnp.array([-2.0, 0.0, 1.0])}
     g, _ = objective(library, ordinal.head, params=bound)(np.array([0, 1, 3]), z)
     expected = jh.boosting.derivatives(ordinal.head, [0, 1, 3], z[:, None], params=bound)[0]

@@ -114,6 +114,8 @@ def _all(head: Head) -> list[Any]:
 def as_logits(head: Head, predicted: Any, what: str) -> np.ndarray:
     """A booster's margins as float32 `[n, logits_dimension]`."""
     margins = np.asarray(predicted)
+    if not margins.size:  # a worker without rows
+        return np.zeros((0, head.logits_dimension), np.float32)
     logits = np.ascontiguousarray(margins.reshape(len(margins), -1), np.float32)
     if margins.ndim not in (1, 2) or logits.shape[1] != head.logits_dimension:
         raise ValueError(
@@ -196,11 +198,6 @@ def _from_floats(head: Head, labels: Any) -> np.ndarray:
         raise ValueError(
             f"{type(head).__name__} takes a dict of labels, {sorted(spec)}, which a booster's dataset cannot hold. "
             "Attach them: jh.boosting.with_labels(dataset, labels)."
-        )
-    if not labels.size:
-        raise ValueError(
-            "This dataset has no labels. Give it some (label=...), or attach them: jh.boosting.with_labels(dataset, "
-            "labels)."
         )
     if spec.kind != "float" and labels.dtype.kind == "f":
         if (labels != np.rint(labels)).any():

@@ -67,8 +67,8 @@ def check_rows(rows: Rows, logits: np.ndarray) -> None:
     """Refuses labels of another number of rows than the margins."""
     if rows.n != len(logits):
         raise ValueError(
-            f"There are {rows.n} labels for {len(logits)} margins. Attach labels to the dataset whose rows they are: "
-            "a slice of it needs a slice of them."
+            f"There are {rows.n} labels for {len(logits)} margins. Give the dataset its labels, label=..., or attach "
+            "them, jh.boosting.with_labels(dataset, labels); a slice of it needs a slice of them."
         )
 
 
