@@ -43,6 +43,7 @@ from jaxheads.numerics.linear import LinearLogits as LinearLogits
 from jaxheads.numerics.reduction import Reduction as Reduction
 
 if _typing.TYPE_CHECKING:
+    from jaxheads import boosting as boosting
     from jaxheads import nn as nn
     from jaxheads import training as training
     from jaxheads.compose import MultiHead as MultiHead
@@ -78,7 +79,7 @@ _LAZY |= dict.fromkeys(
     ),
     "jaxheads.training",
 )
-_MODULES = ("nn", "training")
+_MODULES = ("boosting", "nn", "training")
 
 
 def __getattr__(name: str) -> _typing.Any:

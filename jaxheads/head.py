@@ -57,7 +57,7 @@ from jaxheads.metrics import (
 )
 from jaxheads.metrics.state import joined, metric_names, slots
 from jaxheads.numerics import batch as batches
-from jaxheads.numerics import columns, fields, inputs, masking, meshes, pairs, reduction, tiles
+from jaxheads.numerics import columns, constants, fields, inputs, masking, meshes, pairs, reduction, tiles
 from jaxheads.numerics import labels as rules
 from jaxheads.numerics.batch import Elements
 from jaxheads.numerics.configuration import Configuration
@@ -156,6 +156,17 @@ class Head(Configuration, abc.ABC):
         `{"inner": self.inner.advance(labels, logits, weights, psum)}`.
         """
         return {}
+
+    def best_constant(self, labels: Any, weights: np.ndarray) -> Any:
+        """The constant logits `[logits_dimension]` at which the weighted loss is least, for `constant_logits`.
+
+        On the host, in NumPy: `labels` float64 `[n, size]` and `weights` float64 `[n, 1]` or `[n, d]`, of the elements
+        that weigh anything.
+        """
+        raise constants.NoClosedForm(
+            f"{type(self).__name__} has no best constant logits in closed form. Start from zeros, or fit them: "
+            "minimize head.loss over one row of logits, broadcast to all."
+        )
 
     def signatures(self, predictions: Mapping[str, Any]) -> Mapping[str, ExportOutput]:
         """What a server returns, from all predictions: by default they all, as `serving_default` and `predict`."""
@@ -330,6 +341,42 @@ class Head(Configuration, abc.ABC):
         batch["regularization"] = inputs.as_scalars(regularization_losses)
         measure = _measure if inputs.is_traced((head, batch)) else _measure_compiled
         return Metrics(measure(head, batch), fields.unbound(self), regularization_losses is not None)
+
+    def constant_logits(
+        self, labels: Any, weights: Any = None, where: Any = None, *, features: Any = None
+    ) -> np.ndarray:
+        """The logits that do best if all examples get the same: at them the weighted loss is least. Host side.
+
+        Where gradient boosting starts, a bias initializer, and a baseline: `head.measure` of them, broadcast.
+
+        Args:
+            labels, weights, where: as for `loss`; the values of device arrays are checked too.
+            features: where a `weight_column`, or the mask of sequences, is looked up.
+
+        Returns:
+            Float32 `[logits_dimension]`; of a `MultiHead` those of its heads, in their order. What would be infinite,
+            the logit of a class that was never or always seen, is cut at -30 and 30.
+
+        Raises:
+            ValueError: a head without a closed form, as with a `loss_fn`; no element that weighs anything; what `loss`
+                raises.
+
+        >>> import flax.linen as nn
+        >>> import numpy as np
+        >>> import jaxheads as jh
+        >>> head, labels = jh.BinaryClassHead(), np.array([1, 0, 0, 0])
+        >>> constant = head.constant_logits(labels)
+        >>> constant  # ln(1/3)
+        array([-1.0986123], dtype=float32)
+        >>> last_layer = nn.Dense(1, bias_init=nn.initializers.constant(constant))
+        >>> baseline = head.measure(labels=labels, logits=np.broadcast_to(constant, (4, 1)))
+        >>> baseline.compute()["prediction/mean"]
+        np.float32(0.25)
+        """
+        if inputs.is_traced((labels, weights, where, features)):
+            raise ValueError("constant_logits works on the host: call it outside jit.")
+        batch = self._gather(labels, self._zero_logits(labels), features, weights, where, True)
+        return np.asarray(self._constants(jax.tree.map(np.asarray, batch)), np.float32)
 
     def encode_labels(self, labels: Any, where: Any = None) -> Any:
         """Class names as the ids that a jitted step takes, and legal numbers in its dtype. Host side.
@@ -553,6 +600,39 @@ class Head(Configuration, abc.ABC):
         )
         batch["features"] = columns.numeric_columns(features) if self.reads_features else {}
         return batch
+
+    def _zero_logits(self, labels: Any) -> Any:
+        """Logits of 0 for every label, in no memory."""
+        leads: list[tuple[int, ...]] = []
+
+        def note(spec: LabelSpec, label: Any, what: str) -> None:
+            label, _ = rules.as_encoded(self.to_array(label, ids=False))
+            array = inputs.as_array(label, what, names=self.vocabulary is not None)
+            leads.append(rules.leading_shape(spec, tuple(array.shape)))
+
+        rules.each_label(self.label_spec, labels, note)
+        return np.broadcast_to(np.float32(0), (*leads[0], self.logits_dimension))
+
+    def _constants(self, batch: dict[str, Any]) -> np.ndarray:
+        """The best constant logits of a gathered batch, float64."""
+        elements = batches.clean(self.label_spec, batch)
+        scale = 1.0 if elements.scale is None else np.asarray(elements.scale, np.float64)
+        weights = np.asarray(elements.counted, np.float64) * scale
+        weights = weights.reshape(-1, weights.shape[-1])
+        seen = np.asarray(weights.any(-1))
+        if not seen.any():
+            raise ValueError(
+                f"constant_logits needs elements that weigh something. Given {seen.size} for {type(self).__name__}, of "
+                "which none does: they are masked, or their weight is zero."
+            )
+        labels = jax.tree.map(lambda x: np.asarray(x, np.float64).reshape(seen.size, -1)[seen], elements.labels)
+        found = np.asarray(self.best_constant(labels, weights[seen]), np.float64)
+        if found.shape != (self.logits_dimension,):
+            raise ValueError(
+                f"{type(self).__name__}.best_constant must return shape {(self.logits_dimension,)}. Given "
+                f"{found.shape}."
+            )
+        return found
 
     def _weights(self, weights: Any, features: Any) -> tuple[Any, str]:
         column = self.weight_column

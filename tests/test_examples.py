@@ -91,6 +91,29 @@ def test_wide_and_deep_tells_late_flights(tmp_path):
 
 
 @pytest.mark.slow
+def test_one_head_drives_a_network_and_two_boosters(tmp_path):
+    printed, results = run_example("boosted_flights.py", tmp_path, "--rows", "20000", "--epochs", "2")
+    base, *others = results["test"]
+    assert (base, others) == ("base rate", ["network", "XGBoost", "LightGBM"])
+    constant = results["test"][base]
+    assert constant["auc"] == 0.5
+    for name in others:
+        values, told = results["test"][name], results["training"][name]
+        assert values.keys() == constant.keys()
+        assert 0.85 < values["average_loss"] / constant["average_loss"] < 0.97, name
+        assert 0.63 < values["auc"] < 0.75, name
+        assert values["label/mean"] == pytest.approx(0.24235, abs=1e-4), name
+        assert 0.4 < told["october"] < 0.47, name
+    for name in ("XGBoost", "LightGBM"):
+        told = results["training"][name]
+        assert told["october"] == min(told["losses"])
+        # It went on for 30 rounds, and stopped.
+        assert len(told["losses"]) == told["best_round"] + 30 < 400
+    assert "\ncalibration error" in printed
+    assert (tmp_path / "boosted_flights.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 def test_one_pass_evaluates_a_model(tmp_path):
     printed, results = run_example("evaluate_a_model.py", tmp_path, "--rows", "20000", "--epochs", "1")
     test, exact = results["test"], results["sklearn"]

@@ -217,6 +217,22 @@ class MultiHead(AbstractCompositeHead):
                 encoded[name] = head.encode_labels(labels[name], where[name])
         return encoded
 
+    # Where training starts.
+
+    def _zero_logits(self, labels: Any) -> dict[str, Any]:
+        labels, zeros = self._every(labels, "labels", [*self._by_name]), {}
+        for name, head in self._by_name.items():
+            with _naming(name):
+                zeros[name] = head._zero_logits(labels[name])
+        return zeros
+
+    def _constants(self, batch: dict[str, Any]) -> np.ndarray:
+        each = []
+        for name, head in self._by_name.items():
+            with _naming(name):
+                each.append(head._constants(batch["heads"][name]))
+        return np.concatenate(each)
+
     # Loss.
 
     def losses(self, labels: Any, logits: Any) -> Any:

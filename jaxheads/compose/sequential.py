@@ -211,6 +211,12 @@ class SequentialHeadWrapper(AbstractCompositeHead):
         """As the inner head decodes them."""
         return self.static_head.decode_predictions(predictions)
 
+    def _zero_logits(self, labels: Any) -> Any:
+        return self.static_head._zero_logits(labels)
+
+    def _constants(self, batch: dict[str, Any]) -> np.ndarray:
+        return self.static_head._constants(self._scaled(batch))
+
     def outputs(self, logits: Any) -> Mapping[str, Any]:
         return self.static_head.outputs(logits)
 

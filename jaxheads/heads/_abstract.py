@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxheads.head import Head
 from jaxheads.metrics import ScoresView
 from jaxheads.metrics.grids import AbstractGrid
-from jaxheads.numerics import stable
+from jaxheads.numerics import constants, stable
 
 CALLED = ("labels", "logits", "features")
 
@@ -27,6 +28,10 @@ class AbstractLossFnHead(Head):
     @abc.abstractmethod
     def standard_losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
         """The head's own losses, `[..., loss_size]`."""
+
+    def standard_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """`best_constant` under the head's own losses; by default there is none in closed form."""
+        return super().best_constant(labels, weights)
 
     @property
     def loss_size(self) -> int:
@@ -48,6 +53,14 @@ class AbstractLossFnHead(Head):
         if self.loss_fn is None:
             return self.standard_losses(labels, logits)
         return call_loss_fn(self.loss_fn, labels, logits, features, self.loss_size)
+
+    def best_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        if self.loss_fn is not None:
+            raise constants.NoClosedForm(
+                f"{type(self).__name__} with a loss_fn has no best constant logits in closed form. Given {self!r}. "
+                "Start from zeros, or from those of the head without it."
+            )
+        return self.standard_constant(labels, weights)
 
 
 def check_label_dimension(dimension: Any) -> None:

@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxheads import losses, spec
 from jaxheads.head import LabelSpec, WeightColumn
 from jaxheads.heads import _abstract
 from jaxheads.metrics import LogitGrid, Mean, Observation, Scores
 from jaxheads.metrics.grids import AbstractGrid
-from jaxheads.numerics import stable, vocabulary
+from jaxheads.numerics import constants, stable, vocabulary
 
 
 class BinaryClassHead(_abstract.AbstractLossFnHead):
@@ -92,6 +93,9 @@ class BinaryClassHead(_abstract.AbstractLossFnHead):
 
     def standard_losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
         return losses.sigmoid_cross_entropy(labels, logits)
+
+    def standard_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return constants.log_odds(constants.means(labels, weights))
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxheads import losses, metrics, spec
 from jaxheads.head import Head, LabelSpec
 from jaxheads.metrics import Mean, Observation
+from jaxheads.numerics import constants
 
 
 class LogisticRegressionHead(Head):
@@ -56,6 +58,9 @@ class LogisticRegressionHead(Head):
 
     def losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
         return losses.sigmoid_cross_entropy(labels, logits)
+
+    def best_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return constants.log_odds(constants.means(labels, weights))
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {"predictions": lambda: jax.nn.sigmoid(logits), "logits": logits}

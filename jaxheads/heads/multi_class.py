@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxheads import losses, metrics, spec
 from jaxheads.head import LabelSpec
 from jaxheads.heads import _abstract
 from jaxheads.metrics import Mean, Observation, Scores
-from jaxheads.numerics import meshes, stable, vocabulary
+from jaxheads.numerics import constants, meshes, stable, vocabulary
 
 
 class MultiClassHead(_abstract.AbstractLossFnHead):
@@ -84,6 +85,10 @@ class MultiClassHead(_abstract.AbstractLossFnHead):
 
     def standard_losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
         return losses.softmax_cross_entropy(labels, logits)
+
+    def standard_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        shares = np.bincount(labels[:, 0].astype(int), weights[:, 0], self.n_classes) / weights.sum()
+        return constants.logarithm(shares)
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {

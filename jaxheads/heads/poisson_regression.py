@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxheads import losses, metrics, spec
 from jaxheads.head import Head, LabelSpec
 from jaxheads.heads import _abstract
 from jaxheads.metrics import Mean, Observation
+from jaxheads.numerics import constants
 
 
 class PoissonRegressionHead(Head):
@@ -74,6 +76,9 @@ class PoissonRegressionHead(Head):
 
     def losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
         return losses.poisson(labels, logits, self.compute_full_loss)
+
+    def best_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return constants.logarithm(constants.means(labels, weights))
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {"predictions": lambda: jnp.exp(logits), "logits": logits}

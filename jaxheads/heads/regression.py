@@ -5,11 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxheads import losses, metrics, spec
 from jaxheads.head import LabelSpec
 from jaxheads.heads import _abstract
 from jaxheads.metrics import Mean, Observation
+from jaxheads.numerics import constants
 
 
 class RegressionHead(_abstract.AbstractLossFnHead):
@@ -91,6 +93,9 @@ class RegressionHead(_abstract.AbstractLossFnHead):
 
     def standard_losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
         return losses.squared_error(labels, logits)
+
+    def standard_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return constants.means(labels, weights)
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         link = self.inverse_link_fn

@@ -133,8 +133,8 @@ def encode(
         array = np.asarray(inputs.as_array(label, what, names=label_vocabulary is not None))
         shape = array.shape
         live = np.asarray(True)
-        if spec.size > 1 or (shape[-1:] == (1,) and len(shape) > 1):
-            _check_label_size(spec, shape, shape[:-1], what)
+        if (lead := leading_shape(spec, shape)) != shape:
+            _check_label_size(spec, shape, lead, what)
         else:
             array = array[..., None]
         if where is not None:
@@ -146,6 +146,11 @@ def encode(
         return array.reshape(shape)
 
     return each_label(specs, labels, take)
+
+
+def leading_shape(spec: LabelSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The leading axes of labels that come without logits: `[..., 1]` is read as one label a row."""
+    return shape[:-1] if spec.size > 1 or (shape[-1:] == (1,) and len(shape) > 1) else shape
 
 
 def each_label(specs: Specs, labels: Any, take: Any) -> Any:

@@ -1,0 +1,207 @@
+"""Labels and weights of a booster's dataset, as arrays that a head takes."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxheads.compose import SequentialHeadWrapper
+from jaxheads.head import Head, check_head
+from jaxheads.numerics.labels import LabelSpec
+
+ATTRIBUTE = "jaxheads_labels"
+KEPT = 8  # datasets a callable remembers: training and a few of evaluation
+
+Dataset = TypeVar("Dataset")
+
+
+class Attached(NamedTuple):
+    """What `with_labels` keeps beside a dataset."""
+
+    labels: Any
+    where: Any
+
+
+class Rows(NamedTuple):
+    """Labels, weights and masks of all rows, checked and encoded: what a head's methods take, by head of a `MultiHead`.
+
+    Attributes:
+        n: how many.
+        labels, weights, where: arrays, or nested dicts of them; None where there are none.
+    """
+
+    n: int
+    labels: Any
+    weights: Any
+    where: Any
+
+    def part(self, start: int, stop: int) -> "Rows":
+        """Some rows."""
+        labels, weights, where = jax.tree.map(lambda x: x[start:stop], (self.labels, self.weights, self.where))
+        return Rows(min(stop, self.n) - start, labels, weights, where)
+
+
+def with_labels(dataset: Dataset, labels: Any, where: Any = None) -> Dataset:
+    """The same dataset with labels that a booster's own column cannot hold: objective and metric look here first.
+
+    For dicts of labels (of a `MultiHead`, or time and event), for missing labels (`where`), for several columns in
+    LightGBM. They are kept on the Python object, so a slice or a copy of it (`cv`) has none. LightGBM wants a column of
+    its own besides: any will do, such as zeros, for a head reads this one.
+
+    Args:
+        dataset: a `xgboost.DMatrix` (or `QuantileDMatrix`), or a `lightgbm.Dataset`.
+        labels, where: as `head.loss` takes them. Weights stay the dataset's own.
+
+    Returns:
+        `dataset`.
+
+    Raises:
+        ValueError: no labels. What the head refuses is refused when training begins.
+
+    >>> import numpy as np, xgboost
+    >>> import jaxheads as jh
+    >>> head = jh.MultiHead([jh.BinaryClassHead(name="late"), jh.RegressionHead(name="minutes")])
+    >>> data = xgboost.DMatrix(np.array([[0.0], [1.0], [1.0], [0.0]]))
+    >>> labels = {"late": np.array([0, 1, 1, 0]), "minutes": np.array([1.0, 20.0, np.nan, 2.0])}
+    >>> data = jh.boosting.with_labels(data, labels, where={"minutes": ~np.isnan(labels["minutes"])})
+    >>> booster = xgboost.train({"num_target": 2, "base_score": 0}, data, 5, obj=jh.boosting.xgboost_objective(head))
+    >>> booster.predict(data, output_margin=True).shape
+    (4, 2)
+    """
+    if labels is None:
+        raise ValueError("with_labels needs labels. Given None.")
+    setattr(dataset, ATTRIBUTE, Attached(labels, where))
+    return dataset
+
+
+def check_boosted(head: Any, params: Any, metrics: bool) -> None:
+    """Refuses a head that needs more than what a booster's dataset holds.
+
+    Args:
+        head: what is to be boosted.
+        params: its learned and running fields, or None.
+        metrics: whether its metrics are asked for too.
+    """
+    check_head(head)
+    if isinstance(head, SequentialHeadWrapper):
+        raise ValueError(
+            "A booster has one row of logits an example. Given a SequentialHeadWrapper: use its inner head."
+        )
+    for inner in _all(head):
+        if inner.weight_column is not None:
+            raise ValueError(
+                f"The booster's dataset holds the weights: xgboost.DMatrix(weight=...), lightgbm.Dataset(weight=...), "
+                f"sample_weight=. Given a head with weight_column={inner.weight_column!r}; build it without."
+            )
+        if inner.reads_features:
+            raise ValueError(
+                f"A booster's dataset gives no features to a loss_fn. Given {inner!r}. Leave them out of it."
+            )
+        if metrics and (inner.slices is not None or inner.bootstrap is not None):
+            raise ValueError(
+                f"The metrics of a booster's log have no slices and no bootstrap. Given {inner!r}. Measure the "
+                "margins that the booster predicts by such a head afterwards: head.measure(labels, margins, features)."
+            )
+    head._ready(params)
+
+
+def _all(head: Head) -> list[Any]:
+    return [head, *(found for inner in getattr(head, "heads", ()) for found in _all(inner))]
+
+
+def as_logits(head: Head, predicted: Any, what: str) -> np.ndarray:
+    """A booster's margins as float32 `[n, logits_dimension]`."""
+    margins = np.asarray(predicted)
+    if not margins.size:  # a worker without rows
+        return np.zeros((0, head.logits_dimension), np.float32)
+    logits = np.ascontiguousarray(margins.reshape(len(margins), -1), np.float32)
+    if margins.ndim not in (1, 2) or logits.shape[1] != head.logits_dimension:
+        raise ValueError(
+            f"{what} must give {head.logits_dimension} margins a row for {type(head).__name__}. Given shape "
+            f"{margins.shape}. Pass num_class={head.logits_dimension} (XGBoost: or num_target) to the booster, and an "
+            "objective of jh.boosting: a built-in one may hand over predicted classes."
+        )
+    return logits
+
+
+class RowsCache:
+    """Rows as they were prepared, so that labels are checked and encoded once, not in every round.
+
+    Found again by the values of labels and weights. Copied or pickled it is empty.
+    """
+
+    def __init__(self):
+        self._kept: list[tuple[Any, Any, Rows]] = []
+
+    def __reduce__(self) -> Any:
+        return RowsCache, ()
+
+    def rows(self, head: Head, labels: Any, weights: Any) -> Rows:
+        """The rows of labels (an array, or `Attached`) under weights."""
+        for i, (kept_labels, kept_weights, rows) in enumerate(self._kept):
+            if _same(labels, kept_labels) and _same(weights, kept_weights):
+                self._kept.append(self._kept.pop(i))
+                return rows
+        rows = prepare(head, labels, weights)
+        # Copies: the memory is the booster's or the caller's.
+        kept = labels if isinstance(labels, Attached) else np.array(labels)
+        self._kept = [*self._kept[1 - KEPT :], (kept, None if weights is None else np.array(weights), rows)]
+        return rows
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)) or a.dtype != b.dtype:
+        return False
+    # To look for NaN takes three times as long, and there is seldom one.
+    return np.array_equal(a, b) or (a.dtype.kind == "f" and np.array_equal(a, b, equal_nan=True))
+
+
+def of_dataset(dataset: Any) -> tuple[Any, Any]:
+    """Labels (those of `with_labels` first) and weights of a DMatrix or Dataset."""
+    weights = dataset.get_weight()
+    weights = None if weights is None or np.size(weights) == 0 else np.asarray(weights)
+    labels = getattr(dataset, ATTRIBUTE, None)
+    return dataset.get_label() if labels is None else labels, weights
+
+
+def prepare(head: Head, labels: Any, weights: Any) -> Rows:
+    """Checks and encodes what a dataset holds, once."""
+    where = None
+    if isinstance(labels, Attached):
+        labels, where = labels
+    else:
+        labels = _from_floats(head, labels)
+    batch = head._gather(labels, head._zero_logits(labels), None, weights, where, True)
+    # Copies, on the device: what boosters hand out may be a view of memory that they free.
+    n, columns = _taken(batch)
+    return Rows(n, *jax.tree.map(jnp.array, columns))
+
+
+def _taken(batch: Mapping[str, Any]) -> tuple[int, tuple[Any, Any, Any]]:
+    """Number of rows; labels, weights and mask of a gathered batch, by head where there are several."""
+    if "heads" in batch:
+        each = {name: _taken(inner) for name, inner in batch["heads"].items()}
+        labels, weights, where = ({name: columns[i] for name, (_, columns) in each.items()} for i in range(3))
+        return next(iter(each.values()))[0], (labels, weights, where)
+    where = batch["where"][0] if batch["where"] else None
+    return len(batch["logits"]), (batch["labels"], batch["weights"], where)
+
+
+def _from_floats(head: Head, labels: Any) -> np.ndarray:
+    """A dataset's column of labels as the head takes them: boosters keep all labels as float32."""
+    labels, spec = np.asarray(labels), head.label_spec
+    if not isinstance(spec, LabelSpec):
+        raise ValueError(
+            f"{type(head).__name__} takes a dict of labels, {sorted(spec)}, which a booster's dataset cannot hold. "
+            "Attach them: jh.boosting.with_labels(dataset, labels)."
+        )
+    if spec.kind != "float" and labels.dtype.kind == "f":
+        if (labels != np.rint(labels)).any():
+            bad = labels[labels != np.rint(labels)][0]
+            raise ValueError(f"labels of {type(head).__name__} must be {spec.describe()}. Given {bad}.")
+        labels = labels.astype(np.int32)
+    return labels.reshape(-1, spec.size) if spec.size > 1 else labels

@@ -1,0 +1,189 @@
+"""Gradient and diagonal Hessian of any head's loss with respect to its logits: what gradient boosting asks for."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxheads.boosting.conventions import LIBRARIES, Options, convention, is_separable
+from jaxheads.compose import MultiHead, SequentialHeadWrapper
+from jaxheads.head import Head
+from jaxheads.heads import RegressionHead
+from jaxheads.numerics import batch as batches
+
+Hessian: TypeAlias = str | Callable[[Any, jax.Array], Any]
+HESSIANS = ("auto", "exact", "gauss_newton", "unit")
+
+
+def derivatives(
+    head: Head,
+    labels: Any,
+    logits: Any,
+    *,
+    weights: Any = None,
+    where: Any = None,
+    features: Any = None,
+    params: Any = None,
+    hessian: Hessian = "auto",
+    floor: float = 1e-16,
+    library: str = "xgboost",
+    max_delta_step: float = 0.7,
+) -> tuple[jax.Array, jax.Array]:
+    """Gradient and diagonal Hessian, with respect to the logits, of the weighted sum of the head's losses.
+
+    Compiled once for a head, its options and the shapes. Whatever the head's reduction, it is the sum that is taken: a
+    row's derivatives do not depend on how many there are. Weights count once, masked elements are 0. The Hessian is
+    right where a row's loss depends on that row's logits alone.
+
+    Args:
+        head: any head; of a `MultiHead` the losses are added under its weights.
+        labels, logits, weights, where, features, params: as for `head.loss`.
+        hessian: `"exact"`; `"auto"`, the library's own convention where the head's loss is one of its objectives, else
+            exact (the gradient then too: squared error is halved, the mean over labels is a sum);
+            `"gauss_newton"`, for a `RegressionHead` with a `loss_fn` and an `inverse_link_fn` the curvature of the loss
+            in the predictions alone, `loss''(z) - loss'(z) link''(z) / link'(z)`, not negative where the loss is convex
+            in them, else exact (which for the likelihoods here, in their natural parameters, is the Fisher information
+            already); `"unit"`, the weights, for losses without curvature (hinge, quantile); or a function
+            `(labels, logits) -> h`, of weight 1, that broadcasts to the logits.
+        floor: what the Hessian is at least, where the weight is not 0.
+        library: whose conventions, `"xgboost"` or `"lightgbm"`.
+        max_delta_step: the Poisson objectives take the Hessian at a logit so much larger.
+
+    Returns:
+        `(gradient, hessian)`, float32 of the shape of the logits `[..., logits_dimension]`, those of a `MultiHead` in
+        one array, in the order of its heads.
+
+    Raises:
+        ValueError: an unknown `hessian` or `library`, a negative floor or `max_delta_step`; a function whose result has
+            another shape; what `head.loss` raises.
+
+    Source: `tests/test_boosting.py` holds the conventions against XGBoost 3.2 and LightGBM 4.7.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxheads as jh
+    >>> labels, logits = jnp.array([1, 0]), jnp.array([[0.0], [0.0]])
+    >>> gradient, hessian = jh.boosting.derivatives(jh.BinaryClassHead(), labels, logits, weights=[1.0, 4.0])
+    >>> gradient.ravel().tolist(), hessian.ravel().tolist()
+    ([-0.5, 2.0], [0.25, 1.0])
+    """
+    options = check_options(hessian, floor, library, max_delta_step)
+    # On the host, so that shapes, dtypes and values are looked at as everywhere.
+    ready = head._ready(params)
+    batch = ready._gather(labels, logits, features, weights, where, None)
+    return compiled(ready, batch, hessian, float(floor), options)
+
+
+def check_options(hessian: Any, floor: Any, library: Any, max_delta_step: Any) -> Options:
+    """The options, or an error that says what they may be."""
+    if not callable(hessian) and hessian not in HESSIANS:
+        raise ValueError(f"hessian must be one of {HESSIANS}, or a function (labels, logits) -> h. Given {hessian!r}.")
+    if library not in LIBRARIES:
+        raise ValueError(f"library must be one of {LIBRARIES}. Given {library!r}.")
+    for name, value in (("floor", floor), ("max_delta_step", max_delta_step)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < np.inf:
+            raise ValueError(f"{name} must be a finite number, not negative. Given {value!r}.")
+    return Options(library, float(max_delta_step))
+
+
+def of_batch(
+    head: Head, batch: dict[str, Any], hessian: Hessian, floor: float, options: Options
+) -> tuple[jax.Array, jax.Array]:
+    """`derivatives` of a gathered batch."""
+    each = _each(head, batch, jnp.float32(1), hessian, floor, options)
+    gradients, hessians = zip(*each, strict=True)
+    return jnp.concatenate(gradients, axis=-1), jnp.concatenate(hessians, axis=-1)
+
+
+compiled = jax.jit(of_batch, static_argnums=(2, 3, 4))
+
+
+def _each(
+    head: Head, batch: dict[str, Any], factor: jax.Array, hessian: Hessian, floor: float, options: Options
+) -> list[tuple[jax.Array, jax.Array]]:
+    """The derivatives of every head inside, in order."""
+    if isinstance(head, SequentialHeadWrapper):
+        return _each(head.static_head, head._scaled(batch), factor, hessian, floor, options)
+    if not isinstance(head, MultiHead):
+        return [_of_one(head, batch, factor, hessian, floor, options)]
+    parts = []
+    for i, inner in enumerate(head.heads):
+        own = factor * head._weighted(i, jnp.float32(1), jnp.float32(0))
+        found = _each(inner, batch["heads"][str(inner.name)], own, hessian, floor, options)
+        # A weight of 0 hides a head, even a NaN in it.
+        hidden = head.head_weights is not None and head.head_weights[i] == 0
+        parts += jax.tree.map(jnp.zeros_like, found) if hidden else found
+    return parts
+
+
+def _of_one(
+    head: Head, batch: dict[str, Any], factor: jax.Array, hessian: Hessian, floor: float, options: Options
+) -> tuple[jax.Array, jax.Array]:
+    logits = batches.dense(batch["logits"])
+
+    def total(logits: jax.Array) -> jax.Array:
+        return head._loss_sums({**batch, "logits": logits})[0]
+
+    gradient = jax.grad(total)
+    g, library = gradient(logits), convention(head, options) if hessian == "auto" else None
+    elements = batches.clean(head.label_spec, batch)
+    if library is not None:
+        h = _weighted(elements, library.curvature(elements.logits))
+    elif callable(hessian):
+        h = _weighted(elements, _checked(hessian(elements.labels, elements.logits), logits.shape))
+    elif hessian == "unit":
+        h = _weighted(elements, jnp.ones_like(logits))
+    else:
+        h = _diagonal(gradient, logits, is_separable(head))
+        if hessian == "gauss_newton" and isinstance(head, RegressionHead) and head.loss_fn is not None:
+            h = h - _bend(head, logits, g)
+    live = jnp.broadcast_to(elements.weights != 0, h.shape)
+    floored = jnp.where(live, jnp.maximum(factor * h, jnp.full_like(h, floor)), jnp.zeros_like(h))
+    return (factor if library is None else factor * library.scale) * g, floored
+
+
+def _weighted(elements: batches.Elements, values: jax.Array) -> jax.Array:
+    """Values of weight 1, weighted as the loss is; NaN where a label or weight is illegal."""
+    weights = elements.weights * jnp.where(elements.bad, jnp.nan, jnp.ones_like(elements.weights))
+    return values * (weights if elements.scale is None else weights * elements.scale)
+
+
+def _checked(values: Any, shape: tuple[int, ...]) -> jax.Array:
+    values = jnp.asarray(values, jnp.float32)
+    if jnp.shape(values) not in (shape, (*shape[:-1], 1)):
+        raise ValueError(
+            f"hessian must return one number a logit, {shape}, or a row, {(*shape[:-1], 1)}. Given {jnp.shape(values)}."
+        )
+    return jnp.broadcast_to(values, shape)
+
+
+def _diagonal(gradient: Callable[[jax.Array], jax.Array], logits: jax.Array, separable: bool) -> jax.Array:
+    """The second derivatives along each logit, forward over reverse: all rows at once, column by column."""
+
+    def along(tangent: jax.Array) -> jax.Array:
+        return jax.jvp(gradient, (logits,), (tangent,))[1]
+
+    if separable:
+        return along(jnp.ones_like(logits))
+
+    def column(k: jax.Array) -> jax.Array:
+        chosen = jnp.expand_dims(jnp.arange(logits.shape[-1]) == k, tuple(range(logits.ndim - 1)))
+        tangent = jnp.broadcast_to(chosen, logits.shape).astype(logits.dtype)
+        return jnp.sum(along(tangent) * tangent, axis=-1)
+
+    return jnp.moveaxis(jax.lax.map(column, jnp.arange(logits.shape[-1])), 0, -1)
+
+
+def _bend(head: RegressionHead, logits: jax.Array, g: jax.Array) -> jax.Array:
+    """What the bend of the link adds to the second derivative: `loss'(prediction) link''(z)`."""
+    link = head.inverse_link_fn
+    if link is None:
+        return jnp.zeros_like(g)
+
+    def slope(logits: jax.Array) -> jax.Array:
+        return jax.jvp(link, (logits,), (jnp.ones_like(logits),))[1]
+
+    first, second = jax.jvp(slope, (logits,), (jnp.ones_like(logits),))
+    # Where the link is flat nothing reaches the loss.
+    return jnp.where(first == 0, jnp.zeros_like(g), g * second / jnp.where(first == 0, jnp.ones_like(first), first))

@@ -1,0 +1,238 @@
+"""What differs between XGBoost and LightGBM for the estimator: datasets, training, margins."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from jaxheads.boosting.datasets import with_labels
+from jaxheads.boosting.evaluation import Evaluation, lightgbm_metric, logged, xgboost_metric
+from jaxheads.boosting.objectives import Objective, lightgbm_objective, xgboost_objective
+
+# Parameters that the head decides, and their aliases.
+DECIDED = {
+    "xgboost": ("objective", "eval_metric", "base_score", "num_class", "num_target", "disable_default_eval_metric"),
+    "lightgbm": (
+        *("objective", "objective_type", "app", "application", "loss", "metric", "metrics", "metric_types"),
+        *("num_class", "num_classes", "boost_from_average"),
+    ),
+}
+ROUNDS = (
+    *(
+        "num_boost_round",
+        "num_iterations",
+        "num_iteration",
+        "n_iter",
+        "num_tree",
+        "num_trees",
+        "num_round",
+        "num_rounds",
+    ),
+    *("nrounds", "max_iter"),
+)
+
+
+class Part(NamedTuple):
+    """Rows to train or evaluate on: a table, and what belongs to its rows.
+
+    Attributes:
+        x: an array or a frame.
+        labels, where: as the head takes them.
+        weights: one a row, or None.
+        margins: `[n, d]` to start from.
+    """
+
+    x: Any
+    labels: Any
+    where: Any
+    weights: Any
+    margins: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How to train.
+
+    Attributes:
+        params: the user's own for the booster.
+        rounds: how many.
+        objective, metric: as the booster takes them.
+        monitor: the metric to stop by, whether it shall rise, and for how many rounds it may not; None never to stop.
+        callbacks: the user's own.
+        verbose: whether the log is printed.
+    """
+
+    params: Mapping[str, Any]
+    rounds: int
+    objective: Objective
+    metric: Evaluation
+    monitor: tuple[str, bool, int] | None
+    callbacks: Sequence[Any]
+    verbose: bool
+
+
+class Trained(NamedTuple):
+    """What training gave.
+
+    Attributes:
+        booster: the library's own.
+        log: by dataset and metric, one value a round.
+        best: the round to predict by, from 0, if training stopped early or could have.
+    """
+
+    booster: Any
+    log: dict[str, dict[str, list[float]]]
+    best: int | None
+
+
+class Engine(Protocol):
+    """What the estimator asks of a library."""
+
+    objective: Callable[..., Objective]
+    metric: Callable[..., Evaluation]
+
+    def train(self, plan: Plan, train: Part, evaluated: Sequence[Part]) -> Trained:
+        """Trains natively."""
+        ...
+
+    def margins(self, booster: Any, x: Any, rounds: int | None) -> np.ndarray:
+        """The sums of the trees, `[n, d]` or `[n]`, without what training started from."""
+        ...
+
+    def gains(self, booster: Any) -> np.ndarray:
+        """What each feature gained in all splits."""
+        ...
+
+
+class XGBoost:
+    """XGBoost's native interface."""
+
+    objective = staticmethod(xgboost_objective)
+    metric = staticmethod(xgboost_metric)
+
+    def train(self, plan: Plan, train: Part, evaluated: Sequence[Part]) -> Trained:
+        """By `xgboost.train`, over quantiles where the tree method allows."""
+        import xgboost
+        from xgboost.callback import EarlyStopping
+
+        dimension = train.margins.shape[1]
+        params = {**plan.params, "base_score": 0, "disable_default_eval_metric": True}
+        if dimension > 1:
+            params["num_target"] = dimension
+        data = self._dataset(train, params, None)
+        evals = [(self._dataset(part, params, data), f"validation_{i}") for i, part in enumerate(evaluated)]
+        callbacks = list(plan.callbacks)
+        if plan.monitor is not None:
+            key, higher, rounds = plan.monitor
+            last = evals[-1][1]
+            stop = EarlyStopping(
+                rounds=rounds, metric_name=logged(key), data_name=last, maximize=higher, save_best=False
+            )
+            callbacks.append(stop)
+        log: dict[str, dict[str, list[float]]] = {}
+        booster = xgboost.train(
+            params,
+            data,
+            plan.rounds,
+            obj=plan.objective,
+            custom_metric=plan.metric if evals else None,
+            evals=evals,
+            evals_result=log,
+            callbacks=callbacks,
+            verbose_eval=plan.verbose,
+        )
+        best = booster.best_iteration if plan.monitor is not None else None
+        return Trained(booster, {name: {key: list(v) for key, v in found.items()} for name, found in log.items()}, best)
+
+    def _dataset(self, part: Part, params: Mapping[str, Any], reference: Any) -> Any:
+        import xgboost
+
+        given = {"weight": part.weights, "base_margin": part.margins, "enable_categorical": True}
+        given |= {
+            name: params[alias] for name, alias in (("nthread", "nthread"), ("nthread", "n_jobs")) if alias in params
+        }
+        if params.get("tree_method", "hist") in ("hist", "auto"):
+            given |= {"max_bin": params["max_bin"]} if "max_bin" in params else {}
+            data = xgboost.QuantileDMatrix(part.x, ref=reference, **given)
+        else:
+            data = xgboost.DMatrix(part.x, **given)
+        return with_labels(data, part.labels, part.where)
+
+    def margins(self, booster: Any, x: Any, rounds: int | None) -> np.ndarray:
+        """By `Booster.predict`; the booster starts from 0."""
+        import xgboost
+
+        data = xgboost.DMatrix(x, enable_categorical=True)
+        return booster.predict(data, output_margin=True, iteration_range=(0, rounds or 0))
+
+    def gains(self, booster: Any) -> np.ndarray:
+        """`total_gain`."""
+        found = booster.get_score(importance_type="total_gain")
+        names = booster.feature_names or [f"f{i}" for i in range(booster.num_features())]
+        return np.array([np.sum(found.get(name, 0.0)) for name in names])
+
+
+class LightGBM:
+    """LightGBM's native interface."""
+
+    objective = staticmethod(lightgbm_objective)
+    metric = staticmethod(lightgbm_metric)
+
+    def train(self, plan: Plan, train: Part, evaluated: Sequence[Part]) -> Trained:
+        """By `lightgbm.train`."""
+        import lightgbm
+
+        params = {"verbosity": -1, **plan.params, "objective": plan.objective, "metric": "None"}
+        if (dimension := train.margins.shape[1]) > 1:
+            params["num_class"] = dimension
+        for_data = {key: value for key, value in params.items() if key != "objective"} | {"objective": "none"}
+        data = self._dataset(train, for_data, None)
+        log: dict[str, Any] = {}
+        callbacks = [*plan.callbacks, lightgbm.record_evaluation(log)]
+        if plan.monitor is not None:
+            _, _, rounds = plan.monitor  # the metric tells the rest
+            callbacks.append(lightgbm.early_stopping(rounds, first_metric_only=True, verbose=plan.verbose))
+        if plan.verbose:
+            callbacks.append(lightgbm.log_evaluation())
+        try:
+            booster = lightgbm.train(
+                params,
+                data,
+                plan.rounds,
+                valid_sets=[self._dataset(part, for_data, data) for part in evaluated],
+                valid_names=[f"validation_{i}" for i in range(len(evaluated))],
+                feval=plan.metric if evaluated else None,
+                callbacks=callbacks,
+            )
+        except lightgbm.basic.LightGBMError as error:
+            if "num_features()" not in str(error):
+                raise
+            raise ValueError(
+                f"LightGBM finds no feature to split on: all are constant, or there are too few rows (n_samples="
+                f"{len(train.margins)}). Give it more rows, or lower min_data_in_bin and min_data_in_leaf."
+            ) from error
+        best = booster.best_iteration - 1 if plan.monitor is not None else None
+        return Trained(booster, {name: {key: list(v) for key, v in found.items()} for name, found in log.items()}, best)
+
+    def _dataset(self, part: Part, params: dict[str, Any], reference: Any) -> Any:
+        import lightgbm
+
+        margins = part.margins[:, 0] if part.margins.shape[1] == 1 else part.margins
+        # It insists on labels of its own; those that count are attached.
+        nothing = np.zeros(len(margins), np.float32)
+        data = lightgbm.Dataset(
+            part.x, nothing, reference=reference, weight=part.weights, init_score=margins, params=params
+        )
+        return with_labels(data, part.labels, part.where)
+
+    def margins(self, booster: Any, x: Any, rounds: int | None) -> np.ndarray:
+        """By `Booster.predict`, which leaves the init score out."""
+        return np.asarray(booster.predict(x, raw_score=True, num_iteration=-1 if rounds is None else rounds))
+
+    def gains(self, booster: Any) -> np.ndarray:
+        """`gain`."""
+        return np.asarray(booster.feature_importance(importance_type="gain"))
+
+
+ENGINES: dict[str, Engine] = {"xgboost": XGBoost(), "lightgbm": LightGBM()}

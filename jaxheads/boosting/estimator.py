@@ -1,0 +1,365 @@
+"""A head on gradient boosted trees, as a scikit-learn estimator."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+from sklearn.base import BaseEstimator
+from sklearn.utils import ClassifierTags, RegressorTags
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
+
+from jaxheads.boosting import targets
+from jaxheads.boosting.datasets import Attached, check_boosted, prepare
+from jaxheads.boosting.derivatives import Hessian
+from jaxheads.boosting.engines import DECIDED, ENGINES, ROUNDS, Engine, Part, Plan
+from jaxheads.boosting.evaluation import higher_is_better, measured, numbers
+from jaxheads.compose import MultiHead
+from jaxheads.head import Head
+from jaxheads.heads import BinaryClassHead, MultiLabelHead, PoissonRegressionHead
+from jaxheads.metrics import Metrics
+from jaxheads.numerics.constants import NoClosedForm
+
+
+def _has_probabilities(estimator: Any) -> bool:
+    return "probabilities" in targets.keys_of(estimator.head)
+
+
+def _is_classifier(estimator: Any) -> bool:
+    return targets.kind_of(estimator.head) == "classifier"
+
+
+class BoostedHead(BaseEstimator):
+    """Gradient boosted trees under any head: XGBoost or LightGBM trains them natively on the head's own loss.
+
+    A classifier, a regressor, or neither, as the head is. Labels of classifiers may be of any kind: the head's
+    `label_vocabulary` says their order, else it is that of ids 0 ... n - 1, else they are sorted. Frames keep their
+    categories, which the booster splits on; a missing value in `X` is the booster's.
+
+    Args:
+        head: unbound, one row of logits an example, without a `weight_column`: the weights are `sample_weight`.
+        booster: `"xgboost"` or `"lightgbm"`.
+        n_estimators: rounds of boosting. Heads with several logits grow a tree for each in every round, XGBoost with
+            `multi_strategy="multi_output_tree"` one for all.
+        hessian: as for `jh.boosting.derivatives`.
+        init_score: the logits before the first tree: None for `head.constant_logits` (zeros for a head that has none);
+            or a number, or one for each logit.
+        early_stopping_rounds: for how many rounds `monitor` may fail to improve on the last of `eval_set` (LightGBM: on
+            any); predictions then use the best round.
+        monitor: a metric of the head; its average loss by default.
+        higher_is_better: of the monitor, where its name does not tell.
+        params: the booster's own: `learning_rate`, `max_depth`, `random_state`, `n_jobs`, ... `max_delta_step` of a
+            `PoissonRegressionHead` on XGBoost is 0.7 by default, as for its own objective.
+
+    Attributes:
+        booster_: the `xgboost.Booster` or `lightgbm.Booster`, whose margins are without the init score.
+        init_logits_: float32 `[logits_dimension]`, which predictions add.
+        classes_: of a classifier.
+        evals_result_: the head's metrics of each of `eval_set`, `validation_0` and so on, one value a round.
+        best_iteration_: with early stopping the best round, from 0; else None.
+        feature_importances_: the share of each feature in the gain of all splits.
+        n_features_in_, feature_names_in_: as everywhere in scikit-learn.
+
+    Raises:
+        ValueError: when fitted: an unknown booster or metric, parameters that the head decides (`objective`,
+            `num_class`), early stopping without an `eval_set`, shared trees on LightGBM, labels that the head refuses.
+
+    >>> import numpy as np
+    >>> import jaxheads as jh
+    >>> x = np.random.default_rng(0).normal(size=(200, 3))
+    >>> y = np.where(x[:, 0] + x[:, 1] ** 2 > 1, "late", "on time")
+    >>> head = jh.BinaryClassHead(label_vocabulary=("on time", "late"))
+    >>> model = jh.boosting.BoostedHead(head, booster="lightgbm", n_estimators=20).fit(x, y)
+    >>> bool(model.score(x, y) > 0.9), model.predict(x[:2]).tolist() == y[:2].tolist()
+    (True, True)
+    >>> bool(model.measure(x, y).compute()["auc"] > 0.95)
+    True
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        booster: str = "xgboost",
+        *,
+        n_estimators: int = 100,
+        hessian: Hessian = "auto",
+        init_score: Any = None,
+        early_stopping_rounds: int | None = None,
+        monitor: str | None = None,
+        higher_is_better: bool | None = None,
+        **params: Any,
+    ):
+        self.head = head
+        self.booster = booster
+        self.n_estimators = n_estimators
+        self.hessian = hessian
+        self.init_score = init_score
+        self.early_stopping_rounds = early_stopping_rounds
+        self.monitor = monitor
+        self.higher_is_better = higher_is_better
+        if params:
+            self.params = params
+
+    # Parameters of the booster stand beside our own, as in XGBoost's estimators.
+
+    @property
+    def _params(self) -> dict[str, Any]:
+        return getattr(self, "params", {})
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Our own parameters and the booster's."""
+        return {**super().get_params(deep), **self._params}
+
+    def set_params(self, **params: Any) -> Self:
+        """Sets our own parameters and the booster's."""
+        own = self._get_param_names()
+        theirs = {key: value for key, value in params.items() if key not in own}
+        if theirs:
+            self.params = {**self._params, **theirs}
+        for key, value in params.items():
+            if key in own:
+                setattr(self, key, value)
+        return self
+
+    def __sklearn_tags__(self) -> Any:
+        tags, head = super().__sklearn_tags__(), self.head
+        kind = targets.kind_of(head)
+        tags.estimator_type = kind
+        tags.input_tags.allow_nan = tags.input_tags.sparse = tags.input_tags.categorical = True
+        tags.target_tags.required = True
+        several = isinstance(head, MultiLabelHead) or (kind == "regressor" and head.logits_dimension > 1)
+        tags.target_tags.multi_output, tags.target_tags.single_output = several, not several
+        tags.target_tags.positive_only = isinstance(head, PoissonRegressionHead)
+        if kind == "classifier":
+            multi_class = not isinstance(head, (BinaryClassHead, MultiLabelHead))
+            tags.classifier_tags = ClassifierTags(multi_class=multi_class, multi_label=several)
+        elif kind == "regressor":
+            tags.regressor_tags = RegressorTags()
+        return tags
+
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        where: Any = None,
+        eval_set: Sequence[tuple[Any, Any]] | None = None,
+        eval_sample_weight: Sequence[Any] | None = None,
+        eval_where: Sequence[Any] | None = None,
+        callbacks: Sequence[Any] = (),
+        verbose: bool = False,
+    ) -> Self:
+        """Trains.
+
+        Args:
+            X: `[n, features]`, an array, a sparse matrix or a frame.
+            y: labels; of a `MultiHead` a dict by head.
+            sample_weight: multiplicities, `[n]`.
+            where: which labels are there; of a `MultiHead` one for all or a dict by head.
+            eval_set: pairs `(X, y)` that are measured after every round.
+            eval_sample_weight, eval_where: theirs, one each (or None).
+            callbacks: the booster's own.
+            verbose: whether the log is printed.
+        """
+        engine = self._engine()
+        check_boosted(self.head, None, metrics=True)
+        x = self._table(X, reset=True)
+        self._learn_classes(y, where)
+        params = self._booster_params()
+        step = params.get("max_delta_step" if self.booster == "xgboost" else "poisson_max_delta_step", 0.7)
+        train = self._part(x, y, sample_weight, where)
+        rows = prepare(self.head, Attached(train.labels, train.where), train.weights)
+        self.init_logits_ = self._start(rows)
+        evaluated = self._evaluated(eval_set, eval_sample_weight, eval_where)
+        monitor, keys = self._monitor(bool(evaluated))
+        plan = Plan(
+            params,
+            self._rounds(),
+            engine.objective(self.head, hessian=self.hessian, max_delta_step=step),
+            engine.metric(self.head, keys),
+            monitor,
+            callbacks,
+            verbose,
+        )
+        parts = [self._started(part) for part in (train, *evaluated)]
+        self.booster_, self.evals_result_, self.best_iteration_ = engine.train(plan, parts[0], parts[1:])
+        return self
+
+    def predict_logits(self, X: Any) -> np.ndarray:
+        """The logits, float32 `[n, logits_dimension]`."""
+        check_is_fitted(self, "booster_")
+        rounds = None if self.best_iteration_ is None else self.best_iteration_ + 1
+        margins = self._engine().margins(self.booster_, self._table(X, reset=False), rounds)
+        return np.asarray(margins, np.float32).reshape(-1, self.head.logits_dimension) + self.init_logits_
+
+    def predict(self, X: Any) -> Any:
+        """Classes `[n]`, the labels that are there `[n, classes]`, or numbers; of a `MultiHead` a dict by head."""
+        return targets.predicted(self.head, self.predict_logits(X), getattr(self, "classes_", None))
+
+    @available_if(_has_probabilities)
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """The head's `probabilities` `[n, classes]`."""
+        return np.asarray(self.head.predictions(self.predict_logits(X), "probabilities")["probabilities"])
+
+    @available_if(_is_classifier)
+    def decision_function(self, X: Any) -> np.ndarray:
+        """The logits; of two classes `[n]`."""
+        logits = self.predict_logits(X)
+        return logits[:, 0] if logits.shape[1] == 1 else logits
+
+    def predictions(self, X: Any, keys: Any = None) -> dict[str, Any]:
+        """The head's own predictions by key, as NumPy arrays."""
+        return targets.on_host(self.head.predictions(self.predict_logits(X), keys))
+
+    def measure(self, X: Any, y: Any, sample_weight: Any = None, *, where: Any = None) -> Metrics:
+        """The head's metrics of these rows."""
+        logits = self.predict_logits(X)
+        part = self._part(logits, y, sample_weight, where)
+        return measured(self.head, None, prepare(self.head, Attached(part.labels, where), part.weights), logits)
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Accuracy of a classifier, R2 of a regressor; of other heads the loss of these rows, negative."""
+        from sklearn.metrics import accuracy_score, r2_score
+
+        kind = targets.kind_of(self.head)
+        if kind is None:
+            metrics = self.measure(X, y, sample_weight)
+            values = metrics.compute()
+            return -float(sum(values[key] for key in values if key.split("/")[0] == _loss_key(self.head)))
+        score = accuracy_score if kind == "classifier" else r2_score
+        return float(score(y, self.predict(X), sample_weight=sample_weight))
+
+    @property
+    def feature_importances_(self) -> np.ndarray:
+        """The share of each feature in the gain of all splits; zeros if there is none."""
+        check_is_fitted(self, "booster_")
+        gains = self._engine().gains(self.booster_).astype(np.float64)
+        return gains / total if (total := gains.sum()) else gains
+
+    # What is made of the arguments.
+
+    def _engine(self) -> Engine:
+        if self.booster not in ENGINES:
+            raise ValueError(f"booster must be one of {[*ENGINES]}. Given {self.booster!r}.")
+        return ENGINES[self.booster]
+
+    def _rounds(self) -> int:
+        n = self.n_estimators
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+            raise ValueError(f"n_estimators must be an integer of at least 1. Given {n!r}.")
+        return int(n)
+
+    def _booster_params(self) -> dict[str, Any]:
+        params = dict(self._params)
+        if decided := [key for key in params if key in DECIDED[self.booster]]:
+            raise ValueError(f"The head decides {decided}: leave them out, or choose another head.")
+        if rounds := [key for key in params if key in ROUNDS]:
+            raise ValueError(f"The number of rounds is n_estimators. Given {rounds} too; leave them out.")
+        if self.booster == "lightgbm" and "multi_strategy" in params:
+            raise ValueError(
+                "LightGBM grows a tree for each logit. Given multi_strategy, which is XGBoost's: use "
+                "booster='xgboost' for trees that all logits share, or leave it out."
+            )
+        if self.booster == "xgboost" and isinstance(self.head, PoissonRegressionHead):
+            params.setdefault("max_delta_step", 0.7)
+        return params
+
+    def _table(self, X: Any, reset: bool) -> Any:
+        # Frames go to the booster as they are: an array would lose their categories.
+        if hasattr(X, "columns"):
+            return validate_data(self, X, reset=reset, skip_check_array=True)
+        return validate_data(self, X, reset=reset, accept_sparse="csr", ensure_all_finite="allow-nan", dtype="numeric")
+
+    def _learn_classes(self, y: Any, where: Any) -> None:
+        self._soft = False
+        if isinstance(self.head, targets.CLASS_HEADS) and y is not None:
+            self.classes_, self._soft = targets.learn_classes(self.head, y, where)
+        elif isinstance(self.head, MultiLabelHead):
+            self.classes_ = np.asarray(self.head.label_vocabulary or np.arange(self.head.n_classes))
+
+    def _part(self, x: Any, y: Any, sample_weight: Any, where: Any) -> Part:
+        """Rows with their labels encoded; their margins come later."""
+        labels = targets.encode(self.head, y, where, getattr(self, "classes_", None), self._soft)
+        weights = None if sample_weight is None else np.asarray(sample_weight, np.float32)
+        n = int(x.shape[0])
+        if isinstance(labels, np.ndarray):
+            check_consistent_length(labels, x)
+        if weights is not None and weights.shape != (n,):
+            raise ValueError(f"sample_weight must be one number a row, shape {(n,)}. Given shape {weights.shape}.")
+        return Part(x, labels, where, weights, np.zeros((n, 0), np.float32))
+
+    def _started(self, part: Part) -> Part:
+        margins = np.tile(self.init_logits_, (len(part.margins), 1))
+        return part._replace(margins=margins)
+
+    def _start(self, rows: Any) -> np.ndarray:
+        dimension = self.head.logits_dimension
+        if self.init_score is None:
+            return _constants(self.head, rows.labels, rows.weights, rows.where)
+        try:
+            given = np.broadcast_to(np.asarray(self.init_score, np.float32), (dimension,)).copy()
+        except ValueError as error:
+            raise ValueError(
+                f"init_score must be None, a number, or one for each of the {dimension} logits. Given "
+                f"{self.init_score!r}."
+            ) from error
+        if not np.isfinite(given).all():
+            raise ValueError(f"init_score must be finite. Given {self.init_score!r}.")
+        return given
+
+    def _evaluated(self, pairs: Any, weights: Any, where: Any) -> list[Part]:
+        pairs = list(pairs or ())
+        for name, values in (("eval_sample_weight", weights), ("eval_where", where)):
+            if values is not None and len(values) != len(pairs):
+                raise ValueError(f"{name} must have an entry for each of eval_set, {len(pairs)}. Given {len(values)}.")
+        weights, where = (values or [None] * len(pairs) for values in (weights, where))
+        every = zip(pairs, weights, where, strict=True)
+        return [self._part(self._table(x, reset=False), y, w, there) for (x, y), w, there in every]
+
+    def _monitor(self, is_evaluated: bool) -> tuple[tuple[str, bool, int] | None, tuple[str, ...]]:
+        """The metric to stop by, and all that are logged: it is the first."""
+        names = numbers(self.head)
+        if self.early_stopping_rounds is None:
+            return None, names
+        if not is_evaluated:
+            raise ValueError("early_stopping_rounds needs eval_set=[(X, y)] in fit: the last one decides. Given none.")
+        key = self.monitor
+        if key is None:
+            if isinstance(self.head, MultiHead):
+                raise ValueError(
+                    f"early_stopping_rounds needs monitor=, one of {list(names)}. Given a MultiHead and None."
+                )
+            key = names[0]
+        if key not in names:
+            raise ValueError(
+                f"monitor must be a metric of the head that is a number, one of {list(names)}. Given {key!r}."
+            )
+        higher = higher_is_better(key) if self.higher_is_better is None else self.higher_is_better
+        if higher is None:
+            raise ValueError(
+                f"Whether {key!r} is better when high does not follow from its name. Pass higher_is_better=."
+            )
+        return (key, higher, self.early_stopping_rounds), (key, *(name for name in names if name != key))
+
+
+def _constants(head: Head, labels: Any, weights: Any, where: Any) -> np.ndarray:
+    """The best constant logits, by head; zeros where there is no formula for them."""
+    if isinstance(head, MultiHead):
+        names = [str(inner.name) for inner in head.heads]
+
+        def of(tree: Any, name: str) -> Any:
+            return tree[name] if isinstance(tree, Mapping) else tree
+
+        each = zip(head.heads, names, strict=True)
+        return np.concatenate(
+            [_constants(inner, labels[name], of(weights, name), of(where, name)) for inner, name in each]
+        )
+    try:
+        return head.constant_logits(labels, weights, where)
+    except NoClosedForm:
+        return np.zeros(head.logits_dimension, np.float32)
+
+
+def _loss_key(head: Head) -> str:
+    return "loss" if isinstance(head, MultiHead) else "average_loss"

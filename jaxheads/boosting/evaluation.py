@@ -1,0 +1,177 @@
+"""A head's metrics in a booster's own log."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxheads.boosting.datasets import Rows, RowsCache, as_logits, check_boosted
+from jaxheads.boosting.objectives import arguments, check_rows
+from jaxheads.head import Head
+from jaxheads.heads import MultiClassHead
+from jaxheads.metrics import Metrics
+from jaxheads.metrics.state import metric_names
+from jaxheads.numerics import pairs
+
+CHUNK = 65_536
+
+HIGHER = re.compile(
+    r"((balanced_)?accuracy|top_\d+_accuracy|precision|recall|specificity|average_precision|auc(_\w+)?|cohen_kappa\w*"
+    r"|(best_)?f(1|beta_[\d.]+)|\w+_at_\w+_[\d.]+|matthews_corrcoef|kolmogorov_smirnov|(mean_)?iou|r2_score"
+    r"|pearson_correlation|explained_variance)(_macro|_weighted)?"
+)
+LOWER = re.compile(r"(\w+_)?(loss|error|cost)|brier_score|perplexity")
+
+
+def higher_is_better(key: str) -> bool | None:
+    """Whether a metric of the catalogue is to rise (rates, areas) or to fall (losses, errors); None for others.
+
+    >>> higher_is_better("auc/late"), higher_is_better("average_loss"), higher_is_better("prediction/mean")
+    (True, False, None)
+    """
+    base = key.split("/")[0]
+    return True if HIGHER.fullmatch(base) else False if LOWER.fullmatch(base) else None
+
+
+def measured(head: Head, params: Any, rows: Rows, logits: np.ndarray) -> Metrics:
+    """The metrics of all rows: chunks of them, added on the host in float64."""
+    states = []
+    for start in range(0, max(len(logits), 1), CHUNK):
+        part = rows.part(start, start + CHUNK)
+        given = {"weights": part.weights, "where": part.where, "params": params, "check": False}
+        states.append(head.measure(part.labels, logits[start : start + CHUNK], **given))
+    return Metrics.merge(states)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A head's metrics, in the two forms in which boosters ask for them. Pickles if the head does.
+
+    Made by `xgboost_metric` and `lightgbm_metric`.
+
+    Attributes:
+        head: unbound.
+        params: the values of its learned and running fields, or None.
+        keys: the names of the metrics, in the order of the log.
+        library: `"xgboost"` or `"lightgbm"`.
+    """
+
+    head: Head
+    params: Any
+    keys: tuple[str, ...]
+    library: str
+    _cache: RowsCache = dataclasses.field(default_factory=RowsCache, repr=False, compare=False)
+
+    @property
+    def __name__(self) -> str:
+        """What XGBoost's scikit-learn estimators call it in their log."""
+        key, *others = self.keys
+        return type(self.head).__name__ if others else logged(key)
+
+    def __call__(self, predicted: Any, dataset: Any, sample_weight: Any = None) -> Any:
+        """`(margins, DMatrix or Dataset)`; or `(labels, margins[, sample_weight])`, as scikit-learn's wrappers call."""
+        margins, labels, weights = arguments(predicted, dataset, sample_weight)
+        rows = self._cache.rows(self.head, labels, weights)
+        logits = as_logits(self.head, margins, "The booster")
+        check_rows(rows, logits)
+        _check_margins(self.head, logits)
+        found = measured(self.head, self.params, rows, logits)
+        if self.library == "lightgbm":
+            values = found.compute()
+            return [(key, float(values[key]), bool(higher_is_better(key))) for key in self.keys]
+        values = _over_workers(found).compute()
+        if hasattr(dataset, "get_label"):
+            return [(logged(key), float(values[key])) for key in self.keys]
+        key, *others = self.keys
+        if others:
+            raise ValueError(
+                "XGBoost's scikit-learn estimators log one number of a metric. Given the keys "
+                f"{list(self.keys)}: pass one, xgboost_metric(head, keys={key!r})."
+            )
+        return float(values[key])
+
+
+def _over_workers(metrics: Metrics) -> Metrics:
+    """The metrics of the rows of all workers of XGBoost's collective, added in float64."""
+    from xgboost import collective
+
+    if collective.get_world_size() == 1:
+        return metrics
+    sums = np.asarray(metrics.state, np.float64).sum(-1)
+    total = collective.allreduce(sums, collective.Op.SUM)
+    return dataclasses.replace(metrics, state=pairs.merge([total[..., None]]))
+
+
+def logged(key: str) -> str:
+    """A metric's name in XGBoost's log, which is printed and parsed again, at spaces and colons."""
+    return re.sub(r"[\s:]+", "_", key)
+
+
+def _check_margins(head: Head, logits: np.ndarray) -> None:
+    """Refuses what can be told to be probabilities: rows of a softmax, which no rows of margins add up to."""
+    if isinstance(head, MultiClassHead) and len(logits) and np.allclose(logits.sum(-1), 1, atol=1e-4):
+        if logits.min() >= 0 and np.ptp(logits) > 1e-3:
+            raise ValueError(
+                "The booster handed probabilities to the metric, where a head takes margins. Given rows that are not "
+                "negative and add up to 1. Train with jh.boosting.xgboost_objective(head) (or lightgbm_objective), not "
+                "with a built-in objective."
+            )
+
+
+def xgboost_metric(head: Head, keys: str | Sequence[str] | None = None, *, params: Any = None) -> Evaluation:
+    """A head's metrics as the `custom_metric` of `xgboost.train`: a list of (name, value), all of them from one pass.
+
+    Sums are kept in float64; under XGBoost's collective (Dask, Spark) they are added over workers before they are read,
+    so that an AUC is that of all rows. As the `eval_metric` of a scikit-learn estimator give it one key. XGBoost's log
+    keeps six decimals. Train with an objective of `jh.boosting`: beside a built-in one XGBoost hands over
+    probabilities, which cannot always be told from margins.
+
+    Args:
+        head: any head with one row of logits an example, and without a `weight_column`, slices or bootstrap.
+        keys: names of its metrics; all that are numbers by default.
+        params: values of its learned and running fields.
+
+    Raises:
+        ValueError: a name that is not there; a head that needs more than a dataset holds. When called: what the head
+            refuses; margins of another size; rows that are probabilities.
+
+    `xgboost_objective` has an example.
+    """
+    return _metric(head, keys, params, "xgboost")
+
+
+def lightgbm_metric(head: Head, keys: str | Sequence[str] | None = None, *, params: Any = None) -> Evaluation:
+    """A head's metrics as the `feval` of `lightgbm.train`: a list of (name, value, whether higher is better).
+
+    As `xgboost_metric`. Losses and errors are better when low, rates and areas when high; of what has no direction
+    (`label/mean`), LightGBM is told low, so do not stop early by it. It stops by all of the metrics unless
+    `lightgbm.early_stopping(..., first_metric_only=True)`. On several machines LightGBM knows those of its own rows.
+
+    >>> import numpy as np
+    >>> import jaxheads as jh
+    >>> metric = jh.boosting.lightgbm_metric(jh.RegressionHead(), keys=("average_loss", "label/mean"))
+    >>> metric(np.array([1.0, 2.0]), np.array([1.0, 4.0]), np.array([1.0, 3.0]))  # as LGBMRegressor calls it
+    [('average_loss', 3.0, False), ('label/mean', 1.75, False)]
+    """
+    return _metric(head, keys, params, "lightgbm")
+
+
+def _metric(head: Head, keys: str | Sequence[str] | None, params: Any, library: str) -> Evaluation:
+    check_boosted(head, params, metrics=True)
+    names = numbers(head)
+    chosen = names if keys is None else (keys,) if isinstance(keys, str) else tuple(keys)
+    if unknown := [key for key in chosen if key not in names]:
+        raise ValueError(f"Unknown metrics {unknown} of {type(head).__name__}. Those that are numbers: {list(names)}.")
+    if not chosen:
+        raise ValueError(f"keys must name at least one metric. Given {keys!r}. There are {list(names)}.")
+    return Evaluation(head, params, chosen, library)
+
+
+def numbers(head: Head) -> tuple[str, ...]:
+    """The names of the metrics that are single numbers."""
+    # Read from zeros on the host: nothing is compiled.
+    with np.errstate(all="ignore"):
+        zero = Metrics.merge([head.metrics()]).compute()
+    return tuple(name for name in metric_names(head) if np.ndim(zero[name]) == 0)

@@ -1,0 +1,161 @@
+"""A head's loss as the objective of a booster."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxheads.boosting.conventions import Options
+from jaxheads.boosting.datasets import Rows, RowsCache, as_logits, check_boosted, of_dataset
+from jaxheads.boosting.derivatives import Hessian, check_options, of_batch
+from jaxheads.head import Head
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Gradient and Hessian of a head's loss, in the two forms in which boosters ask for them. Pickles if the head does.
+
+    Made by `xgboost_objective` and `lightgbm_objective`.
+
+    Attributes:
+        head: unbound.
+        params: the values of its learned and running fields, or None.
+        hessian, floor, options: as for `derivatives`.
+    """
+
+    head: Head
+    params: Any
+    hessian: Hessian
+    floor: float
+    options: Options
+    _cache: RowsCache = dataclasses.field(default_factory=RowsCache, repr=False, compare=False)
+
+    def __call__(self, predicted: Any, dataset: Any, sample_weight: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """`(margins, DMatrix or Dataset)`; or `(labels, margins[, sample_weight])`, as scikit-learn's wrappers call."""
+        margins, labels, weights = arguments(predicted, dataset, sample_weight)
+        rows = self._cache.rows(self.head, labels, weights)
+        logits = as_logits(self.head, margins, "The booster")
+        check_rows(rows, logits)
+        g, h = _derivatives(self.head, self.params, rows[1:], logits, self.hessian, self.floor, self.options)
+        gradient, hessian = np.asarray(g), np.asarray(h)
+        if not np.isfinite(gradient.sum() + hessian.sum()):
+            _refuse(gradient, hessian, logits)
+        if logits.shape[1] == 1:
+            return gradient.reshape(-1), hessian.reshape(-1)
+        return gradient, hessian
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _derivatives(
+    head: Head, params: Any, given: Any, logits: Any, hessian: Hessian, floor: float, options: Options
+) -> tuple[jax.Array, jax.Array]:
+    labels, weights, where = given
+    ready = head._ready(params)
+    return of_batch(ready, ready._gather(labels, logits, None, weights, where, False), hessian, floor, options)
+
+
+def arguments(first: Any, second: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
+    """Margins, labels and weights, from either of the two forms of a call."""
+    if not hasattr(second, "get_label"):
+        return second, np.asarray(first), None if sample_weight is None else np.asarray(sample_weight)
+    return first, *of_dataset(second)
+
+
+def check_rows(rows: Rows, logits: np.ndarray) -> None:
+    """Refuses labels of another number of rows than the margins."""
+    if rows.n != len(logits):
+        raise ValueError(
+            f"There are {rows.n} labels for {len(logits)} margins. Give the dataset its labels, label=..., or attach "
+            "them, jh.boosting.with_labels(dataset, labels); a slice of it needs a slice of them."
+        )
+
+
+def _refuse(gradient: np.ndarray, hessian: np.ndarray, logits: np.ndarray) -> None:
+    """Says where the derivatives are not finite; sums that overflow alone are none of its business."""
+    bad = ~(np.isfinite(gradient) & np.isfinite(hessian))
+    if bad.any():
+        row, column = (int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(
+            f"The loss has no finite derivatives in {int(bad.sum())} places, the first at row {row}, logit {column}: "
+            f"gradient {gradient[row, column]}, Hessian {hessian[row, column]} at margin {logits[row, column]}. Lower "
+            "the learning rate or set max_delta_step, start from head.constant_logits(labels), or mend the loss_fn."
+        )
+
+
+def xgboost_objective(
+    head: Head,
+    *,
+    params: Any = None,
+    hessian: Hessian = "auto",
+    floor: float = 1e-16,
+    max_delta_step: float = 0.7,
+) -> Objective:
+    """A head's loss as the `obj` of `xgboost.train`, or the `objective` of XGBoost's scikit-learn estimators.
+
+    It reads labels and weights from the `DMatrix` (those of `with_labels` first), and runs on every worker of Dask or
+    Spark: it pickles if the head does (a `loss_fn` that is a lambda does not; write a function in a module). XGBoost
+    starts a custom objective from `base_score=0.5`; pass `base_score=0` and `base_margin`, rows of
+    `head.constant_logits(labels)`.
+
+    Args:
+        head: any head with one row of logits an example, and without a `weight_column`.
+        params: values of its learned and running fields; they are not trained.
+        hessian, floor: as for `derivatives`; `"auto"` is what XGBoost's own objective does.
+        max_delta_step: of a `PoissonRegressionHead`; set the booster's parameter too, as its own objective does.
+
+    Raises:
+        ValueError: a head that needs features or learned values that are not there. When called: labels that the head
+            refuses, margins of another size than its logits, derivatives that are not finite.
+
+    >>> import numpy as np, xgboost
+    >>> import jaxheads as jh
+    >>> x = np.array([[0.0], [1.0], [2.0], [3.0]])
+    >>> data = xgboost.DMatrix(x, label=[0, 0, 1, 1], weight=[1.0, 2.0, 2.0, 1.0])
+    >>> parameters = {"base_score": 0, "min_child_weight": 0, "disable_default_eval_metric": True}
+    >>> head, log = jh.BinaryClassHead(), {}
+    >>> booster = xgboost.train(
+    ...     parameters, data, 10, obj=jh.boosting.xgboost_objective(head), evals=[(data, "train")],
+    ...     custom_metric=jh.boosting.xgboost_metric(head, keys=("average_loss", "auc")), evals_result=log,
+    ...     verbose_eval=False)
+    >>> log["train"]["auc"][-1]
+    1.0
+    >>> head.predictions(booster.predict(data, output_margin=True)[:, None], "class_ids")["class_ids"].ravel()
+    Array([0, 0, 1, 1], dtype=int32)
+    """
+    return _objective(head, params, hessian, floor, "xgboost", max_delta_step)
+
+
+def lightgbm_objective(
+    head: Head,
+    *,
+    params: Any = None,
+    hessian: Hessian = "auto",
+    floor: float = 1e-16,
+    max_delta_step: float = 0.7,
+) -> Objective:
+    """A head's loss as the `objective` in the parameters of `lightgbm.train`, or of its scikit-learn estimators.
+
+    As `xgboost_objective`, with LightGBM's conventions. LightGBM starts a custom objective from 0: pass `init_score`,
+    rows of `head.constant_logits(labels)`, and add them to what it predicts. Heads with several logits need
+    `num_class=head.logits_dimension`, and grow a tree for each.
+
+    >>> import lightgbm, numpy as np
+    >>> import jaxheads as jh
+    >>> x = np.array([[0.0], [1.0], [2.0], [3.0]])
+    >>> data = lightgbm.Dataset(x, label=[0, 0, 1, 1])
+    >>> parameters = {"objective": jh.boosting.lightgbm_objective(jh.BinaryClassHead()), "min_data_in_leaf": 1,
+    ...     "min_data_in_bin": 1, "verbosity": -1}
+    >>> booster = lightgbm.train(parameters, data, 10)
+    >>> (booster.predict(x, raw_score=True) > 0).tolist()
+    [False, False, True, True]
+    """
+    return _objective(head, params, hessian, floor, "lightgbm", max_delta_step)
+
+
+def _objective(
+    head: Head, params: Any, hessian: Hessian, floor: float, library: str, max_delta_step: float
+) -> Objective:
+    check_boosted(head, params, metrics=False)
+    return Objective(head, params, hessian, float(floor), check_options(hessian, floor, library, max_delta_step))

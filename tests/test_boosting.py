@@ -1,0 +1,795 @@
+"""Heads on boosted trees. Expected derivatives come from the zoo's float64 oracles, margins from the boosters."""
+
+import dataclasses
+import functools
+import json
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lightgbm
+import numpy as np
+import pandas as pd
+import pytest
+import xgboost
+import zoo
+from benchmarks.boosting import RUNS, TASKS, apart, flights
+from scipy.special import expit, log_softmax, softmax
+from sklearn.base import clone
+from sklearn.metrics import average_precision_score, log_loss, mean_squared_error, r2_score, roc_auc_score
+from sklearn.model_selection import GridSearchCV
+from zoo import ZOO, Entry
+
+import jaxheads as jh
+from jaxheads.boosting import evaluation
+from jaxheads.boosting.datasets import prepare
+from jaxheads.boosting.engines import ENGINES
+
+N = 12
+WEIGHTS = np.resize(np.array([0.5, 2, 1, 0, 0.3, 7], np.float32), N)
+WHERE = np.arange(N) % 5 != 1
+LIBRARIES = ("xgboost", "lightgbm")
+each = pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
+both = pytest.mark.parametrize("library", LIBRARIES)
+ONE_THREAD: dict[str, Any] = {"n_jobs": 1}
+
+
+def objective(library: str, head: Any, **given: Any) -> Any:
+    return getattr(jh.boosting, f"{library}_objective")(head, **given)
+
+
+def metric(library: str, head: Any, *keys: Any) -> Any:
+    return getattr(jh.boosting, f"{library}_metric")(head, *keys)
+
+
+def dataset(library: str, x: Any, label: Any = None, weight: Any = None) -> Any:
+    if library == "xgboost":
+        return xgboost.DMatrix(x, label=label, weight=weight)
+    return lightgbm.Dataset(x, label, weight=weight, params={"verbosity": -1}).construct()
+
+
+@functools.cache
+def table(n: int = 300) -> tuple[np.ndarray, np.ndarray]:
+    """A feature matrix and a score that follows from it, but for noise."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, 4))
+    return x, x[:, 0] + x[:, 1] * x[:, 2] + 0.3 * rng.normal(size=n)
+
+
+# Derivatives
+
+
+def second_differences(f: Any, z: np.ndarray, e: float = 1e-3) -> np.ndarray:
+    out = np.zeros(z.shape)
+    for i in np.ndindex(z.shape):
+        high, low = z.copy(), z.copy()
+        high[i] += e
+        low[i] -= e
+        out[i] = (f(high) - 2 * f(z) + f(low)) / e**2
+    return out
+
+
+@each
+def test_exact_derivatives_are_the_oracles(entry: Entry):
+    rng = np.random.default_rng(1)
+    labels, logits = entry.labels(rng, (N,)), entry.logits(rng, (N,))
+    hidden = (~WHERE | (WEIGHTS == 0))[:, None]
+    # A NaN in a hidden row is nobody's business.
+    spoiled = np.where(hidden, np.float32(np.nan), logits)
+    params = entry.params()
+    g, h = jh.boosting.derivatives(
+        entry.head, labels, spoiled, weights=WEIGHTS, where=WHERE, params=params, hessian="exact"
+    )
+    assert g.dtype == h.dtype == jnp.float32
+    assert g.shape == h.shape == logits.shape
+
+    def total(z: np.ndarray) -> float:
+        return entry.expected_loss(labels, z, WEIGHTS, WHERE, params=params, reduction="sum")
+
+    z = logits.astype(np.float64)
+    first = np.zeros(z.shape)
+    for i in np.ndindex(z.shape):
+        high, low = z.copy(), z.copy()
+        high[i] += 1e-5
+        low[i] -= 1e-5
+        first[i] = (total(high) - total(low)) / 2e-5
+    np.testing.assert_allclose(g, first, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(h, second_differences(total, z), rtol=1e-3, atol=2e-4)
+    # The floor is for what weighs something, and for nothing else.
+    live = np.broadcast_to(~hidden, z.shape)
+    assert (np.asarray(g)[~live] == 0).all()
+    assert (np.asarray(h)[~live] == 0).all()
+    assert (np.asarray(h)[live] > 0).all()
+
+
+def test_conventions_are_the_libraries():
+    rng = np.random.default_rng(2)
+    z, w = rng.normal(size=(N, 3)).astype(np.float32), WEIGHTS[:, None].astype(np.float64)
+    y, counts = rng.integers(0, 2, (N, 3)), rng.poisson(2.0, (N, 3)).astype(np.float32)
+    ids, p, s = rng.integers(0, 3, N), softmax(z.astype(np.float64), -1), expit(z.astype(np.float64))
+    hot = np.eye(3)[ids]
+    for library, factor in (("xgboost", 2.0), ("lightgbm", 1.5)):
+        for head, labels, g, h in (
+            (jh.RegressionHead(3), counts, z - counts, np.ones((N, 3))),
+            (jh.MultiLabelHead(3), y, s - y, s * (1 - s)),
+            (jh.PoissonRegressionHead(3), counts, np.exp(z) - counts, np.exp(z.astype(np.float64) + 0.7)),
+            (jh.MultiClassHead(3), ids, p - hot, factor * p * (1 - p)),
+        ):
+            got = jh.boosting.derivatives(head, labels, z, weights=WEIGHTS, library=library)
+            np.testing.assert_allclose(got[0], w * g, rtol=1e-5, atol=1e-6, err_msg=repr(head))
+            np.testing.assert_allclose(got[1], w * h, rtol=1e-5, atol=1e-6, err_msg=repr(head))
+    _, h = jh.boosting.derivatives(jh.PoissonRegressionHead(3), counts, z, max_delta_step=0.2)
+    np.testing.assert_allclose(h, np.exp(z + 0.2), rtol=1e-5)
+    # Whatever the reduction: of the sum. A likelihood of one's own has no convention.
+    own = jh.RegressionHead(3, loss_fn=lambda labels, logits: (labels - logits) ** 2, loss_reduction="mean")
+    g, h = jh.boosting.derivatives(own, counts, z)
+    np.testing.assert_allclose(g, 2 * (z - counts), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(h, np.full((N, 3), 2))
+
+
+def test_heads_inside_keep_their_conventions_and_weights():
+    heads = [jh.BinaryClassHead(name="late"), jh.RegressionHead(2, name="r"), jh.PoissonRegressionHead(name="none")]
+    inner = jh.MultiHead([jh.MultiClassHead(3, name="k"), jh.RegressionHead(name="m")], head_weights=(0.5, 1.0))
+    head = jh.MultiHead([*heads, inner], head_weights=(1.0, 3.0, 0.0, 2.0))
+    labels = {"late": [1, 0], "r": [[1.0, 2.0], [3.0, np.nan]], "none": [np.nan, 1.0], "i": {"k": [2, 0], "m": [1, 1]}}
+    labels["k_m"] = labels.pop("i")
+    where = {"r": [1, 0], "none": [0, 1]}
+    z = np.array([[0.0, 1, 1, 5, 0, 0, 1, 3], [1, 1, 1, 5, 1, 0, 0, 4]], np.float32)
+    g, h = jh.boosting.derivatives(head, labels, z, where=where)
+    s, p = expit(z[:, :1]), softmax(z[:, 4:7], -1)
+    expected_g = [s - [[1], [0]], 3 * np.array([[0, -1], [0, 0]]), [[0], [0]], p - np.eye(3)[[2, 0]], [[4], [6]]]
+    expected_h = [s * (1 - s), 3 * np.array([[1, 1], [0, 0]]), [[0], [0]], 2 * p * (1 - p), [[2], [2]]]
+    np.testing.assert_allclose(g, np.concatenate(expected_g, 1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(h, np.concatenate(expected_h, 1), rtol=1e-5, atol=1e-6)
+    as_dict = {"late": z[:, :1], "r": z[:, 1:3], "none": z[:, 3:4], "k_m": {"k": z[:, 4:7], "m": z[:, 7:]}}
+    np.testing.assert_array_equal(g, jh.boosting.derivatives(head, labels, as_dict, where=where)[0])
+    learned = jh.MultiHead(heads[:2], weighting="uncertainty")
+    params = {"log_variances": jnp.array([0.0, 1.0])}
+    labels = {"late": labels["late"], "r": labels["r"]}
+    g, h = jh.boosting.derivatives(learned, labels, z[:, :3], where={"r": [1, 0]}, params=params)
+    np.testing.assert_allclose(g[0], [-0.5, 0, -np.exp(-1)], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(h[0], [0.25, np.exp(-1), np.exp(-1)], rtol=1e-5)
+
+
+def squared_in_dollars(labels, logits):
+    return (jnp.exp(logits) - labels) ** 2
+
+
+def test_gauss_newton_leaves_out_the_bend_of_the_link():
+    head = jh.RegressionHead(loss_fn=squared_in_dollars, inverse_link_fn=jnp.exp)
+    z, y = np.array([[1.0], [0.5]], np.float32), np.array([9.0, 0.1], np.float32)
+    derivatives = functools.partial(jh.boosting.derivatives, head, y, z, weights=[1.0, 2.0])
+    m = np.exp(z.astype(np.float64))
+    exact = 2 * m**2 + 2 * (m - y[:, None]) * m
+    np.testing.assert_allclose(derivatives(hessian="exact")[1], np.maximum(exact, 1e-16) * [[1], [2]], rtol=1e-5)
+    assert exact[0, 0] < 0
+    np.testing.assert_allclose(derivatives(hessian="gauss_newton")[1], 2 * m**2 * [[1], [2]], rtol=1e-5)
+    flat = dataclasses.replace(head, inverse_link_fn=jnp.zeros_like)
+    assert np.isfinite(jh.boosting.derivatives(flat, y, z, hessian="gauss_newton")[1]).all()
+
+
+def test_other_hessians():
+    head = jh.BinaryClassHead(loss_fn=zoo.hinge_per_element)
+    z = np.array([[0.0], [2.0], [0.5]], np.float32)
+    derivatives: Any = functools.partial(jh.boosting.derivatives, head, [1, 1, 0], z, weights=[1.0, 3.0, 0.0])
+    np.testing.assert_array_equal(derivatives()[0][:, 0], [-1, 0, 0])
+    np.testing.assert_array_equal(derivatives(hessian="unit")[1][:, 0], [1, 3, 0])
+    np.testing.assert_array_equal(derivatives(floor=0.5)[1][:, 0], [0.5, 0.5, 0])
+    np.testing.assert_array_equal(derivatives(hessian=lambda labels, logits: 2 + logits)[1][:, 0], [2, 12, 0])
+    for given, words in (
+        ({"hessian": "fisher"}, "hessian must be one of"),
+        ({"library": "catboost"}, "library must be one of"),
+        ({"floor": -1}, "floor must be a finite number, not negative. Given -1"),
+        ({"max_delta_step": np.inf}, "max_delta_step must be"),
+        ({"hessian": lambda labels, logits: logits[0]}, "one number a logit"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            derivatives(**given)
+    with pytest.raises(ValueError, match="must be numbers in"):
+        jh.boosting.derivatives(head, [2, 1, 1], z)
+    # Under jit nobody can refuse, but all can see.
+    g, h = jax.jit(lambda y: jh.boosting.derivatives(jh.BinaryClassHead(), y, z))(jnp.array([2, 1, 0]))
+    assert np.isnan(g[0, 0])
+    assert np.isnan(h[0, 0])
+    assert np.isfinite(np.concatenate([g[1:], h[1:]])).all()
+
+
+def test_derivatives_are_compiled_once():
+    traces = []
+
+    def loss_fn(labels, logits):
+        traces.append(1)
+        return (labels - logits) ** 2
+
+    head, z = jh.RegressionHead(loss_fn=loss_fn), np.zeros((3, 1), np.float32)
+    jh.boosting.derivatives(head, [1.0, 2.0, 3.0], z)
+    first = len(traces)
+    jh.boosting.derivatives(dataclasses.replace(head), [3.0, 2.0, 3.0], z + 1)
+    ours = objective("xgboost", head)
+    for _ in range(3):
+        ours(z[:, 0], xgboost.DMatrix(z, label=[1.0, 2.0, 3.0]))
+    assert len(traces) <= 2 * first
+
+
+# Objectives
+
+
+@both
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_margins_are_those_of_the_built_in_objective(library, task, weighted):
+    data = flights(3000)
+    built_in, ours = RUNS[library](TASKS[task], data, data["weight"] if weighted else None, 8)
+    expected, got = built_in(), ours()
+    assert np.abs(expected - expected[:1]).max() > 0.1
+    assert apart(expected, got) <= 1e-6
+
+
+@pytest.mark.slow
+@both
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_margins_of_all_flights_are_those_of_the_built_in_objective(library, task, weighted):
+    data = flights()
+    built_in, ours = RUNS[library](TASKS[task], data, data["weight"] if weighted else None, 50)
+    assert apart(built_in(), ours()) <= 1e-6
+
+
+@both
+def test_objectives_read_datasets_and_scikit_learns_arguments(library):
+    y, w = np.array([1.0, 0, 1], np.float32), np.array([1.0, 2, 0.5], np.float32)
+    z = np.array([0.3, -1, 2])
+    p = expit(z)
+    ours = objective(library, jh.BinaryClassHead())
+    for weights in (w, None):
+        k = 1 if weights is None else w
+        for g, h in (ours(z, dataset(library, z[:, None], y, weights)), ours(y, z, weights)):
+            assert g.dtype == h.dtype == np.float32
+            np.testing.assert_allclose(g, (p - y) * k, rtol=1e-5)
+            np.testing.assert_allclose(h, p * (1 - p) * k, rtol=1e-5)
+    # Other labels are other labels, whatever was prepared before.
+    np.testing.assert_allclose(ours(1 - y, z, w)[0], (p - 1 + y) * w, rtol=1e-5)
+    before, w = y.copy(), w.copy()
+    y[0] = 0
+    np.testing.assert_allclose(ours(y, z, w)[0][0], p[0] * w[0], rtol=1e-5)
+    # Nor is what was prepared a view of memory that others write to.
+    np.testing.assert_allclose(ours(before, z, w)[0], (p - before) * w, rtol=1e-5)
+    y[:] = 0
+    np.testing.assert_allclose(ours(np.array([0.0, 0, 1], np.float32), z, w)[0], (p - [0, 0, 1]) * w, rtol=1e-5)
+
+
+@both
+def test_objectives_and_metrics_pickle(library):
+    head = jh.RegressionHead(loss_fn=squared_in_dollars)
+    for made in (objective(library, head), metric(library, head, "average_loss")):
+        z, y = np.array([0.1, 0.2]), np.array([1.0, 2.0])
+        before = made(y, z)
+        again = pickle.loads(pickle.dumps(made))
+        assert again == made
+        assert hash(again) == hash(made)
+        np.testing.assert_array_equal(np.asarray(again(y, z), object), np.asarray(before, object))
+    assert len(pickle.dumps(made)) < 2000
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        pickle.dumps(objective(library, jh.RegressionHead(loss_fn=lambda labels, logits: labels - logits)))
+
+
+@both
+def test_several_logits_and_attached_labels(library):
+    x, s = table()
+    head = jh.MultiHead([jh.BinaryClassHead(name="a"), jh.RegressionHead(2, name="b")])
+    labels = {"a": (s > 0).astype(int), "b": np.stack([s, np.where(s > 1, np.nan, -s)], 1)}
+    where = {"b": s <= 1}
+    data = dataset(library, x, np.zeros(len(x)))
+    assert jh.boosting.with_labels(data, labels, where) is data
+    z = np.random.default_rng(0).normal(size=(len(x), 3))
+    margins = np.asfortranarray(z) if library == "lightgbm" else z.astype(np.float32)
+    g, h = objective(library, head)(margins, data)
+    p = expit(z[:, 0])
+    np.testing.assert_allclose(g[:, 0], p - labels["a"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(g[:, 1:], np.where((s <= 1)[:, None], z[:, 1:] - labels["b"], 0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(h[:, 1], s <= 1)
+    found = {name: value for name, value, *_ in metric(library, head, ("auc/a", "average_loss/b"))(margins, data)}
+    live = s <= 1
+    expected = mean_squared_error(labels["b"][live], z[live, 1:])
+    np.testing.assert_allclose(found["average_loss/b"], expected, rtol=1e-5)
+    np.testing.assert_allclose(found["auc/a"], roc_auc_score(labels["a"], z[:, 0]), atol=2e-3)
+
+
+def test_several_columns_of_a_dmatrix():
+    y = np.array([[1, 0], [0, 1], [1, 1]], np.float32)
+    z = np.array([[0.5, 1], [0, 0], [2, -1]], np.float32)
+    g, _ = objective("xgboost", jh.MultiLabelHead(2))(z, xgboost.DMatrix(z, label=y))
+    np.testing.assert_allclose(g, expit(z) - y, rtol=1e-5)
+
+
+@both
+def test_what_a_dataset_cannot_give_is_refused(library):
+    survival = next(entry.head for entry in ZOO if entry.name == "survival")
+    ordinal = next(entry for entry in ZOO if entry.name == "ordinal")
+    z = np.zeros(3, np.float32)
+    for made in (objective, metric):
+        for head, words in (
+            (jh.BinaryClassHead(weight_column="w"), "dataset holds the weights.*'w'"),
+            (jh.RegressionHead(loss_fn=lambda labels, logits, features: logits), "no features to a loss_fn"),
+            (jh.SequentialHeadWrapper(jh.BinaryClassHead()), "use its inner head"),
+            (ordinal.head, "learned or running fields without values"),
+            (jh.MultiHead([jh.BinaryClassHead("w", name="a")]), "dataset holds the weights"),
+            ("head", "head must be a head"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                made(library, head)
+    for head in (jh.BinaryClassHead(slices=jh.Slices("x", 2)), jh.BinaryClassHead(bootstrap=jh.Bootstrap(3))):
+        objective(library, head)
+        with pytest.raises(ValueError, match="no slices and no bootstrap"):
+            metric(library, head)
+    with pytest.raises(ValueError, match="with_labels"):
+        objective(library, survival)(z, dataset(library, z[:, None], z))
+    with pytest.raises(ValueError, match=r"0 labels for 3 margins\. Give the dataset its labels"):
+        objective(library, jh.BinaryClassHead())(np.zeros(0), z)
+    with pytest.raises(ValueError, match=r"Given 0\.5"):
+        objective(library, jh.MultiClassHead(3))(np.array([0.5, 1, 2]), np.zeros((3, 3)))
+    with pytest.raises(ValueError, match=r"must give 3 margins a row.*Given shape \(3,\)"):
+        objective(library, jh.MultiClassHead(3))(np.array([0, 1, 2]), z)
+    with pytest.raises(ValueError, match="3 labels for 2 margins"):
+        objective(library, jh.BinaryClassHead())(z, z[:2])
+    with pytest.raises(ValueError, match="numbers in"):
+        objective(library, jh.BinaryClassHead())(z + 3, z)
+    with pytest.raises(ValueError, match=r"no finite derivatives in 1 places, the first at row 1, logit 0.*margin 100"):
+        objective(library, jh.PoissonRegressionHead())(z, np.array([0.0, 100, 1]))
+    with pytest.raises(ValueError, match="needs labels"):
+        jh.boosting.with_labels(dataset(library, z[:, None], z), None)
+    with pytest.raises(ValueError, match="Unknown metrics"):
+        metric(library, jh.BinaryClassHead(), "area")
+    with pytest.raises(ValueError, match="at least one"):
+        metric(library, jh.BinaryClassHead(), ())
+    for head in (jh.BinaryClassHead(), jh.MultiClassHead(3)):
+        # A worker without rows takes part all the same.
+        nothing = np.zeros((0, head.logits_dimension))
+        assert [part.size for part in objective(library, head)(np.zeros(0), nothing)] == [0, 0]
+        metric(library, head, "average_loss")(np.zeros(0), nothing)
+    bound = {**ordinal.params(), "cuts": jnp.array([-2.0, 0.0, 1.0])}
+    g, _ = objective(library, ordinal.head, params=bound)(np.array([0, 1, 3]), z)
+    expected = jh.boosting.derivatives(ordinal.head, [0, 1, 3], z[:, None], params=bound)[0]
+    np.testing.assert_allclose(g, expected[:, 0], rtol=1e-6)
+
+
+# Metrics
+
+
+@both
+def test_metrics_of_a_log_are_exact(library, monkeypatch):
+    monkeypatch.setattr(evaluation, "CHUNK", 77)
+    x, s = table()
+    y, w = (s > 0.4).astype(np.float32), 1 + np.arange(300, dtype=np.float32) % 3
+    head = jh.BinaryClassHead().with_metrics(jh.metrics.AveragePrecision())
+    log = metric(library, head)(x[:, 0], dataset(library, x, y, w))
+    found = {name: value for name, value, *_ in log}
+    assert found.keys() >= {"average_loss", "accuracy", "auc", "average_precision"}
+    np.testing.assert_allclose(found["average_loss"], log_loss(y, expit(x[:, 0]), sample_weight=w), rtol=1e-6)
+    np.testing.assert_allclose(found["accuracy"], np.average((x[:, 0] > 0) == y, weights=w), rtol=1e-6)
+    np.testing.assert_allclose(found["auc"], roc_auc_score(y, x[:, 0], sample_weight=w), atol=2e-3)
+    exact = average_precision_score(y, x[:, 0], sample_weight=w)
+    np.testing.assert_allclose(found["average_precision"], exact, atol=5e-3)
+    one = metric(library, head, "accuracy")(y, x[:, 0], w)
+    assert (one if library == "xgboost" else one[0][1]) == found["accuracy"]
+    if library == "lightgbm":
+        directions = {name: higher for name, _, higher in log}
+        assert directions["auc"]
+        assert directions["average_precision"]
+        assert not directions["average_loss"]
+
+
+def test_counts_of_a_log_do_not_stop(monkeypatch):
+    monkeypatch.setattr(evaluation, "CHUNK", 3)
+    # In float32 2^24 + 1 is 2^24, so the eleven would vanish.
+    y, w = np.array([1.0, 0, 0] + 11 * [1]), np.array([2.0**24, 0, 0] + 11 * [1])
+    ((_, value, _),) = metric("lightgbm", jh.BinaryClassHead(), "recall")(y, np.array([1.0, 0, 0] + 11 * [-1]), w)
+    assert abs(value - 2**24 / (2**24 + 11)) < 1e-9 + 6e-8
+    rows = prepare(jh.BinaryClassHead(), np.float32(y), np.float32(w))
+    found = evaluation.measured(jh.BinaryClassHead(), None, rows, np.ones((14, 1), np.float32))
+    assert 2**24 + 11 in np.asarray(found.state, np.float64).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("key", "higher"),
+    [
+        *(
+            (key, True)
+            for key in ("auc", "auc/late", "auc_precision_recall", "accuracy/positive_threshold_0.3", "recall")
+        ),
+        *((key, True) for key in ("top_5_accuracy", "best_f1", "best_fbeta_2", "f1_macro", "precision_at_recall_0.8")),
+        *((key, True) for key in ("auc_ovr_macro", "r2_score", "cohen_kappa", "mean_iou", "iou_weighted")),
+        *((key, False) for key in ("average_loss", "loss/late", "log_loss", "root_mean_squared_error", "brier_score")),
+        *((key, False) for key in ("lowest_cost", "expected_calibration_error", "perplexity")),
+        *((key, None) for key in ("label/mean", "accuracy_baseline", "best_f1_threshold", "base_rate", "my_own")),
+    ],
+)
+def test_directions_follow_from_names(key, higher):
+    assert evaluation.higher_is_better(key) is higher
+
+
+def test_probabilities_are_refused_where_they_can_be_told():
+    y = np.array([0, 1, 2, 1])
+    z = np.random.default_rng(0).normal(size=(4, 3))
+    made = metric("lightgbm", jh.MultiClassHead(3), "average_loss")
+    ((_, value, _),) = made(y, log_softmax(z, -1))
+    np.testing.assert_allclose(value, log_loss(y, softmax(z, -1)), rtol=1e-5)
+    with pytest.raises(ValueError, match="handed probabilities to the metric"):
+        made(y, softmax(z, -1))
+    # All-equal margins of a first round may add up to 1.
+    assert np.isfinite(made(y, np.full((4, 3), 1 / 3))[0][1])
+
+
+@both
+def test_scikit_learns_wrappers_take_both(library):
+    x, s = table()
+    y, w = (s > 0).astype(int), 1 + np.arange(300) % 2
+    head = jh.BinaryClassHead()
+    ours, key = objective(library, head), metric(library, head, "average_loss")
+    if library == "xgboost":
+        given = {"n_estimators": 5, "base_score": 0.0, "max_depth": 3, "n_jobs": 1}
+        model = xgboost.XGBRegressor(objective=ours, eval_metric=key, **given)
+        model.fit(x, y, sample_weight=w, eval_set=[(x, y)], sample_weight_eval_set=[w], verbose=False)
+        log, margins = model.evals_result()["validation_0"], model.predict(x)
+        native = xgboost.train(
+            {"base_score": 0, "max_depth": 3, "nthread": 1}, xgboost.QuantileDMatrix(x, label=y, weight=w), 5, obj=ours
+        )
+        expected = native.predict(xgboost.DMatrix(x), output_margin=True)
+        with pytest.raises(ValueError, match="log one number"):
+            metric(library, head, ("auc", "accuracy"))(y, margins)
+    else:
+        model = lightgbm.LGBMRegressor(objective=ours, n_estimators=5, n_jobs=1, verbosity=-1)
+        model.fit(x, y, sample_weight=w, eval_X=x, eval_y=y, eval_sample_weight=[w], eval_metric=key)
+        (log,), margins = model.evals_result_.values(), np.asarray(model.predict(x))
+        params = {"objective": ours, "num_threads": 1, "verbosity": -1}
+        expected = np.asarray(lightgbm.train(params, lightgbm.Dataset(x, y, weight=w), 5).predict(x))
+    np.testing.assert_allclose(margins, expected, atol=1e-6)
+    np.testing.assert_allclose(log["average_loss"][-1], log_loss(y, expit(margins), sample_weight=w), atol=1e-6)
+
+
+def test_names_with_spaces_stay_whole_in_xgboosts_log():
+    x, s = table()
+    y = np.stack([s > 0, s < 1], 1)
+    names = ("no sun", "sea: calm")
+    head = jh.MultiLabelHead(2, label_vocabulary=names, classes_for_class_based_metrics=names)
+    model = jh.boosting.BoostedHead(head, n_estimators=2, **ONE_THREAD).fit(x, y, eval_set=[(x, y)])
+    assert {"auc/no_sun", "auc/sea_calm"} <= model.evals_result_["validation_0"].keys()
+
+
+WORKER = """
+import json, sys
+import numpy as np, xgboost
+from xgboost import collective
+import jaxheads as jh
+rank, arguments = int(sys.argv[1]), json.loads(sys.argv[2])
+x = np.random.default_rng(0).normal(size=(301, 3))
+y = (x[:, 0] + x[:, 1] > 0.5).astype(np.float32)
+rows = slice(0, 40) if rank == 0 else slice(40, None)
+head = jh.BinaryClassHead()
+with collective.CommunicatorContext(**arguments, dmlc_task_id=str(rank)):
+    data, log = xgboost.DMatrix(x[rows], label=y[rows]), {}
+    booster = xgboost.train(
+        {"base_score": 0, "nthread": 1, "disable_default_eval_metric": True}, data, 3, evals=[(data, "train")],
+        obj=jh.boosting.xgboost_objective(head), custom_metric=jh.boosting.xgboost_metric(head),
+        evals_result=log, verbose_eval=False)
+    # Not inside rank 0 alone: prediction needs no one else.
+    margins = booster.predict(xgboost.DMatrix(x), output_margin=True)
+if rank == 0:
+    print(json.dumps([log["train"], head.measure(y, margins[:, None]).compute()["auc"].item()]))
+"""
+
+
+@pytest.mark.slow
+def test_metrics_of_two_workers_are_those_of_all_rows(tmp_path):
+    from xgboost.tracker import RabitTracker
+
+    tracker = RabitTracker(host_ip="127.0.0.1", n_workers=2)
+    tracker.start()
+    script = tmp_path / "worker.py"
+    script.write_text(textwrap.dedent(WORKER))
+    arguments = json.dumps(tracker.worker_args())
+    root = str(Path(jh.__file__).parents[1])
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": root},
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=300) for process in started]
+    assert all(process.returncode == 0 for process in started), outputs
+    log, auc = json.loads(outputs[0][0].splitlines()[-1])
+    # Six decimals in the log; the mean of the workers' own areas would be another number.
+    assert abs(log["auc"][-1] - auc) < 2e-6
+
+
+# The estimator
+
+
+def boosted(head: jh.Head, booster: str = "xgboost", **params: Any) -> Any:
+    small = {"min_data_in_leaf": 5} if booster == "lightgbm" else {}
+    return jh.boosting.BoostedHead(head, booster, **{"n_estimators": 20, **ONE_THREAD, **small, **params})
+
+
+REASONS = {
+    "check_no_attributes_set_in_init": "the booster's parameters stand beside our own, as in XGBoost's estimators",
+}
+UNEQUAL = "bins and the least number of rows in a leaf count rows, not their weights"
+LIGHTGBM_REASONS = {
+    **REASONS,
+    "check_sample_weight_equivalence_on_dense_data": UNEQUAL,
+    "check_sample_weight_equivalence_on_sparse_data": UNEQUAL,
+}
+
+
+@pytest.mark.slow
+@both
+@pytest.mark.parametrize("head", [jh.BinaryClassHead(), jh.RegressionHead(), jh.PoissonRegressionHead()], ids=repr)
+def test_scikit_learns_own_checks(library, head):
+    from sklearn.utils.estimator_checks import check_estimator
+
+    reasons = LIGHTGBM_REASONS if library == "lightgbm" else REASONS
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Some checks have ten rows.
+        model = boosted(head, library, **({"min_data_in_leaf": 1} if library == "lightgbm" else {}))
+        found = check_estimator(model, expected_failed_checks=reasons, on_fail="raise")
+    assert len(found) > 50
+    # What no longer fails is to leave the list.
+    assert {check["check_name"] for check in found if check["status"] == "xfail"} == set(reasons)
+
+
+@both
+def test_classes_of_any_kind(library):
+    x, s = table()
+    three = np.digitize(s, (-0.7, 0.7))
+    names = np.array(["bee", "ant", "cat"])
+    for head, y, classes in (
+        (jh.BinaryClassHead(), np.where(s > 0, "yes", "no"), ["no", "yes"]),
+        (jh.BinaryClassHead(), np.where(s > 0, 1, -1), [-1, 1]),
+        (jh.BinaryClassHead(), s > 0, [False, True]),
+        (jh.BinaryClassHead(label_vocabulary=("yes", "no")), np.where(s > 0, "yes", "no"), ["yes", "no"]),
+        (jh.MultiClassHead(3), names[three], ["ant", "bee", "cat"]),
+        (jh.MultiClassHead(3, label_vocabulary=tuple(names)), names[three], list(names)),
+        (jh.MultiClassHead(3), three + 5.0, [5, 6, 7]),
+        (jh.MultiClassHead(5), three, [0, 1, 2, 3, 4]),
+    ):
+        model = boosted(head, library).fit(x, y)
+        assert model.classes_.tolist() == classes
+        p = model.predict_proba(x)
+        np.testing.assert_allclose(p.sum(-1), 1, rtol=1e-5)
+        assert (model.classes_[p.argmax(-1)] == model.predict(x)).all()
+        assert model.score(x, y) > 0.85
+        assert model.predictions(x, "logits").keys() == {"logits"}
+        decided = model.decision_function(x)
+        np.testing.assert_array_equal(decided.reshape(len(x), -1), model.predict_logits(x))
+    with pytest.raises(ValueError, match=r"not there in fit: \[9\.0\]"):
+        boosted(jh.MultiClassHead(3), library).fit(x, three + 5.0).measure(x, three * 0 + 9.0)
+    with pytest.raises(ValueError, match="Given labels of 2 classes"):
+        boosted(jh.MultiClassHead(3), library).fit(x, np.where(s > 0, "a", "b"))
+
+
+@both
+def test_rows_without_a_label_are_absent(library):
+    x, s = table()
+    there = np.arange(300) % 3 > 0
+    y = np.where(there, s > 0, np.nan)
+    given = {"learning_rate": 0.3, "n_estimators": 5}
+    model = boosted(jh.BinaryClassHead(), library, **given).fit(x, y, where=there)
+    assert model.classes_.tolist() == [0, 1]
+    rate = (s > 0)[there].mean()
+    np.testing.assert_allclose(model.init_logits_, [np.log(rate / (1 - rate))], rtol=1e-5, atol=1e-6)
+    # The trees see the features of all rows, for their bins, but no gradient of those without a label.
+    weighted = boosted(jh.BinaryClassHead(), library, **given).fit(x, s > 0, there.astype(float))
+    if library == "lightgbm":
+        np.testing.assert_allclose(model.predict_logits(x), weighted.predict_logits(x), atol=1e-6)
+    assert log_loss((s > 0)[there], model.predict_proba(x[there])) < 0.4
+    values = model.measure(x, y, where=there).compute()
+    np.testing.assert_allclose(values["label/mean"], rate, rtol=1e-6)
+    with pytest.raises(ValueError, match="contains NaN"):
+        boosted(jh.BinaryClassHead(), library).fit(x, y)
+
+
+@both
+def test_an_estimator_is_the_native_booster_on_the_same_head(library):
+    x, s = table()
+    y, w = (s > 0.5).astype(int), (1 + np.arange(300) % 3).astype(np.float32)
+    model = boosted(jh.BinaryClassHead(), library, n_estimators=10, learning_rate=0.2).fit(x, y, w)
+    rate = np.average(y, weights=w)
+    np.testing.assert_allclose(model.init_logits_, [np.log(rate / (1 - rate))], rtol=1e-6)
+    if library == "xgboost":
+        data = xgboost.QuantileDMatrix(x, label=y, weight=w)
+        params = {"objective": "binary:logistic", "base_score": rate, "learning_rate": 0.2, "nthread": 1}
+        expected = xgboost.train(params, data, 10).predict(xgboost.DMatrix(x), output_margin=True)
+    else:
+        params = {"objective": "binary", "learning_rate": 0.2, "min_data_in_leaf": 5, "num_threads": 1, "verbosity": -1}
+        expected = lightgbm.train(params, lightgbm.Dataset(x, y, weight=w), 10).predict(x, raw_score=True)
+    np.testing.assert_allclose(model.decision_function(x), np.asarray(expected), atol=2e-6)
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(again.predict_proba(x), model.predict_proba(x))
+    assert model.feature_importances_.shape == (4,)
+    np.testing.assert_allclose(model.feature_importances_.sum(), 1, rtol=1e-6)
+    assert model.feature_importances_.argmin() == 3
+    values = model.measure(x, y, w).compute()
+    np.testing.assert_allclose(values["average_loss"], log_loss(y, model.predict_proba(x), sample_weight=w), rtol=1e-5)
+
+
+@both
+def test_regression_of_several_numbers_and_tags(library):
+    x, s = table()
+    y = np.stack([s, x[:, 3]], 1)
+    model = boosted(jh.RegressionHead(2), library).fit(x, y)
+    assert model.predict(x).shape == (300, 2)
+    np.testing.assert_allclose(model.init_logits_, y.mean(0), rtol=1e-5, atol=1e-6)
+    assert model.score(x, y) > 0.9
+    np.testing.assert_allclose(model.score(x, y), r2_score(y, model.predict(x)))
+    tags = boosted(jh.MultiLabelHead(2), library).fit(x, y > 0)
+    assert tags.predict(x).shape == tags.predict_proba(x).shape == (300, 2)
+    np.testing.assert_array_equal(tags.predict(x), tags.predict_proba(x) > 0.5)
+    assert tags.score(x, y > 0) > 0.8
+    counts = boosted(jh.PoissonRegressionHead(), library).fit(x, np.floor(np.exp(s / 2)))
+    assert (counts.predict(x) > 0).all()
+    np.testing.assert_allclose(counts.predict(x), np.exp(counts.predict_logits(x)[:, 0]), rtol=1e-6)
+    assert not hasattr(counts, "predict_proba")
+    assert not hasattr(counts, "decision_function")
+
+
+@pytest.mark.parametrize(("library", "shared"), [("xgboost", False), ("xgboost", True), ("lightgbm", False)])
+def test_several_tasks_with_missing_labels(library, shared):
+    x, s = table()
+    head = jh.MultiHead([jh.BinaryClassHead(name="a"), jh.RegressionHead(name="b")])
+    y = {"a": (s > 0).astype(int), "b": np.where(x[:, 0] > 1, np.nan, s)}
+    where = {"b": ~np.isnan(y["b"])}
+    extra = {"multi_strategy": "multi_output_tree", "tree_method": "hist"} if shared else {}
+    model = boosted(head, library, n_estimators=30, **extra)
+    model.fit(x, y, where=where, eval_set=[(x, y)], eval_where=[where])
+    predicted = model.predict(x)
+    assert (predicted["a"] == y["a"]).mean() > 0.9
+    assert r2_score(s[where["b"]], predicted["b"][where["b"]]) > 0.85
+    np.testing.assert_allclose(model.init_logits_[1], np.nanmean(y["b"]), rtol=1e-5, atol=1e-6)
+    log = model.evals_result_["validation_0"]
+    values = model.measure(x, y, where=where).compute()
+    for key in ("loss/a", "loss/b", "auc/a"):
+        np.testing.assert_allclose(log[key][-1], values[key], atol=2e-6)
+    trees = len(model.booster_.get_dump()) if library == "xgboost" else model.booster_.num_trees()
+    assert trees == (30 if shared else 60)
+    assert model.score(x, {**y, "b": s}) < 0
+    with pytest.raises(ValueError, match="Head 'b'"):
+        boosted(head, library).fit(x, y)
+
+
+@both
+def test_early_stopping_by_a_head_metric(library):
+    x, s = table(400)
+    rng = np.random.default_rng(1)
+    y = (s + 2 * rng.normal(size=400) > 0).astype(int)
+    model = boosted(
+        jh.BinaryClassHead(), library, n_estimators=200, early_stopping_rounds=5, monitor="auc", learning_rate=0.5
+    ).fit(x[:200], y[:200], eval_set=[(x[200:], y[200:])])
+    log = model.evals_result_["validation_0"]
+    assert model.best_iteration_ == np.argmax(log["auc"])
+    assert len(log["auc"]) == model.best_iteration_ + 6 < 200
+    values = model.measure(x[200:], y[200:]).compute()
+    np.testing.assert_allclose(values["auc"], max(log["auc"]), atol=2e-6)
+    np.testing.assert_allclose(values["average_loss"], log["average_loss"][model.best_iteration_], atol=2e-6)
+    assert {"accuracy", "label/mean", "auc_precision_recall"} < log.keys()
+    plain: Any = clone(model)
+    plain.set_params(monitor=None).fit(x[:200], y[:200], eval_set=[(x[200:], y[200:])])
+    assert plain.best_iteration_ == np.argmin(plain.evals_result_["validation_0"]["average_loss"])
+
+
+@both
+def test_what_an_estimator_refuses(library):
+    x, s = table()
+    y = (s > 0).astype(int)
+    two = jh.MultiHead([jh.BinaryClassHead(name="a"), jh.RegressionHead(name="b")])
+    pairs = [(x, y)]
+    for model, given, words in (
+        (boosted(jh.BinaryClassHead(), "catboost"), {}, "booster must be one of"),
+        (boosted(jh.BinaryClassHead(), library, objective="binary"), {}, r"The head decides \['objective'\]"),
+        (boosted(jh.BinaryClassHead(), library, num_boost_round=3), {}, "number of rounds is n_estimators"),
+        (boosted(jh.BinaryClassHead(), library, n_estimators=0), {}, "n_estimators must be an integer"),
+        (boosted(jh.BinaryClassHead(), library, init_score=[1, 2]), {}, "init_score must be None"),
+        (boosted(jh.BinaryClassHead(), library, init_score=np.nan), {}, "init_score must be finite"),
+        (boosted(jh.BinaryClassHead(), library, early_stopping_rounds=3), {}, "needs eval_set"),
+        (
+            boosted(jh.BinaryClassHead(), library, early_stopping_rounds=3, monitor="area"),
+            {"eval_set": pairs},
+            "monitor must be a metric of the head",
+        ),
+        (
+            boosted(jh.BinaryClassHead(), library, early_stopping_rounds=3, monitor="label/mean"),
+            {"eval_set": pairs},
+            "Pass higher_is_better=",
+        ),
+        (boosted(jh.BinaryClassHead(bootstrap=jh.Bootstrap(3)), library), {}, "no slices and no bootstrap"),
+        (boosted(jh.BinaryClassHead("w"), library), {}, "holds the weights"),
+        (boosted(jh.BinaryClassHead(), library), {"sample_weight": np.ones((300, 2))}, r"shape \(300,\)"),
+        (boosted(jh.BinaryClassHead(), library), {"sample_weight": -np.ones(300)}, "not negative"),
+        (
+            boosted(jh.BinaryClassHead(), library),
+            {"eval_set": pairs, "eval_sample_weight": []},
+            "an entry for each of eval_set, 1. Given 0",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model.fit(x, y, **given)
+    labels = {"a": y, "b": s}
+    with pytest.raises(ValueError, match="needs monitor="):
+        boosted(two, library, early_stopping_rounds=3).fit(x, labels, eval_set=[(x, labels)])
+    with pytest.raises(ValueError, match="LightGBM grows a tree for each logit"):
+        boosted(two, "lightgbm", multi_strategy="multi_output_tree").fit(x, labels)
+
+
+@both
+def test_frames_keep_their_categories(library):
+    rng = np.random.default_rng(0)
+    town = rng.integers(0, 8, 400)
+    # By number no split at one place tells them apart.
+    y = np.isin(town, (0, 3, 5)).astype(int)
+    frame = pd.DataFrame({"town": pd.Categorical.from_codes(town, list("hgfedcba")), "noise": rng.normal(size=400)})
+    model = boosted(jh.BinaryClassHead(), library, n_estimators=3, max_depth=1, learning_rate=1.0)
+    if library == "lightgbm":
+        model.set_params(min_data_per_group=1, cat_smooth=0, cat_l2=0, max_cat_to_onehot=1)
+    else:
+        model.set_params(max_cat_to_onehot=1)
+    assert model.fit(frame, y).score(frame, y) == 1
+    assert model.feature_names_in_.tolist() == ["town", "noise"]
+    as_numbers = frame.assign(town=town)
+    again: Any = clone(model)
+    assert again.fit(as_numbers, y).score(as_numbers, y) < 0.9
+
+
+def test_parameters_of_booster_and_estimator_stand_together():
+    head = jh.BinaryClassHead()
+    model = jh.boosting.BoostedHead(head, max_depth=3, n_estimators=7)
+    assert model.get_params()["max_depth"] == 3
+    again: Any = clone(model.set_params(max_depth=2, learning_rate=0.5, hessian="exact"))
+    assert (again.hessian, again.params) == ("exact", {"max_depth": 2, "learning_rate": 0.5})
+    assert again.head == head
+    assert jh.boosting.BoostedHead(head).get_params().keys() == model.get_params().keys() - {
+        "max_depth",
+        "learning_rate",
+    }
+    x, s = table()
+    search = GridSearchCV(boosted(head, n_estimators=3), {"max_depth": [1, 3]}, cv=2, scoring="roc_auc")
+    search.fit(x, np.where(s > 0, "b", "a"))
+    assert search.best_params_ == {"max_depth": 3}
+
+
+@both
+def test_soft_labels_loss_functions_and_starts(library):
+    x, s = table()
+    soft = boosted(jh.BinaryClassHead(), library).fit(x, expit(2 * s))
+    assert r2_score(expit(2 * s), soft.predict_proba(x)[:, 1]) > 0.85
+    assert soft.classes_.tolist() == [0, 1]
+    hinge = boosted(jh.BinaryClassHead(loss_fn=zoo.hinge_per_element), library, hessian="unit").fit(x, s > 0)
+    np.testing.assert_array_equal(hinge.init_logits_, [0])
+    assert hinge.score(x, s > 0) > 0.9
+    far = boosted(jh.RegressionHead(), library, init_score=7.5, n_estimators=1, learning_rate=1e-6).fit(x, s)
+    np.testing.assert_allclose(far.predict(x), 7.5, atol=1e-4)
+    tasks = jh.MultiHead([jh.RegressionHead(name="m"), jh.BinaryClassHead(loss_fn=zoo.hinge_per_element, name="h")])
+    started = boosted(tasks, library, n_estimators=1).fit(x, {"m": s + 3, "h": s > 0})
+    np.testing.assert_allclose(started.init_logits_, np.array([np.mean(s) + 3, 0]), rtol=1e-5)
+
+
+def test_engines_and_exports():
+    assert set(ENGINES) == set(LIBRARIES)
+    assert "BoostedHead" in dir(jh.boosting)
+    with pytest.raises(AttributeError, match="no attribute 'Boosted'"):
+        jh.boosting.Boosted  # noqa: B018
+    # Objectives come without scikit-learn, and nothing here with `import jaxheads`.
+    code = "import sys, jaxheads as jh; jh.boosting.xgboost_objective(jh.BinaryClassHead()); print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"sklearn", "xgboost", "lightgbm"} & set(found)
