@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jaxheads.numerics import inputs, meshes
+from jaxheads.numerics import duals, inputs, meshes
 
 TRAIN, EVAL, PREDICT = "train", "eval", "infer"
 
@@ -255,6 +255,7 @@ def updated(optimizer: Any, grads: Any, opt_state: Any, variables: Any, loss: ja
         opt_state = optimizer.init(variables)
     else:
         check_opt_state(optimizer, opt_state, variables)
+    duals.check_ascends(opt_state, variables)
     updates, opt_state = optimizer.update(grads, opt_state, variables, **extra)
     return optax.apply_updates(variables, updates), opt_state
 
