@@ -86,16 +86,16 @@ def by_name(tree: Any) -> Any:
     )
 
 
-def optimizer() -> Any:
-    return optax.multi_transform(OPTIMIZERS, by_name)
+def optimizer(entry: Entry) -> Any:
+    return entry.optimizer(optax.multi_transform(OPTIMIZERS, by_name), OPTIMIZERS["sgd"])
 
 
 def first_state(entry: Entry) -> jh.TrainState:
-    return jh.TrainState.create(params=first_params(entry), optimizer=optimizer(), head=entry.head, key=KEY)
+    return jh.TrainState.create(params=first_params(entry), optimizer=optimizer(entry), head=entry.head, key=KEY)
 
 
 def make_step(entry: Entry, axis_name: str | None = None, micro_batches: int = 1) -> Callable[..., Any]:
-    return jh.make_train_step(entry.head, network, optimizer(), axis_name=axis_name, micro_batches=micro_batches)
+    return jh.make_train_step(entry.head, network, optimizer(entry), axis_name=axis_name, micro_batches=micro_batches)
 
 
 def run(

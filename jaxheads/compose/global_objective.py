@@ -1,5 +1,6 @@
 """Losses of a whole data set, not of its rows: precision at recall and its kin, areas under curves."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -222,7 +223,8 @@ class GlobalObjectiveHead(AbstractWrapperHead):
     def _problem(self) -> formulas.Problem:
         if not self._has_anchors:
             return formulas.problem(self.objective, self._per_label(self.target))
-        anchors = np.linspace(*self.precision_range, self.num_anchors + 2)[1:-1]
+        low, high = self.precision_range
+        anchors = np.linspace(low, high, self.num_anchors + 2)[1:-1]
         return formulas.problem(RECALL_AT_PRECISION, np.broadcast_to(anchors, self._shape))
 
     def _per_label(self, value: Any) -> np.ndarray:
@@ -249,10 +251,20 @@ class GlobalObjectiveHead(AbstractWrapperHead):
     ) -> dict[str, Any]:
         return self.base._gather(labels, logits, features, weights, where, check)
 
-    def losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
-        """One loss an example, `[..., 1]`: its Lagrangian, or what it adds to the loss of pairs among these rows."""
-        if not self._is_constrained:
-            return self._pair_losses(labels, logits, masking.ones_like(logits[..., :1]), None)
+    def losses(
+        self, labels: jax.Array, logits: jax.Array, weights: jax.Array | None = None, axis_name: Any = None
+    ) -> jax.Array:
+        """One loss an example, `[..., 1]`: its Lagrangian; or what it adds to the loss of pairs among these rows.
+
+        `weights` and `axis_name` are for pairs alone: what the other rows weigh, and on which devices there are more.
+        """
+        if self._is_constrained:
+            return self._lagrangians(labels, logits)
+        weights = masking.ones_like(logits[..., :1]) if weights is None else weights
+        rows = formulas.Rows(*(meshes.all_rows(x, axis_name) for x in (labels, logits, weights)))
+        return formulas.pair_losses(self.surrogate, labels, logits, rows, self.normalize)
+
+    def _lagrangians(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
         labels, logits = self._at_anchors(labels, logits)
         errors, counted = self._errors(labels, logits)
         values = formulas.lagrangian(
@@ -278,17 +290,13 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         surrogates = formulas.surrogates(self.surrogate, logits)
         return tuple(formulas.split(labels, errors) for errors in (surrogates, formulas.indicators(logits)))  # pyright: ignore[reportReturnType]  # two
 
-    def _pair_losses(self, labels: jax.Array, logits: jax.Array, weights: jax.Array, axis_name: Any) -> jax.Array:
-        rows = formulas.Rows(*(meshes.all_rows(x, axis_name) for x in (labels, logits, weights)))
-        return formulas.pair_losses(self.surrogate, labels, logits, rows, self.normalize)
-
     def _loss_sums(self, batch: dict[str, Any], axis_name: Any) -> jax.Array:
         if self._is_constrained:
             return super()._loss_sums(batch, axis_name)
         elements = batches.clean(self.label_spec, batch)
         batches.debug_check(elements, type(self).__name__)
         weights = elements.weights if elements.scale is None else elements.weights * elements.scale
-        term = Term(self._pair_losses(elements.labels, elements.logits, weights, axis_name)).scaled(elements.scale)
+        term = Term(self.losses(elements.labels, elements.logits, weights, axis_name)).scaled(elements.scale)
         return terms.loss_sums(term, elements, self.loss_reduction)
 
     def _divisor_of(self, sums: jax.Array) -> Any:
@@ -340,8 +348,10 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         surrogates, counted = self._errors(entries, decided)
         multipliers = masking.ones_like(decided) * _leading(self.lagrange_multipliers, decided)
         parts = (labels, *surrogates, *counted, multipliers)
-        columns = jnp.concatenate([x.reshape(*logits.shape[:-1], -1) for x in parts], axis=-1)
-        lagrangian = Mean(self.losses(labels, logits))
+        lead = logits.shape[:-1]
+        columns = [x.reshape(*lead, math.prod(x.shape[len(lead) :])) for x in parts]
+        columns = jnp.concatenate(columns, axis=-1)
+        lagrangian = Mean(self._lagrangians(labels, logits))
         return {**seen, LAGRANGIAN: lagrangian, RATES: ColumnMeans(columns, tuple(range(columns.shape[-1])))}
 
     def read(self, seen: Mapping[str, Any]) -> dict[tuple[str, str | None], Any]:
@@ -358,11 +368,11 @@ class GlobalObjectiveHead(AbstractWrapperHead):
 
     def _objective_metrics(self, rates: MeanView) -> dict[str, Any]:
         xp, n, scale, problem = rates.xp, self.logits_dimension, formulas.SCALE[self.surrogate], self._problem
-        lead = rates.total.shape[:-1]
+        lead, anchors = rates.total.shape[:-1], math.prod(self._shape) // n
         positives, weight = rates.total[..., :n], rates.weight[..., :n]
         # Of each label, and of each anchor (there may be one): a last axis more than labels have.
         missed, alarmed, missed_01, alarmed_01, multipliers = (
-            rates.total[..., n:].reshape(*lead, 5, n, -1)[..., i, :, :] for i in range(5)
+            rates.total[..., n:].reshape(*lead, 5, n, anchors)[..., i, :, :] for i in range(5)
         )
         positives, weight = positives[..., None], weight[..., None]
         negatives = weight - positives

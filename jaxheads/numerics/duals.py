@@ -34,7 +34,7 @@ def check_ascends(opt_state: Any, params: Any) -> None:
     states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, PrimalDualState))
     if has_multipliers(params) and not any(isinstance(x, PrimalDualState) for x in states):
         raise ValueError(
-            f"The parameters hold multipliers ({MULTIPLIERS!r}), and this optimizer would minimize over them: they would"
-            " fall without end, where they must rise while a constraint is violated. Wrap it: optimizer = "
+            f"The parameters hold multipliers ({MULTIPLIERS!r}), and this optimizer would minimize over them: they "
+            "fall without end, where they must rise while a constraint is violated. Wrap it: optimizer = "
             "jh.training.primal_dual(optimizer)."
         )

@@ -21,7 +21,7 @@ def primal_dual(
     """Descends on the parameters by one optimizer, and ascends on the multipliers of a head by another.
 
     Multipliers are the leaves called `lagrange_multipliers`, wherever they stand in the tree of parameters. They move
-    up where their constraint is violated, and end on `[0, max_multiplier]`: by projection, so that one at 0 rises again.
+    up where their constraint is violated, and are kept in `[0, max_multiplier]` by projection: one at 0 rises again.
     Neither weight decay nor a clip of the global norm in `optimizer` reaches them, nor do they count in that norm.
 
     A head's loss is the mean of as many Lagrangians as a leaf has multipliers, one for each label and anchor. Each is
