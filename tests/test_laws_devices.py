@@ -21,6 +21,7 @@ from devices import (
     assert_close,
     assert_same,
     batches_of,
+    by_name,
     count,
     draw,
     entry_of,
@@ -53,7 +54,7 @@ def training_by_hand(entry):
     params = {**first_params(entry), "head": entry.head.init(jax.random.split(jax.random.key(0))[0])}
     leaves, structure = jax.tree.flatten(jax.tree.map(lambda x: np.asarray(x, np.float64), params))
     is_dual = jax.tree.leaves(jax.tree_util.tree_map_with_path(lambda path, _: duals.is_multiplier(path), params))
-    is_adam = jax.tree.leaves({key: jax.tree.map(lambda _, key=key: key == "adam", params[key]) for key in params})
+    is_adam = [kind == "adam" for kind in jax.tree.leaves(by_name(entry, params))]
     moments, state, losses = [(np.zeros_like(x), np.zeros_like(x)) for x in leaves], entry.head.init_state(), []
     for step, batch in enumerate(batches_of(entry), start=1):
         rows = (batch["weights"], batch["where"])

@@ -516,7 +516,7 @@ def global_metrics(objective, target, surrogate, priors, base_metrics, watched=N
             elif objective == "tpr_at_fpr":
                 violation = fp / q - targets
             else:
-                violation = (targets * fp - (1 - targets) * (p - fn)) / p
+                violation = (targets * fp - (1 - targets) * (p - fn)) / np.where(p > 0, p, np.nan)
             there = violation[~np.isnan(violation)]
             sums.append((fn, fp, there.max() if there.size else np.nan))
         (fn, fp, bound), (_, _, violation) = sums
