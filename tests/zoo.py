@@ -685,7 +685,7 @@ ZOO += (
         watched=1,
     ),
     global_entry("tpr_at_fpr", 0.25, soft, jh.BinaryClassHead(loss_reduction="sum"), "hinge", priors=(0.3,)),
-    global_entry("fpr_at_tpr", 0.8, bits, jh.BinaryClassHead(loss_reduction="sum_by_nonzero_weights"), priors=(0.5,)),
+    global_entry("fpr_at_tpr", 0.8, bits, jh.BinaryClassHead(loss_reduction="mean"), priors=(0.5,)),
     global_entry(
         "precision_recall_auc",
         None,
