@@ -26,11 +26,11 @@ BINARY, THREE = jh.BinaryClassHead(), jh.MultiLabelHead(3)
 mixed_dtypes = functools.partial(jax.numpy_dtype_promotion, "standard")
 
 
-def objective(name, target=None, base=THREE, priors: Any = PRIORS, **options):
+def objective(name: str, target: Any = None, base: Any = THREE, priors: Any = PRIORS, **options: Any) -> Any:
     return jh.GlobalObjectiveHead(base, name, target, label_priors=priors, **options)
 
 
-def with_multipliers(head, value):
+def with_multipliers(head: Any, value: float) -> Any:
     """What the head learns, with multipliers of this value."""
     params = head.init(jax.random.key(0))
     return {**params, "lagrange_multipliers": jnp.full_like(params["lagrange_multipliers"], value)}
@@ -141,7 +141,7 @@ def test_pairs_are_all_pairs_whatever_the_chunks(n, surrogate):
     rng = np.random.default_rng(n)
     labels = np.round(rng.random((n, 2)) * 4).astype(np.float32) / 4
     labels[:2] = [[0, 1], [1, 0]]
-    logits, weights = rng.normal(size=(n, 2)).astype(np.float32), rng.choice(np.float32([0, 0.5, 2]), n)
+    logits, weights = rng.normal(size=(n, 2)).astype(np.float32), rng.choice(np.array([0, 0.5, 2], np.float32), n)
     head = jh.GlobalObjectiveHead(jh.MultiLabelHead(2, loss_reduction="mean"), "roc_auc", surrogate=surrogate)
     loss, gradient = jax.value_and_grad(lambda z: head.loss(labels, z, weights=weights))(logits)
     np.testing.assert_allclose(loss, brute_force(labels, logits, weights, surrogate), rtol=2e-6)
@@ -181,7 +181,8 @@ def test_memory_of_pairs_is_linear_in_the_batch():
     def memory(n):
         given = np.zeros((n, 1), np.int32), np.zeros((n, 1), np.float32)
         compiled = jax.jit(jax.grad(lambda z, y: head.loss(y, z))).lower(given[1], given[0]).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        analysis: Any = compiled.memory_analysis()
+        return analysis.temp_size_in_bytes
 
     one, four = memory(16_384), memory(65_536)
     assert four < 4.5 * one
@@ -253,7 +254,8 @@ def ascent(head, labels, logits, rate=1.0, multiplier=1.0, params=None):
     gradients = jax.grad(lambda p: head.loss(labels, logits, params=p))(learned)
     optimizer = primal_dual(optax.sgd(0.0), optax.sgd(rate))
     updates, _ = optimizer.update(gradients, optimizer.init(learned), learned)
-    return np.asarray(optax.apply_updates(learned, updates)["lagrange_multipliers"])
+    new: Any = optax.apply_updates(learned, updates)
+    return np.asarray(new["lagrange_multipliers"])
 
 
 @pytest.mark.parametrize(
@@ -323,7 +325,7 @@ def reference_multipliers(factor, optimizer, steps=5):
         m = jax.lax.stop_gradient((1 + factor) * m) - factor * m
         return m * 0.1  # a constraint that is violated by as much at every step
 
-    v = jnp.float32(1)
+    v: Any = jnp.float32(1)
     state = optimizer.init(v)
     for _ in range(steps):
         updates, state = optimizer.update(jax.grad(loss)(v), state, v)
@@ -332,7 +334,7 @@ def reference_multipliers(factor, optimizer, steps=5):
 
 
 def multipliers_by(optimizer, steps=5):
-    params = {"w": jnp.float32(0), "lagrange_multipliers": jnp.float32(1)}
+    params: Any = {"w": jnp.float32(0), "lagrange_multipliers": jnp.float32(1)}
     state = optimizer.init(params)
     for _ in range(steps):
         gradients = {"w": jnp.float32(0), "lagrange_multipliers": jnp.float32(0.1)}
@@ -358,7 +360,7 @@ def test_what_is_meant_for_the_network_does_not_reach_the_multipliers():
     optimizer = primal_dual(chain, optax.sgd(1.0))
     params = {"w": jnp.float32(2), "lagrange_multipliers": jnp.float32(4)}
     gradients = {"w": jnp.float32(0.5), "lagrange_multipliers": jnp.float32(100)}
-    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    updates: Any = optimizer.update(gradients, optimizer.init(params), params)[0]
     assert updates["w"] == -0.5 - 0.5 * 2
     assert updates["lagrange_multipliers"] == 100
 
@@ -380,11 +382,13 @@ def test_the_network_has_its_optimizer_with_all_that_it_wants():
     state = jh.TrainState.create(params=params, optimizer=optimizer, head=head, key=jax.random.key(0))
     assert isinstance(state.opt_state, PrimalDualState)
     step = jax.jit(jh.make_train_step(head, lambda p, x: x @ p["w"], optimizer))
+    losses = []
     with mixed_dtypes():
         for _ in range(3):
             state, out = step(state, {"features": LOGITS[:, :1], "labels": LABELS[:, 0]})
+            losses.append(out.loss)
     assert state.opt_state.steps == 3
-    assert np.isfinite(out.loss)
+    assert np.isfinite(losses).all()
 
 
 @pytest.mark.parametrize(
@@ -651,7 +655,8 @@ def precision_held_out(head, dual_optimizer=None, seed=0, steps=150):
 def test_precision_at_a_recall_where_cross_entropy_fails(seed):
     plain, _ = precision_held_out(BINARY, seed=seed)
     assert plain == pytest.approx(0.15, abs=0.005)
-    for options in ({}, {"surrogate": "hinge"}, {"constraint": "zero_one"}):
+    every: tuple[dict[str, Any], ...] = ({}, {"surrogate": "hinge"}, {"constraint": "zero_one"})
+    for options in every:
         head = jh.GlobalObjectiveHead(BINARY, "precision_at_recall", 0.98, **options)
         found, state = precision_held_out(head, seed=seed)
         assert found >= 0.8, options

@@ -9,7 +9,8 @@ from zoo import ZOO
 from tpu_compile.programs import CHIPS, INPUTS, PROGRAMS, ROWS, analyzed, mapped_step, mesh_of
 
 pytestmark = pytest.mark.tpu
-each = pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
+# Pairs of rows gather them, and take as many steps as there are pairs: no bound of these fits.
+each = pytest.mark.parametrize("entry", [entry for entry in ZOO if entry.whole is None], ids=lambda entry: entry.name)
 # Large batches take a compiler five times as long: one generation compiles both.
 each_chip = pytest.mark.parametrize(
     ("chip", "rows"),
