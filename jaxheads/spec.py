@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jaxheads.numerics import duals, inputs, meshes
+from jaxheads.numerics import inputs, meshes
 
 TRAIN, EVAL, PREDICT = "train", "eval", "infer"
 
@@ -247,6 +247,8 @@ def averaged(model_state: Any, axis_name: Any) -> Any:
 def updated(optimizer: Any, grads: Any, opt_state: Any, variables: Any, loss: jax.Array) -> tuple[Any, Any]:
     """The next variables and optimizer state; what some optimizers want beside the gradients is given to all."""
     import optax
+
+    from jaxheads.numerics import duals
 
     declared = inspect.signature(optimizer.update).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in declared.values())

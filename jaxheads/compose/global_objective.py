@@ -13,7 +13,8 @@ from jaxheads.head import AVERAGE_LOSS, Head, Term, learned, running, subheads
 from jaxheads.heads import BinaryClassHead, MultiLabelHead
 from jaxheads.losses import global_objectives as formulas
 from jaxheads.losses import terms
-from jaxheads.metrics import ColumnMeans, Interval, Mean, MeanView, Observation, ScoresView
+from jaxheads.metrics import Interval, Mean, Observation, ScoresView
+from jaxheads.metrics.mean import Sums, SumsView
 from jaxheads.metrics.operating import (
     PrecisionAtRecall,
     RecallAtPrecision,
@@ -277,7 +278,8 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         )
         if self._has_anchors:
             values = jnp.mean(values, axis=-1)
-        return jnp.mean(values, axis=-1, keepdims=True)
+        # Of one label there is no mean: the reduction of an axis of size 1 is slow on a CPU.
+        return values if values.shape[-1] == 1 else jnp.mean(values, axis=-1, keepdims=True)
 
     def _at_anchors(self, labels: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Labels and logits, `[..., n]`; with anchors, each at all of them: `[..., n, 1]` and `[..., n, anchors]`."""
@@ -347,12 +349,9 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         entries, decided = self._at_anchors(labels, logits)
         surrogates, counted = self._errors(entries, decided)
         multipliers = masking.ones_like(decided) * _leading(self.lagrange_multipliers, decided)
-        parts = (labels, *surrogates, *counted, multipliers)
         lead = logits.shape[:-1]
-        columns = [x.reshape(*lead, math.prod(x.shape[len(lead) :])) for x in parts]
-        columns = jnp.concatenate(columns, axis=-1)
-        lagrangian = Mean(self._lagrangians(labels, logits))
-        return {**seen, LAGRANGIAN: lagrangian, RATES: ColumnMeans(columns, tuple(range(columns.shape[-1])))}
+        columns = (x.reshape(*lead, math.prod(self._shape)) for x in (*surrogates, *counted, multipliers))
+        return {**seen, LAGRANGIAN: Mean(self._lagrangians(labels, logits)), RATES: Sums((labels, *columns))}
 
     def read(self, seen: Mapping[str, Any]) -> dict[tuple[str, str | None], Any]:
         """What the base head reads, and what the objective is about."""
@@ -366,13 +365,13 @@ class GlobalObjectiveHead(AbstractWrapperHead):
             values[key, self.suffix] = value
         return {**values, **{(key, self.suffix): value for key, value in self._achieved(seen["scores"]).items()}}
 
-    def _objective_metrics(self, rates: MeanView) -> dict[str, Any]:
+    def _objective_metrics(self, rates: SumsView) -> dict[str, Any]:
         xp, n, scale, problem = rates.xp, self.logits_dimension, formulas.SCALE[self.surrogate], self._problem
-        lead, anchors = rates.total.shape[:-1], math.prod(self._shape) // n
-        positives, weight = rates.total[..., :n], rates.weight[..., :n]
+        positives, *others = rates.sums
+        weight = xp.ones_like(positives) * rates.weight
         # Of each label, and of each anchor (there may be one): a last axis more than labels have.
         missed, alarmed, missed_01, alarmed_01, multipliers = (
-            rates.total[..., n:].reshape(*lead, 5, n, anchors)[..., i, :, :] for i in range(5)
+            x.reshape(*x.shape[:-1], n, math.prod(self._shape) // n) for x in others
         )
         positives, weight = positives[..., None], weight[..., None]
         negatives = weight - positives
