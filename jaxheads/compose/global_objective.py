@@ -1,5 +1,6 @@
 """Losses of a whole data set, not of its rows: precision at recall and its kin, areas under curves."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,28 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxheads.compose import _rates
 from jaxheads.compose._abstract import AbstractWrapperHead
 from jaxheads.head import AVERAGE_LOSS, Head, Term, learned, running, subheads
 from jaxheads.heads import BinaryClassHead, MultiLabelHead
 from jaxheads.losses import global_objectives as formulas
 from jaxheads.losses import terms
-from jaxheads.metrics import Interval, Mean, Observation, ScoresView
-from jaxheads.metrics.mean import Sums, SumsView
-from jaxheads.metrics.operating import (
-    PrecisionAtRecall,
-    RecallAtPrecision,
-    SensitivityAtSpecificity,
-    SpecificityAtSensitivity,
-)
+from jaxheads.metrics import Mean, Observation, ScoresView
+from jaxheads.metrics.mean import Sums
 from jaxheads.metrics.state import metric_names
 from jaxheads.numerics import batch as batches
 from jaxheads.numerics import fields, masking, meshes, pairs
 from jaxheads.numerics.batch import Elements
 
-PRECISION_AT_RECALL, RECALL_AT_PRECISION = "precision_at_recall", "recall_at_precision"
-TPR_AT_FPR, FPR_AT_TPR = "tpr_at_fpr", "fpr_at_tpr"
+RECALL_AT_PRECISION, TPR_AT_FPR = "recall_at_precision", "tpr_at_fpr"
 PRECISION_RECALL_AUC, ROC_AUC = "precision_recall_auc", "roc_auc"
-CONSTRAINED = (PRECISION_AT_RECALL, RECALL_AT_PRECISION, TPR_AT_FPR, FPR_AT_TPR)
+CONSTRAINED = tuple(_rates.ACHIEVED)
 OBJECTIVES = (*CONSTRAINED, PRECISION_RECALL_AUC, ROC_AUC)
 CONSTRAINTS, NORMALIZATIONS = ("surrogate", "zero_one"), ("pairs", "batch")
 LAGRANGIAN, RATES = "objective/lagrangian", "objective/rates"
@@ -166,6 +161,7 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field} must be one of {known}. Given {getattr(self, field)!r}.")
+        self._check_options()
         self._check_targets()
         self._check_anchors()
         if not _is_finite(self.initial_multiplier) or self.initial_multiplier < 0:
@@ -175,16 +171,24 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         if self.base.extra_metrics:
             metric_names(fields.unbound(self))  # refuses names that clash
 
+    def _check_options(self) -> None:
+        """Refuses what another objective reads, if it was given: here it would do nothing."""
+        read = {
+            "target": self.objective in CONSTRAINED,
+            **dict.fromkeys(("num_anchors", "precision_range"), self._has_anchors),
+            **dict.fromkeys(("constraint", "label_priors", "initial_multiplier"), self._is_constrained),
+            "normalize": not self._is_constrained,
+        }
+        for field in dataclasses.fields(self):
+            if not read.get(field.name, True) and (value := getattr(self, field.name)) != field.default:
+                raise ValueError(f"{self.objective} reads no {field.name}. Given {value!r}. Leave it out.")
+
     def _check_targets(self) -> None:
         low_is_legal = self.objective == TPR_AT_FPR
         legal = "in [0, 1)" if low_is_legal else "in (0, 1]"
         if self.objective in CONSTRAINED:
             self._each("target", lambda t: 0 <= t < 1 if low_is_legal else 0 < t <= 1, f"a number {legal}")
-        elif self.target is not None:
-            raise ValueError(f"{self.objective} has no target. Given target={self.target!r}. Leave it out.")
         if self.label_priors is not None:
-            if self.objective == ROC_AUC:
-                raise ValueError(f"roc_auc reads no label_priors. Given {self.label_priors!r}. Leave them out.")
             self._each("label_priors", lambda p: 0 <= p <= 1, "a share in [0, 1]")
 
     def _check_anchors(self) -> None:
@@ -351,53 +355,24 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         multipliers = masking.ones_like(decided) * _leading(self.lagrange_multipliers, decided)
         lead = logits.shape[:-1]
         columns = (x.reshape(*lead, math.prod(self._shape)) for x in (*surrogates, *counted, multipliers))
-        return {**seen, LAGRANGIAN: Mean(self._lagrangians(labels, logits)), RATES: Sums((labels, *columns))}
+        return {
+            **seen,
+            LAGRANGIAN: Mean(self._lagrangians(labels, logits)),
+            RATES: Sums((labels, 1 - labels, *columns)),
+        }
 
     def read(self, seen: Mapping[str, Any]) -> dict[tuple[str, str | None], Any]:
         """What the base head reads, and what the objective is about."""
         values = self.base.read({key: view for key, view in seen.items() if key not in (LAGRANGIAN, RATES)})
         if not self._is_constrained:
             return values
-        own = {**self._objective_metrics(seen[RATES]), "lagrangian": seen[LAGRANGIAN].mean}
+        own = _rates.of_constraint(seen[RATES], self._problem, self._shape, formulas.SCALE[self.surrogate])
+        own["lagrangian"] = seen[LAGRANGIAN].mean
         for key, value in own.items():
             if (key, self.suffix) in values:
                 raise ValueError(f"The base head has a metric {key!r}, which this one gives too. Name it otherwise.")
             values[key, self.suffix] = value
         return {**values, **{(key, self.suffix): value for key, value in self._achieved(seen["scores"]).items()}}
-
-    def _objective_metrics(self, rates: SumsView) -> dict[str, Any]:
-        xp, n, scale, problem = rates.xp, self.logits_dimension, formulas.SCALE[self.surrogate], self._problem
-        positives, *others = rates.sums
-        weight = xp.ones_like(positives) * rates.weight
-        # Of each label, and of each anchor (there may be one): a last axis more than labels have.
-        missed, alarmed, missed_01, alarmed_01, multipliers = (
-            x.reshape(*x.shape[:-1], n, math.prod(self._shape) // n) for x in others
-        )
-        positives, weight = positives[..., None], weight[..., None]
-        negatives = weight - positives
-        problem = jax.tree.map(lambda x: np.asarray(x, missed.dtype).reshape(n, -1) if np.ndim(x) else x, problem)
-        allowed = problem.allowed.of((positives, negatives))
-        support = (negatives if self.objective == TPR_AT_FPR else positives) * xp.ones_like(missed)
-
-        def worst(errors: Any) -> Any:
-            found = rates.zeroed().ratio(problem.constraint.of(errors) - allowed, support)
-            largest = xp.where(support > 0, found, xp.full_like(found, -np.inf)).max((-2, -1))
-            return xp.where((support > 0).any((-2, -1)), largest, xp.full_like(largest, rates.undefined))
-
-        def share(errors: Any, of: Any) -> Any:
-            return rates.ratio(errors.sum((-2, -1)), (of * xp.ones_like(errors)).sum((-2, -1)))
-
-        each = weight * xp.ones_like(missed)
-        surrogate = missed / scale, alarmed / scale
-        return {
-            "objective": share(problem.objective.of((missed, alarmed)), weight),
-            "constraint_violation": worst((missed_01, alarmed_01)),
-            "constraint_violation_surrogate": worst(surrogate),
-            "multiplier/mean": share(multipliers, weight),
-            "multiplier/max": rates.ratio(multipliers, each).max((-2, -1)),
-            "recall_lower_bound": share(positives - surrogate[0], positives),
-            "false_positive_rate_upper_bound": share(surrogate[1], negatives),
-        }
 
     def _achieved(self, scores: ScoresView) -> dict[str, Any]:
         """What can be had at the target, of the one label or of those that have a histogram of their own."""
@@ -405,40 +380,19 @@ class GlobalObjectiveHead(AbstractWrapperHead):
             return {}
         targets = self._per_label(self.target)
         if self.logits_dimension == 1:
-            return _achieved(self.objective, float(targets[0]), scores)
+            return _rates.achieved(self.objective, float(targets[0]), scores)
         return {
             f"{key}/{scores.names[label]}": value
             for label, view in scores.columns.items()
-            for key, value in _achieved(self.objective, float(targets[label]), view).items()
+            for key, value in _rates.achieved(self.objective, float(targets[label]), view).items()
         }
 
     def read_loss(self, seen: Mapping[str, Any]) -> Any:
         """The Lagrangian of all data seen; of pairs, which do not add up over batches, the share in the wrong order."""
         if not self._is_constrained:
             scores = seen["scores"]
-            return scores.where(_has_pairs(scores), 1 - scores.roc_auc().value)
+            return scores.where(_rates.has_pairs(scores), 1 - scores.roc_auc().value)
         return super().read_loss({**seen, AVERAGE_LOSS: seen[LAGRANGIAN]})
-
-
-def _achieved(objective: str, target: float, scores: ScoresView) -> dict[str, Any]:
-    """The best of what is optimized while the target is held, and at which threshold."""
-    metric = {
-        PRECISION_AT_RECALL: lambda: PrecisionAtRecall(target),
-        RECALL_AT_PRECISION: lambda: RecallAtPrecision(target),
-        TPR_AT_FPR: lambda: SensitivityAtSpecificity(1 - target),
-        FPR_AT_TPR: lambda: SpecificityAtSensitivity(target),
-    }[objective]()
-    found = metric.read(scores)
-    if objective == FPR_AT_TPR:
-        specificity = found[""]
-        value, lower, upper = (1 - x for x in (specificity.value, specificity.upper, specificity.lower))
-        found[""] = Interval(*(scores.where(_has_pairs(scores), x) for x in (value, lower, upper)))
-    return {f"{objective}_{target:g}{part}": value for part, value in found.items()}
-
-
-def _has_pairs(scores: ScoresView) -> Any:
-    """Whether there are positives and negatives."""
-    return (scores.positives > 0) & (scores.negatives > 0)
 
 
 def _leading(x: Any, like: jax.Array) -> Any:

@@ -82,7 +82,7 @@ class ColumnMeans(Observation):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sums(Observation):
-    """The weighted sums of all columns of several arrays, and the weight.
+    """The weighted sums of all columns of several arrays.
 
     Args:
         parts: arrays `[..., d]`, each with a d of its own.
@@ -92,31 +92,28 @@ class Sums(Observation):
 
     @property
     def size(self) -> int:
-        """A sum for each column, and the weight."""
-        return 1 + sum(part.shape[-1] for part in self.parts)
+        """A sum for each column."""
+        return sum(part.shape[-1] for part in self.parts)
 
     def reduce(self, weights: jax.Array) -> jax.Array:
-        """The weight `[1]`, then the sums of the parts."""
+        """The sums of this batch, part by part."""
         each = (masking.weighted(part, weights * masking.ones_like(part)) for part in self.parts)
-        sums = (masking.total(x)[None] if x.shape[-1] == 1 else masking.column_totals(x) for x in each)
-        return jnp.concatenate([masking.total(weights)[None], *sums])
+        return jnp.concatenate([masking.total(x)[None] if x.shape[-1] == 1 else masking.column_totals(x) for x in each])
 
     def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
         """For all groups at once: nothing but sums."""
         return groups.at_once(lambda inside: self.reduce(weights * inside))
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "SumsView":
-        """What the sums are, part by part."""
-        ends = np.cumsum([1, *(part.shape[-1] for part in self.parts)])
-        parts = tuple(sums[..., start:end] for start, end in itertools.pairwise(ends))
-        return SumsView(xp, undefined, weight=sums[..., :1], sums=parts)
+        """The sums, part by part."""
+        ends = np.cumsum([0, *(part.shape[-1] for part in self.parts)])
+        return SumsView(xp, undefined, tuple(sums[..., start:end] for start, end in itertools.pairwise(ends)))
 
 
 @dataclasses.dataclass(frozen=True)
 class SumsView(View):
-    """Sums that can be read: `sums [..., d]`, and the `weight [..., 1]` that they are of."""
+    """Sums that can be read: of each part, `[..., d]`."""
 
-    weight: Any
     sums: tuple[Any, ...]
 
 
