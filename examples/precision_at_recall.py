@@ -168,11 +168,11 @@ def compare(task: Task, split: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def verdict(gains: np.ndarray, rows: tuple[int, int]) -> dict[str, Any]:
-    """The mean difference with an interval, and in words; `rows` of the test and of training."""
+def verdict(gains: np.ndarray, shared: float) -> dict[str, Any]:
+    """The mean difference with an interval, and in words; `shared`: test rows for each of training, if splits overlap."""
     mean, spread = float(gains.mean()), float(gains.std(ddof=1))
     # Splits share rows, so that seeds are no independent draws.
-    half = float(stats.t.ppf(0.975, len(gains) - 1) * spread * np.sqrt(1 / len(gains) + rows[0] / rows[1]))
+    half = float(stats.t.ppf(0.975, len(gains) - 1) * spread * np.sqrt(1 / len(gains) + shared))
     words = "higher" if mean > half else "lower" if mean < -half else "no different, as far as these seeds can tell"
     return {"difference": mean, "interval": [mean - half, mean + half], "words": words}
 
@@ -221,10 +221,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         keys = list(found[0][WAYS[0]])
         values = {way: {key: np.array([each[way][key] for each in found]) for key in keys} for way in WAYS}
         first, second = (values[way]["precision at tuned threshold"] for way in WAYS)
-        rows = tuple(len(task.splits[0][part][1]) for part in ("test", "train"))
+        test, training = (len(task.splits[0][part][1]) for part in ("test", "train"))
         results[name] = {way: {key: float(v.mean()) for key, v in values[way].items()} for way in WAYS}
         # Clouds are drawn anew for each seed, and share nothing.
-        told = verdict(second - first, rows if name == "loans" else (0, 1))
+        told = verdict(second - first, test / training if name == "loans" else 0.0)
         results[name]["verdict"] = told
         results[name]["by_seed"] = {way: {key: v.tolist() for key, v in values[way].items()} for way in WAYS}
         table = {key: [cell(values[way][key].mean(), 3) for way in WAYS] for key in keys}

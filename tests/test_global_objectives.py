@@ -469,7 +469,7 @@ def test_what_would_go_the_wrong_way_is_refused():
             "num_anchors must be an integer of at least 1. Given 0",
         ),
         (
-            {"precision_range": (0.9, 0.1)},
+            {"objective": "precision_recall_auc", "target": None, "precision_range": (0.9, 0.1)},
             r"precision_range must be two numbers in \[0, 1\], rising. Given \(0.9, 0.1\)",
         ),
         ({"operating_point": math.inf}, "operating_point of precision_at_recall must be a finite logit. Given inf"),
