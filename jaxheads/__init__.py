@@ -46,6 +46,7 @@ if _typing.TYPE_CHECKING:
     from jaxheads import boosting as boosting
     from jaxheads import nn as nn
     from jaxheads import training as training
+    from jaxheads.compose import GlobalObjectiveHead as GlobalObjectiveHead
     from jaxheads.compose import MultiHead as MultiHead
     from jaxheads.compose import SequentialHeadWrapper as SequentialHeadWrapper
     from jaxheads.compose import binary_or_multi_class_head as binary_or_multi_class_head
@@ -67,7 +68,7 @@ __version__ = "0.1.0"
 
 # Upper floors, imported when first asked for.
 _LAZY: dict[str, str] = dict.fromkeys(
-    ("MultiHead", "SequentialHeadWrapper", "binary_or_multi_class_head"), "jaxheads.compose"
+    ("GlobalObjectiveHead", "MultiHead", "SequentialHeadWrapper", "binary_or_multi_class_head"), "jaxheads.compose"
 )
 _LAZY |= dict.fromkeys(
     ("ClassificationOutput", "EstimatorSpec", "PredictOutput", "RegressionOutput", "TrainOp"), "jaxheads.spec"

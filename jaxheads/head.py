@@ -442,7 +442,7 @@ class Head(Configuration, abc.ABC):
         Only the shape of the logits matters, unless the head counts elements by them.
         """
         head = self._ready(params)
-        sums = head._loss_sums(head._gather(labels, logits, features, weights, where, None))
+        sums = head._loss_sums(head._gather(labels, logits, features, weights, where, None), axis_name)
         return head._divisor_of(meshes.psum(sums, axis_name))
 
     def create_estimator_spec(
@@ -675,15 +675,18 @@ class Head(Configuration, abc.ABC):
 
     def _global_sums(self, batch: dict[str, Any], axis_name: Any) -> jax.Array:
         """`_loss_sums` over all devices. What the head learns is typed as differing over them for these sums alone."""
-        return meshes.psum(meshes.varying(self, axis_name)._loss_sums(batch), axis_name)
+        return meshes.psum(meshes.varying(self, axis_name)._loss_sums(batch, axis_name), axis_name)
 
     @property
     def _loss_size(self) -> int:
         """How many numbers `_loss_sums` gives."""
         return 3
 
-    def _loss_sums(self, batch: dict[str, Any]) -> jax.Array:
-        """What the loss is made of, `[_loss_size]`, additive over devices: weighted sum, divisor, live elements."""
+    def _loss_sums(self, batch: dict[str, Any], axis_name: Any) -> jax.Array:
+        """What the loss is made of, `[_loss_size]`, additive over devices: weighted sum, divisor, live elements.
+
+        A head whose rows depend on each other looks for those of other devices along `axis_name`.
+        """
         elements = batches.clean(self.label_spec, batch)
         batches.debug_check(elements, type(self).__name__)
         return terms.loss_sums(self._term(elements), elements, Reduction.of(self.loss_reduction))
@@ -766,7 +769,7 @@ class Head(Configuration, abc.ABC):
         With the divisor, also what the loss of all the elements that metrics count is divided by.
         """
         elements = batches.clean(self.label_spec, batch)
-        term = self._term(elements)
+        term = self._average_term(elements)
         observations = {AVERAGE_LOSS: Mean(*term), **self._observations(elements.labels, elements.logits)}
         weights, bad, groups = elements.counted, elements.bad, None
         if self.slices is not None:
@@ -806,6 +809,10 @@ class Head(Configuration, abc.ABC):
         losses = self.losses(elements.labels, elements.logits, *features)
         lead = tuple(elements.logits.shape)[:-1]
         return terms.as_term(losses, lead, self.logits_dimension, type(self).__name__).scaled(elements.scale)
+
+    def _average_term(self, elements: Elements) -> Term:
+        """The per-element losses whose mean is `average_loss`."""
+        return self._term(elements)
 
     def _observations(self, labels: Any, logits: jax.Array) -> Mapping[str, Observation]:
         """What `observe` gives, checked."""

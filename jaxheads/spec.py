@@ -248,6 +248,8 @@ def updated(optimizer: Any, grads: Any, opt_state: Any, variables: Any, loss: ja
     """The next variables and optimizer state; what some optimizers want beside the gradients is given to all."""
     import optax
 
+    from jaxheads.numerics import duals
+
     declared = inspect.signature(optimizer.update).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in declared.values())
     extra = {name: x for name, x in (("value", loss), ("grad", grads)) if takes_all or name in declared}
@@ -255,6 +257,7 @@ def updated(optimizer: Any, grads: Any, opt_state: Any, variables: Any, loss: ja
         opt_state = optimizer.init(variables)
     else:
         check_opt_state(optimizer, opt_state, variables)
+    duals.check_ascends(opt_state, variables)
     updates, opt_state = optimizer.update(grads, opt_state, variables, **extra)
     return optax.apply_updates(variables, updates), opt_state
 

@@ -79,23 +79,28 @@ def first_params(entry: Entry) -> dict[str, Any]:
     return {name: start(entry) for name in OPTIMIZERS}
 
 
-def by_name(tree: Any) -> Any:
+def by_name(entry: Entry, tree: Any) -> Any:
     """Which optimizer trains what: Adam its layer, gradient descent the rest, what the head learns included."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "adam" if any(getattr(key, "key", None) == "adam" for key in path) else "sgd", tree
-    )
+
+    def kind(path: Any, _: Any) -> str:
+        keys = [getattr(key, "key", None) for key in path]
+        # Pairs do not see a bias that all rows share: what Adam would divide there is rounding alone.
+        return "adam" if "adam" in keys and not (entry.whole and "bias" in keys) else "sgd"
+
+    return jax.tree_util.tree_map_with_path(kind, tree)
 
 
-def optimizer() -> Any:
-    return optax.multi_transform(OPTIMIZERS, by_name)
+def optimizer(entry: Entry) -> Any:
+    both = optax.multi_transform(OPTIMIZERS, functools.partial(by_name, entry))
+    return entry.optimizer(both, OPTIMIZERS["sgd"])
 
 
 def first_state(entry: Entry) -> jh.TrainState:
-    return jh.TrainState.create(params=first_params(entry), optimizer=optimizer(), head=entry.head, key=KEY)
+    return jh.TrainState.create(params=first_params(entry), optimizer=optimizer(entry), head=entry.head, key=KEY)
 
 
 def make_step(entry: Entry, axis_name: str | None = None, micro_batches: int = 1) -> Callable[..., Any]:
-    return jh.make_train_step(entry.head, network, optimizer(), axis_name=axis_name, micro_batches=micro_batches)
+    return jh.make_train_step(entry.head, network, optimizer(entry), axis_name=axis_name, micro_batches=micro_batches)
 
 
 def run(

@@ -21,20 +21,18 @@ from jax.experimental import checkify
 from sklearn.calibration import calibration_curve
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
-from zoo import ZOO, Entry, MultiEntry, bounds_of, changed
+from zoo import ZOO, Entry, MultiEntry, bounds_of, changed, marked
 
 import jaxheads as jh
 from jaxheads.compose._abstract import AbstractCompositeHead
 from jaxheads.numerics import fields
 
 N = 8
-each = pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
+each = pytest.mark.parametrize("entry", marked(ZOO))
 each_array = pytest.mark.parametrize(
-    "entry", [entry for entry in ZOO if isinstance(entry.head.label_spec, jh.LabelSpec)], ids=lambda entry: entry.name
+    "entry", marked(entry for entry in ZOO if isinstance(entry.head.label_spec, jh.LabelSpec))
 )
-each_refusing = pytest.mark.parametrize(
-    "entry", [entry for entry in ZOO if entry.illegal is not None], ids=lambda entry: entry.name
-)
+each_refusing = pytest.mark.parametrize("entry", marked(entry for entry in ZOO if entry.illegal is not None))
 many = hypothesis.settings(deadline=None, max_examples=20, derandomize=True, database=None)
 seeds = st.integers(0, 2**16)
 masks = st.integers(0, 2**N - 1).map(lambda bits: np.array([[bits >> i & 1] for i in range(N)], bool))
@@ -1072,15 +1070,22 @@ def test_nan_logits_are_visible(entry):
 @each
 def test_one_trace_for_many_steps(entry, monkeypatch):
     head = getattr(entry.head, "static_head", entry.head)
-    cls = type(head.heads[0] if isinstance(head, jh.MultiHead) else head)
-    original, traces = cls.losses, []
+    # In metrics, it is the base head of an objective whose losses are averaged.
+    heads = [head.heads[0]] if isinstance(head, jh.MultiHead) else [head, *fields.children(head).values()]
+    traces = []
 
-    def counting(self, *args):
-        traces.append(1)
-        return original(self, *args)
+    def count_calls(cls):
+        original = cls.losses
 
-    counting.__signature__ = inspect.signature(original)  # pyright: ignore[reportFunctionMemberAccess]
-    monkeypatch.setattr(cls, "losses", counting)
+        def counting(self, *args):
+            traces.append(1)
+            return original(self, *args)
+
+        counting.__signature__ = inspect.signature(original)  # pyright: ignore[reportFunctionMemberAccess]
+        monkeypatch.setattr(cls, "losses", counting)
+
+    for cls in {type(head) for head in heads}:
+        count_calls(cls)
     optimizer = optax.sgd(0.1)
     rows = 7  # a shape that no other test compiles
 
@@ -1293,7 +1298,8 @@ def test_running_fields(entry):
     new = jax.jit(lambda state: head.update_state(state, labels, logits, params=head.init(jax.random.key(0))))(state)
     assert jax.tree.structure(new) == jax.tree.structure(state)
     assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
-    assert bool(state) == (entry.name in ("running_prior", "nested"))
+    counting = ("running_prior", "nested", "precision_at_recall", "precision_recall_auc")
+    assert bool(state) == (entry.name in counting)
     assert any(np.any(new != old) for new, old in zip(*map(jax.tree.leaves, (new, state)), strict=True)) == bool(state)
     for wrong in [{**state, "stranger": jnp.zeros(())}, *([dict.fromkeys(state, jnp.zeros(7)), {}] if state else [])]:
         with pytest.raises(ValueError, match="running state of"):
@@ -1362,8 +1368,7 @@ def test_sequences_in_static_fields_become_tuples_and_arrays_are_refused():
 @pytest.mark.parametrize(
     # A sequence's features hold its mask: tests of its own.
     "entry",
-    [entry for entry in ZOO if entry.name != "sequential"],
-    ids=lambda entry: entry.name,
+    marked(entry for entry in ZOO if entry.name != "sequential"),
 )
 def test_features_may_hold_strings(entry):
     labels, logits = draw(entry, 29)

@@ -21,6 +21,7 @@ from devices import (
     assert_close,
     assert_same,
     batches_of,
+    by_name,
     count,
     draw,
     entry_of,
@@ -34,11 +35,12 @@ from devices import (
     start,
 )
 from jax.sharding import AxisType, NamedSharding
-from zoo import ZOO, bounds_of
+from zoo import ZOO, bounds_of, marked
 
 import jaxheads as jh
+from jaxheads.numerics import duals
 
-each = pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
+each = pytest.mark.parametrize("entry", marked(ZOO))
 few = pytest.mark.parametrize(
     "entry", [entry for entry in ZOO if entry.name in ("binary", "ordinal", "running_prior")], ids=lambda e: e.name
 )
@@ -51,7 +53,8 @@ def training_by_hand(entry):
     """Losses, parameters, optimizer state and running state after three steps: float64, gradients by differences."""
     params = {**first_params(entry), "head": entry.head.init(jax.random.split(jax.random.key(0))[0])}
     leaves, structure = jax.tree.flatten(jax.tree.map(lambda x: np.asarray(x, np.float64), params))
-    is_adam = jax.tree.leaves({key: jax.tree.map(lambda _, key=key: key == "adam", params[key]) for key in params})
+    is_dual = jax.tree.leaves(jax.tree_util.tree_map_with_path(lambda path, _: duals.is_multiplier(path), params))
+    is_adam = [kind == "adam" for kind in jax.tree.leaves(by_name(entry, params))]
     moments, state, losses = [(np.zeros_like(x), np.zeros_like(x)) for x in leaves], entry.head.init_state(), []
     for step, batch in enumerate(batches_of(entry), start=1):
         rows = (batch["weights"], batch["where"])
@@ -71,12 +74,15 @@ def training_by_hand(entry):
                 gradient[k][i] = (ends[0] - ends[1]) / 2e-5
         for k, g in enumerate(gradient):
             first, second = moments[k]
+            # Multipliers ascend, each by the gradient of its own Lagrangian.
+            g = -g * g.size if is_dual[k] else g
             if is_adam[k]:
                 first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
                 leaves[k] = leaves[k] - 0.05 * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-3)
             else:
                 first = 0.9 * first + g
                 leaves[k] = leaves[k] - 0.005 * first
+                leaves[k] = np.maximum(leaves[k], 0) if is_dual[k] else leaves[k]
             moments[k] = first, second
         state = advanced(entry, state, batch)
     return losses, structure.unflatten(leaves), state
@@ -91,8 +97,14 @@ def advanced(entry, state, batch):
     if not state:
         return state
     w = np.where(batch["where"], batch["weights"], 0).astype(np.float64)
-    seen = np.array([(w * batch["labels"]).sum(), w.sum()])
-    return jax.tree.map(lambda x: np.stack([np.asarray(x, np.float64).sum(-1) + seen, np.zeros(2)], -1), state)
+    seen = np.stack([(w * batch["labels"]).sum(0), (w * np.ones_like(batch["labels"])).sum(0)])
+
+    def counted(x):
+        total = np.asarray(x, np.float64).sum(-1)
+        total = total + seen.reshape(total.shape)
+        return np.stack([total, np.zeros_like(total)], -1)
+
+    return jax.tree.map(counted, state)
 
 
 @each
@@ -136,6 +148,10 @@ def test_three_steps(entry, way):
 @each_way
 @pytest.mark.parametrize(("n", "micro_batches"), [(1, 1), (2, 1), (4, 2), (8, 2)])
 def test_three_steps_on_fewer_devices_and_in_micro_batches(entry, way, n, micro_batches):
+    if entry.whole and micro_batches > 1:
+        with pytest.raises(ValueError, match="pairs across the parts of a batch would be lost"):
+            WAYS[way](entry, n, micro_batches=micro_batches)
+        return
     assert_same(WAYS[way](entry, n, micro_batches=micro_batches), alone(entry.name))
 
 
@@ -215,7 +231,7 @@ def elements_added_up(entry, step, mesh=None):
 @each
 def test_a_step_adds_gradients_up_once(entry):
     """In the shape of their parameters: `grad` adds up over devices where a formula broadcasts what rows share."""
-    step = jh.make_train_step(entry.head, network, optimizer(), axis_name="d", with_metrics=False)
+    step = jh.make_train_step(entry.head, network, optimizer(entry), axis_name="d", with_metrics=False)
     parameters = sum(x.size for x in jax.tree.leaves(first_state(entry).trainable))
     heads, running = len(entry.parts or [entry]), sum(x.size for x in jax.tree.leaves(entry.head.init_state()))
     assert parameters <= elements_added_up(entry, step) <= parameters + 3 * heads + running
@@ -223,7 +239,7 @@ def test_a_step_adds_gradients_up_once(entry):
 
 def test_a_step_over_two_axes_adds_gradients_up_once():
     entry, mesh = entry_of("ordinal"), jax.make_mesh((2, 4), ("d", "e"), (AxisType.Auto,) * 2)
-    step = jh.make_train_step(entry.head, network, optimizer(), axis_name=("d", "e"), with_metrics=False)
+    step = jh.make_train_step(entry.head, network, optimizer(entry), axis_name=("d", "e"), with_metrics=False)
     parameters = sum(x.size for x in jax.tree.leaves(first_state(entry).trainable))
     # The three sums of the loss may cross one axis after the other.
     assert parameters <= elements_added_up(entry, step, mesh) <= parameters + 2 * 3
@@ -240,7 +256,7 @@ def test_a_spec_adds_gradients_up_once(name):
             "train",
             lambda v: network(v["params"] if learned else v, batch["features"]),
             batch["labels"],
-            optimizer(),
+            optimizer(entry),
             state.trainable,
             params=(lambda v: v["head"]) if learned else None,
             axis_name="d",
@@ -462,7 +478,7 @@ def test_one_sum_more_is_wrong():
         assert bias_gradient_by(wrong) == pytest.approx({"pmap": 8, "shard_map": 8, "shard_map_no_vma": 8}, rel=1e-5)
 
 
-@pytest.mark.parametrize("entry", [e for e in ZOO if e.illegal is not None], ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", marked(e for e in ZOO if e.illegal is not None))
 def test_bad_input_is_seen_from_every_device(entry):
     """One illegal row on one device: the loss is NaN on all, and the metrics leave out and count that row."""
     batch = draw(entry)

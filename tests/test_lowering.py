@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from devices import draw
 from jax import export
-from zoo import ZOO
+from zoo import ZOO, marked
 
 import jaxheads as jh
 
-each = pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
+each = pytest.mark.parametrize("entry", marked(ZOO))
 
 
 def lowered(entry, platform):

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxheads as jh
-from jaxheads.numerics import pairs, stable
+from jaxheads.numerics import duals, pairs, stable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Entry:
         count: `labels -> [..., 1 or d]`, the oracle of a term's own element count; None for one an element.
         illegal: a label that must be refused, or None if every finite number is legal.
         parts: the entries of the heads of a `MultiHead`, in order.
+        averaged: the oracle of `average_loss`, where that is not the mean of `losses`.
+        whole: `(labels, logits, weights) -> float64`, the mean loss, where it is of pairs and `losses` says nothing.
+        slow: whether its laws are among the slow tests.
     """
 
     name: str
@@ -39,6 +43,14 @@ class Entry:
     count: Callable[[Any], np.ndarray] | None = None
     illegal: float | None = None
     parts: "tuple[Entry, ...]" = ()
+    averaged: Callable[[Any, np.ndarray, Any], np.ndarray] | None = None
+    whole: Callable[[Any, np.ndarray, np.ndarray], float] | None = None
+    slow: bool = False
+
+    def optimizer(self, optimizer: Any, dual_optimizer: Any = None) -> Any:
+        """An optimizer for what this head learns: of multipliers it ascends, by the same or another."""
+        learns = duals.has_multipliers(self.head.init(jax.random.key(0)))
+        return jh.training.primal_dual(optimizer, dual_optimizer or optimizer) if learns else optimizer
 
     def params(self) -> dict[str, Any]:
         """Learned and running fields together, as `params=` takes them."""
@@ -71,8 +83,10 @@ class Entry:
         normalizer: float | None = None,
     ) -> float:
         """The loss in float64: rows that are hidden are dropped, whatever is in them."""
-        existing, _, _, weights, values, counts = self._seen(labels, logits, weights, where, params)
+        existing, dense, scores, weights, values, counts = self._seen(labels, logits, weights, where, params)
         total = np.where(weights > 0, values * weights, 0).sum()
+        if self.whole is not None:
+            total = weights.sum() * self.whole(dense, scores, weights)
         reduction = jh.Reduction.of(self.head.loss_reduction if reduction is None else reduction)
         if normalizer is None:
             batch_size = len(existing) * values.shape[-1] if self.count is None else counts.sum()
@@ -90,6 +104,7 @@ class Entry:
         """The metrics in float64, those that have a closed form, under their full names."""
         _, labels, logits, weights, values, counts = self._seen(labels, logits, weights, where, params)
         params = self.params() if params is None else params
+        values = values if self.averaged is None else self.averaged(labels, logits, params)
         with np.errstate(invalid="ignore", divide="ignore"):
             weight = (np.broadcast_to(counts, values.shape) * weights).sum()
             average = float((values * weights).sum() / weight) if weight else np.nan
@@ -113,6 +128,8 @@ def changed(head: Any, **changes: Any) -> Any:
         return dataclasses.replace(head, **changes)
     if isinstance(head, jh.SequentialHeadWrapper):
         return dataclasses.replace(head, static_head=changed(head.static_head, **changes))
+    if isinstance(head, jh.GlobalObjectiveHead):
+        return dataclasses.replace(head, base=changed(head.base, **changes))
     names = [{"name": f"{changes['name']}_{inner.name}"} if "name" in changes else {} for inner in head.heads]
     inside = zip(head.heads, names, strict=True)
     return dataclasses.replace(head, heads=[changed(inner, **{**changes, **name}) for inner, name in inside])
@@ -428,6 +445,124 @@ def times(rng, lead):
     }
 
 
+def errors_of(surrogate, z):
+    """What stands for a missed positive and for an alarm, and what they are at least where there is one."""
+    if surrogate == "hinge":
+        return np.maximum(0, 1 - z), np.maximum(0, 1 + z), 1.0
+    return np.logaddexp(0, -z), np.logaddexp(0, z), np.log(2)
+
+
+def global_losses(objective, target, surrogate, priors=None):
+    """The table of formulas of Eban et al., entry by entry, then the mean over labels (and anchors)."""
+
+    def losses(y, z, params):
+        m, t = np.asarray(params["lagrange_multipliers"], np.float64), np.asarray(target, np.float64)
+        counts = np.asarray(params.get("label_counts", np.ones((2, 1, 2))), np.float64).sum(-1)
+        pi = counts[0] / counts[1] if priors is None else np.asarray(priors)
+        y = np.asarray(y, np.float64)
+        if objective == "precision_recall_auc":
+            y, z, pi = y[..., None], z[..., None] + np.asarray(params["anchor_biases"], np.float64), pi[:, None]
+        missed, alarm, c = errors_of(surrogate, z)
+        missed, alarm = y * missed, (1 - y) * alarm
+        if objective in ("precision_at_recall", "fpr_at_tpr"):
+            values = m * missed + alarm + m * pi * (t - 1) * c
+        elif objective == "tpr_at_fpr":
+            values = missed + m * alarm - m * t * (1 - pi) * c
+        else:
+            values = (1 + m * (1 - t)) * missed + m * t * alarm - m * (1 - t) * pi * c
+        return values.mean(tuple(range(1, values.ndim)))[:, None]
+
+    return losses
+
+
+def at_best(objective, target, y, z, w):
+    """The best of what is optimized among all thresholds that hold the target, by trying every one."""
+    p, n, found = (w * y).sum(), (w * (1 - y)).sum(), []
+    for threshold in (*np.unique(z), -np.inf):
+        tp, fp = (w * y)[z > threshold].sum(), (w * (1 - y))[z > threshold].sum()
+        near = 1e-9 * (p + n)
+        if objective in ("precision_at_recall", "fpr_at_tpr") and tp >= target * p - near:
+            found.append((tp / (tp + fp) if tp + fp else 0) if objective == "precision_at_recall" else fp / n)
+        elif objective == "recall_at_precision" and tp >= target * (tp + fp) - near:
+            found.append(tp / p)
+        elif objective == "tpr_at_fpr" and fp <= target * n + near:
+            found.append(tp / p)
+    best = min(found) if objective == "fpr_at_tpr" else max(found)
+    return best if p > 0 and (n > 0 or objective in ("precision_at_recall", "recall_at_precision")) else np.nan
+
+
+def global_metrics(objective, target, surrogate, priors, base_metrics, watched=None):
+    """What is told of a rate and its constraint; with `watched`, the label that has metrics of its own."""
+    losses = global_losses(objective, target, surrogate, priors)
+
+    def metrics(y, z, w, params):
+        m = np.asarray(params["lagrange_multipliers"], np.float64)
+        out = {**base_metrics(y, z, w, params), "lagrangian": mean(losses(y, z, params), w)}
+        y, w, n = np.asarray(y, np.float64), np.broadcast_to(w, y.shape), y.shape[-1]
+        targets = np.broadcast_to(np.asarray(target, np.float64), m.shape).reshape(n, -1)
+        if objective != "precision_recall_auc":
+            stem = f"{objective}_{targets[watched or 0, 0]:g}"
+            stem = stem if watched is None else f"{stem}/class{watched}"
+            out[stem] = at_best(objective, targets[watched or 0, 0], *(x[:, watched or 0] for x in (y, z, w)))
+        sums, p, q = [], (w * y).sum(0)[:, None], (w * (1 - y)).sum(0)[:, None]
+        biases = np.asarray(params.get("anchor_biases", np.zeros((n, 1))), np.float64)
+        decided = z[..., None] + biases
+        positive, negative = (w * y)[..., None], (w * (1 - y))[..., None]
+        missed, alarm, c = errors_of(surrogate, decided)
+        for a, b in ((missed / c, alarm / c), (decided <= 0, decided > 0)):
+            fn, fp = (positive * a).sum(0), (negative * b).sum(0)
+            if objective in ("precision_at_recall", "fpr_at_tpr"):
+                violation = targets - (p - fn) / p
+            elif objective == "tpr_at_fpr":
+                violation = fp / q - targets
+            else:
+                violation = (targets * fp - (1 - targets) * (p - fn)) / np.where(p > 0, p, np.nan)
+            there = violation[~np.isnan(violation)]
+            sums.append((fn, fp, there.max() if there.size else np.nan))
+        (fn, fp, bound), (_, _, violation) = sums
+        least = fp if objective in ("precision_at_recall", "fpr_at_tpr") else fn
+        ones = np.ones_like(fn)
+        return out | {
+            "objective": c * least.sum() / (w.sum(0)[:, None] * ones).sum(),
+            "constraint_violation": violation,
+            "constraint_violation_surrogate": bound,
+            "multiplier/mean": m.mean() if w.sum() else np.nan,
+            "multiplier/max": m.max() if w.sum() else np.nan,
+            "recall_lower_bound": (p - fn).sum() / (p * ones).sum(),
+            "false_positive_rate_upper_bound": fp.sum() / (q * ones).sum(),
+        }
+
+    return metrics
+
+
+def pair_loss(y, z, w):
+    """The weighted mean of `ln(1 + exp(z_j - z_i))` over pairs of a positive i and a negative j."""
+    positive, negative = w * y, w * (1 - np.asarray(y, np.float64))
+    rows = sum((positive[i] * negative.T[0] * np.logaddexp(0, z.T[0] - z[i])).sum() for i in range(len(z)) if y[i] > 0)
+    total = positive.sum() * negative.sum()
+    return float(rows / total) if total else 0.0
+
+
+def global_entry(objective, target, labels, base, surrogate="xent", priors=None, watched=None, **options):
+    head = jh.GlobalObjectiveHead(base, objective, target, surrogate=surrogate, label_priors=priors, **options)
+    several = base.logits_dimension > 1
+    losses, metrics = (multi_label_losses, multi_label_metrics) if several else (cross_entropy, binary_metrics)
+    metrics = metrics if watched is not None or not several else lambda *a: {"auc": binary_metrics(*a)["auc"]}
+    if objective == "precision_recall_auc":
+        low, high = head.precision_range
+        target = np.linspace(low, high, head.num_anchors + 2)[1:-1]
+    return Entry(
+        objective,
+        head,
+        labels,
+        global_losses(objective, target, surrogate, priors),
+        global_metrics(objective, target, surrogate, priors, metrics, watched),
+        illegal=2,
+        averaged=losses,
+        slow=True,
+    )
+
+
 ZOO = (
     Entry(
         "regression",
@@ -538,3 +673,41 @@ ZOO += (
         head=jh.SequentialHeadWrapper(jh.MultiClassHead(5, name="s"), None),
     ),
 )
+
+ZOO += (
+    global_entry("precision_at_recall", 0.83, bits, jh.BinaryClassHead()),
+    global_entry(
+        "recall_at_precision",
+        (0.6, 0.7, 0.8),
+        multi_hot(3),
+        jh.MultiLabelHead(3, thresholds=(0.5,), classes_for_class_based_metrics=(1,), name="g", loss_reduction="mean"),
+        priors=(0.5, 0.4, 0.6),
+        watched=1,
+    ),
+    global_entry("tpr_at_fpr", 0.25, soft, jh.BinaryClassHead(loss_reduction="sum"), "hinge", priors=(0.3,)),
+    global_entry("fpr_at_tpr", 0.8, bits, jh.BinaryClassHead(loss_reduction="mean"), priors=(0.5,)),
+    global_entry(
+        "precision_recall_auc",
+        None,
+        multi_hot(2),
+        jh.MultiLabelHead(2),
+        num_anchors=3,
+        precision_range=(0.4, 0.9),
+    ),
+    Entry(
+        "roc_auc",
+        jh.GlobalObjectiveHead(jh.BinaryClassHead(), "roc_auc"),
+        bits,
+        lambda y, z, p: np.zeros((len(z), 1)),
+        binary_metrics,
+        illegal=2,
+        averaged=cross_entropy,
+        whole=pair_loss,
+        slow=True,
+    ),
+)
+
+
+def marked(entries: Any = ZOO) -> list[Any]:
+    """Entries as tests are parametrized with them."""
+    return [pytest.param(e, id=e.name, marks=[pytest.mark.slow] if e.slow else []) for e in entries]

@@ -1,9 +1,12 @@
 """What heads made of heads share."""
 
+import abc
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from jaxheads.head import Head
 from jaxheads.numerics.configuration import Configuration
+from jaxheads.spec import ExportOutput
 
 
 class AbstractCompositeHead(Head):
@@ -26,3 +29,58 @@ class AbstractCompositeHead(Head):
             f"A {type(self).__name__} has the metrics of the heads inside it. Give them to those: build it of "
             "head.with_metrics(...)."
         )
+
+
+class AbstractWrapperHead(AbstractCompositeHead):
+    """A head around one other: what it does not say itself, that one says."""
+
+    @property
+    @abc.abstractmethod
+    def wrapped(self) -> Head:
+        """The head inside."""
+
+    @property
+    def suffix(self) -> str | None:
+        """The inner head's."""
+        return self.wrapped.suffix
+
+    @property
+    def loss_reduction(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the inner head's
+        """The inner head's."""
+        return self.wrapped.loss_reduction
+
+    @property
+    def logits_dimension(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # see Head
+        return self.wrapped.logits_dimension
+
+    @property
+    def label_spec(self) -> Any:
+        return self.wrapped.label_spec
+
+    @property
+    def rowwise(self) -> bool:
+        return self.wrapped.rowwise
+
+    @property
+    def slices(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the inner head's
+        """The slices of the inner head."""
+        return self.wrapped.slices
+
+    @property
+    def bootstrap(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the inner head's
+        """The bootstrap of the inner head."""
+        return self.wrapped.bootstrap
+
+    def encode_labels(self, labels: Any, where: Any = None) -> Any:
+        """As the inner head encodes them."""
+        return self.wrapped.encode_labels(labels, where)
+
+    def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, Any]:
+        """As the inner head decodes them."""
+        return self.wrapped.decode_predictions(predictions)
+
+    def signatures(self, predictions: Mapping[str, Any]) -> Mapping[str, ExportOutput]:
+        return self.wrapped.signatures(predictions)
+
+    def class_names(self) -> tuple[str, ...] | None:
+        return self.wrapped.class_names()

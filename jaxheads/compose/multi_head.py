@@ -244,12 +244,13 @@ class MultiHead(AbstractCompositeHead):
     def _loss_size(self) -> int:
         return sum(head._loss_size for head in self.heads)
 
-    def _loss_sums(self, batch: dict[str, Any]) -> jax.Array:
+    def _loss_sums(self, batch: dict[str, Any], axis_name: Any) -> jax.Array:
         sums = []
         for i, (name, head) in enumerate(self._by_name.items()):
             # A weight of 0 hides a head, as it hides an element: even a NaN, and in the gradient too.
             hidden = self.head_weights is not None and self.head_weights[i] == 0
-            sums.append(jnp.zeros(head._loss_size, jnp.float32) if hidden else head._loss_sums(batch["heads"][name]))
+            zeros = jnp.zeros(head._loss_size, jnp.float32)
+            sums.append(zeros if hidden else head._loss_sums(batch["heads"][name], axis_name))
         return jnp.concatenate(sums)
 
     def _normalizer(self, normalizer: Any) -> Any:

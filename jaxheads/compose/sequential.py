@@ -7,18 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.compose._abstract import AbstractCompositeHead
+from jaxheads.compose._abstract import AbstractWrapperHead
 from jaxheads.head import Head, subheads
 from jaxheads.metrics import Observation
 from jaxheads.numerics import batch as batches
 from jaxheads.numerics import columns, fields, inputs
 from jaxheads.numerics.batch import Mask, Masks
-from jaxheads.spec import ExportOutput
 
 AVERAGES = ("steps", "sequences")
 
 
-class SequentialHeadWrapper(AbstractCompositeHead):
+class SequentialHeadWrapper(AbstractWrapperHead):
     """A head applied at every step of padded sequences: tagging, forecasting, language.
 
     The steps that a mask (or lengths) says are there are the batch of the inner head; nothing is reshaped, so it works
@@ -71,26 +70,9 @@ class SequentialHeadWrapper(AbstractCompositeHead):
         return f"{self.static_head.name}_sequential" if self.static_head.name else None
 
     @property
-    def suffix(self) -> str | None:
-        """The inner head's."""
-        return self.static_head.suffix
-
-    @property
-    def loss_reduction(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the inner head's
-        """The inner head's."""
-        return self.static_head.loss_reduction
-
-    @property
-    def logits_dimension(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # see Head
-        return self.static_head.logits_dimension
-
-    @property
-    def label_spec(self) -> Any:
-        return self.static_head.label_spec
-
-    @property
-    def rowwise(self) -> bool:
-        return self.static_head.rowwise
+    def wrapped(self) -> Head:
+        """The inner head."""
+        return self.static_head
 
     def validate(self) -> None:
         for field in ("sequence_length_mask", "sequence_lengths"):
@@ -203,14 +185,6 @@ class SequentialHeadWrapper(AbstractCompositeHead):
         extra = () if features is None else (features,)
         return self.static_head.losses(labels, logits, *extra)
 
-    def encode_labels(self, labels: Any, where: Any = None) -> Any:
-        """As the inner head encodes them."""
-        return self.static_head.encode_labels(labels, where)
-
-    def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, Any]:
-        """As the inner head decodes them."""
-        return self.static_head.decode_predictions(predictions)
-
     def _zero_logits(self, labels: Any) -> Any:
         return self.static_head._zero_logits(labels)
 
@@ -219,19 +193,6 @@ class SequentialHeadWrapper(AbstractCompositeHead):
 
     def outputs(self, logits: Any) -> Mapping[str, Any]:
         return self.static_head.outputs(logits)
-
-    def signatures(self, predictions: Mapping[str, Any]) -> Mapping[str, ExportOutput]:
-        return self.static_head.signatures(predictions)
-
-    @property
-    def slices(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the inner head's
-        """The slices of the inner head."""
-        return self.static_head.slices
-
-    @property
-    def bootstrap(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the inner head's
-        """The bootstrap of the inner head."""
-        return self.static_head.bootstrap
 
     def observed(self) -> dict[str, Observation]:
         """Those of the inner head."""
@@ -245,9 +206,6 @@ class SequentialHeadWrapper(AbstractCompositeHead):
         """As the inner head reads it."""
         return self.static_head.read_loss(seen)
 
-    def class_names(self) -> tuple[str, ...] | None:
-        return self.static_head.class_names()
-
     def _predict(self, logits: Any, keys: Any) -> dict[str, Any]:
         return self.static_head._predict(logits, keys)
 
@@ -258,8 +216,8 @@ class SequentialHeadWrapper(AbstractCompositeHead):
     def _loss_size(self) -> int:
         return self.static_head._loss_size
 
-    def _loss_sums(self, batch: dict[str, Any]) -> jax.Array:
-        return self.static_head._loss_sums(self._scaled(batch))
+    def _loss_sums(self, batch: dict[str, Any], axis_name: Any) -> jax.Array:
+        return self.static_head._loss_sums(self._scaled(batch), axis_name)
 
     def _loss_of(self, sums: jax.Array, normalizer: Any) -> jax.Array:
         return self.static_head._loss_of(sums, normalizer)

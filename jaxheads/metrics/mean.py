@@ -1,6 +1,7 @@
 """Weighted means: two sums each."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -76,6 +77,44 @@ class ColumnMeans(Observation):
         """The means in the order of the columns, on a last axis."""
         n = len(self.columns)
         return MeanView(xp, undefined, total=sums[..., :n], weight=sums[..., n:])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums(Observation):
+    """The weighted sums of all columns of several arrays.
+
+    Args:
+        parts: arrays `[..., d]`, each with a d of its own.
+    """
+
+    parts: tuple[Any, ...]
+
+    @property
+    def size(self) -> int:
+        """A sum for each column."""
+        return sum(part.shape[-1] for part in self.parts)
+
+    def reduce(self, weights: jax.Array) -> jax.Array:
+        """The sums of this batch, part by part."""
+        each = (masking.weighted(part, weights * masking.ones_like(part)) for part in self.parts)
+        return jnp.concatenate([masking.total(x)[None] if x.shape[-1] == 1 else masking.column_totals(x) for x in each])
+
+    def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
+        """For all groups at once: nothing but sums."""
+        return groups.at_once(lambda inside: self.reduce(weights * inside))
+
+    def read(self, sums: Any, xp: Any, undefined: float) -> "SumsView":
+        """The sums, part by part."""
+        ends = np.cumsum([0, *(part.shape[-1] for part in self.parts)])
+        return SumsView(xp, undefined, tuple(sums[..., start:end] for start, end in itertools.pairwise(ends)))
+
+
+@dataclasses.dataclass(frozen=True)
+class SumsView(View):
+    """Sums that can be read: of each part, `[..., d]`."""
+
+    sums: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,6 +54,16 @@ def psum(tree: Any, axis_name: Any) -> Any:
     return jax.lax.psum(tree, axis_name)
 
 
+def all_rows(x: jax.Array, axis_name: Any) -> jax.Array:
+    """`x [..., d]` as rows `[n, d]`, whole on every device: of all devices of a mapped axis, of a mesh."""
+    x = replicated(x)
+    x = x.reshape(-1, x.shape[-1])
+    if axis_name is None:
+        return x
+    check_axis(axis_name)
+    return jax.lax.all_gather(x, axis_name, tiled=True)
+
+
 def varying(tree: Any, axis_name: Any) -> Any:
     """The same values, typed as differing over a mapped axis (inside `shard_map`; elsewhere nothing is typed).
 

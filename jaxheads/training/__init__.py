@@ -3,6 +3,7 @@
 from jaxheads.training.batches import lockstep as lockstep
 from jaxheads.training.batches import pad_batch as pad_batch
 from jaxheads.training.batches import shard_batch as shard_batch
+from jaxheads.training.lagrangians import primal_dual as primal_dual
 from jaxheads.training.loops import Fitted as Fitted
 from jaxheads.training.loops import evaluate as evaluate
 from jaxheads.training.loops import fit as fit

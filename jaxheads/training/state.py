@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxheads.head import Head, check_head
-from jaxheads.numerics import fields
+from jaxheads.numerics import duals, fields
 from jaxheads.spec import check_optimizer
 
 
@@ -51,7 +51,8 @@ class TrainState:
             model_state: any pytree of arrays, None if the network carries nothing.
 
         Raises:
-            ValueError: an optimizer that is none, leaves that are no arrays, parameters that hold the head's already.
+            ValueError: an optimizer that is none, or one that would descend on multipliers; leaves that are no arrays,
+                parameters that hold the head's already.
         """
         check_head(head)
         check_optimizer(optimizer)
@@ -61,6 +62,7 @@ class TrainState:
         _check_owner(params, head_params)
         head_state = _copied(head.init_state(), "head_state")
         opt_state = _copied(optimizer.init(joined(params, head_params)), "opt_state")
+        duals.check_ascends(opt_state, head_params)
         return cls(jnp.zeros((), jnp.int32), params, head_params, opt_state, model_state, head_state, key)
 
     @property

@@ -95,7 +95,7 @@ def update_metrics(entry: Entry, chip: str, rows: int = ROWS) -> Any:
 
 
 def train_step(entry: Entry, chip: str, rows: int = ROWS) -> Any:
-    mesh, optimizer = mesh_of(chip), optax.sgd(0.1, momentum=0.9)
+    mesh, optimizer = mesh_of(chip), entry.optimizer(optax.sgd(0.1, momentum=0.9))
     params = {"w": np.zeros((INPUTS, entry.head.logits_dimension), np.float32)}
     state = jh.TrainState.create(params=params, optimizer=optimizer, head=entry.head, key=jax.random.key(0))
     batch = batch_of(entry, mesh, rows)
@@ -107,7 +107,7 @@ def train_step(entry: Entry, chip: str, rows: int = ROWS) -> Any:
 
 def mapped_step(entry: Entry, chip: str, rows: int = ROWS) -> Any:
     """The step with its metrics and Adam, under `shard_map` with its check."""
-    mesh, optimizer = mesh_of(chip), optax.adam(0.1)
+    mesh, optimizer = mesh_of(chip), entry.optimizer(optax.adam(0.1))
     params = {"w": np.zeros((INPUTS, entry.head.logits_dimension), np.float32)}
     state = jh.TrainState.create(params=params, optimizer=optimizer, head=entry.head, key=jax.random.key(0))
     batch = batch_of(entry, mesh, rows)

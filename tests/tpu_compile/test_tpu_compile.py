@@ -9,7 +9,10 @@ from zoo import ZOO
 from tpu_compile.programs import CHIPS, INPUTS, PROGRAMS, ROWS, analyzed, mapped_step, mesh_of
 
 pytestmark = pytest.mark.tpu
-each = pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
+# Of the objectives one: they differ by numbers alone. (Pairs gather rows, and anchors multiply them: other bounds.)
+each = pytest.mark.parametrize(
+    "entry", [e for e in ZOO if not e.slow or e.name == "precision_at_recall"], ids=lambda entry: entry.name
+)
 # Large batches take a compiler five times as long: one generation compiles both.
 each_chip = pytest.mark.parametrize(
     ("chip", "rows"),

@@ -1,0 +1,79 @@
+"""What the metrics of a rate under a constraint tell, from sums of errors by label and anchor."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxheads.losses.global_objectives import Problem
+from jaxheads.metrics import Interval, ScoresView
+from jaxheads.metrics.mean import SumsView
+from jaxheads.metrics.operating import (
+    PrecisionAtRecall,
+    RecallAtPrecision,
+    SensitivityAtSpecificity,
+    SpecificityAtSensitivity,
+)
+
+ACHIEVED = {
+    "precision_at_recall": lambda target: PrecisionAtRecall(target),
+    "recall_at_precision": lambda target: RecallAtPrecision(target),
+    "tpr_at_fpr": lambda target: SensitivityAtSpecificity(1 - target),
+    "fpr_at_tpr": lambda target: SpecificityAtSensitivity(target),
+}
+
+
+def of_constraint(rates: SumsView, problem: Problem, shape: tuple[int, ...], scale: float) -> dict[str, Any]:
+    """Objective, violations, multipliers and bounds.
+
+    Args:
+        rates: sums of labels and of 1 - labels, `[..., n]`; of missed positives and alarms by the surrogates, of both
+            as they are, and of multipliers, `[..., n * anchors]`.
+        problem: of the shape of the multipliers.
+        shape: that shape.
+        scale: of the surrogates.
+    """
+    xp, n, anchors = rates.xp, shape[0], math.prod(shape) // shape[0]
+    # Of each label, and of each anchor (there may be one): a last axis more than labels have.
+    positives, negatives = (x[..., None] for x in rates.sums[:2])
+    missed, alarmed, missed_01, alarmed_01, multipliers = (x.reshape(*x.shape[:-1], n, anchors) for x in rates.sums[2:])
+    problem = jax.tree.map(lambda x: np.asarray(x, missed.dtype).reshape(n, -1) if np.ndim(x) else x, problem)
+    allowed = problem.allowed.of((positives, negatives))
+    # What is allowed is a part of one of them, and so is what is said to be too much.
+    support = (negatives if np.ndim(problem.allowed.negative) else positives) * xp.ones_like(missed)
+    weight = (positives + negatives) * xp.ones_like(missed)
+
+    def worst(errors: Any) -> Any:
+        found = rates.zeroed().ratio(problem.constraint.of(errors) - allowed, support)
+        largest = xp.where(support > 0, found, xp.full_like(found, -np.inf)).max((-2, -1))
+        return xp.where((support > 0).any((-2, -1)), largest, xp.full_like(largest, rates.undefined))
+
+    def share(errors: Any, of: Any) -> Any:
+        return rates.ratio(errors.sum((-2, -1)), (of * xp.ones_like(errors)).sum((-2, -1)))
+
+    surrogate = missed / scale, alarmed / scale
+    return {
+        "objective": share(problem.objective.of((missed, alarmed)), weight),
+        "constraint_violation": worst((missed_01, alarmed_01)),
+        "constraint_violation_surrogate": worst(surrogate),
+        "multiplier/mean": share(multipliers, weight),
+        "multiplier/max": rates.ratio(multipliers, weight).max((-2, -1)),
+        "recall_lower_bound": share(positives - surrogate[0], positives),
+        "false_positive_rate_upper_bound": share(surrogate[1], negatives),
+    }
+
+
+def achieved(objective: str, target: float, scores: ScoresView) -> dict[str, Any]:
+    """The best of what is optimized while the target is held, and at which threshold."""
+    found = ACHIEVED[objective](target).read(scores)
+    if objective == "fpr_at_tpr":
+        specificity = found[""]
+        value, lower, upper = (1 - x for x in (specificity.value, specificity.upper, specificity.lower))
+        found[""] = Interval(*(scores.where(has_pairs(scores), x) for x in (value, lower, upper)))
+    return {f"{objective}_{target:g}{part}": value for part, value in found.items()}
+
+
+def has_pairs(scores: ScoresView) -> Any:
+    """Whether there are positives and negatives."""
+    return (scores.positives > 0) & (scores.negatives > 0)

@@ -1,0 +1,405 @@
+"""Losses of a whole data set, not of its rows: precision at recall and its kin, areas under curves."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxheads.compose import _rates
+from jaxheads.compose._abstract import AbstractWrapperHead
+from jaxheads.head import AVERAGE_LOSS, Head, Term, learned, running, subheads
+from jaxheads.heads import BinaryClassHead, MultiLabelHead
+from jaxheads.losses import global_objectives as formulas
+from jaxheads.losses import terms
+from jaxheads.metrics import Mean, Observation, ScoresView
+from jaxheads.metrics.mean import Sums
+from jaxheads.metrics.state import metric_names
+from jaxheads.numerics import batch as batches
+from jaxheads.numerics import fields, masking, meshes, pairs
+from jaxheads.numerics.batch import Elements
+
+RECALL_AT_PRECISION, TPR_AT_FPR = "recall_at_precision", "tpr_at_fpr"
+PRECISION_RECALL_AUC, ROC_AUC = "precision_recall_auc", "roc_auc"
+CONSTRAINED = tuple(_rates.ACHIEVED)
+OBJECTIVES = (*CONSTRAINED, PRECISION_RECALL_AUC, ROC_AUC)
+CONSTRAINTS, NORMALIZATIONS = ("surrogate", "zero_one"), ("pairs", "batch")
+LAGRANGIAN, RATES = "objective/lagrangian", "objective/rates"
+
+
+class GlobalObjectiveHead(AbstractWrapperHead):
+    """A classifier trained for a rate of the whole data set: the best precision at a recall of 0.98, an area.
+
+    Around a `BinaryClassHead` or a `MultiLabelHead`, which says what labels, weights, reduction and names are. What is
+    optimized under a constraint has a multiplier for each label (for each label and anchor), learned together with the
+    network, by ascent: the optimizer must be `jh.training.primal_dual(optimizer)`, and any other is refused.
+
+    **Domain**: that of the base head, soft labels included.
+
+    **Link**: that of the base head. Objectives of rates decide at z > 0, the threshold that they learn; so their
+    probabilities are not calibrated.
+
+    **loss** = the mean over labels of a Lagrangian, with `l+ = softplus(-z)`, `l- = softplus(z)`, c = ln 2 (`"hinge"`:
+    `max(0, 1 - z)`, `max(0, 1 + z)`, 1), the share pi of positives, the target t and the multiplier m:
+
+    | objective | loss of an entry | it minimizes, such that |
+    | --- | --- | --- |
+    | `precision_at_recall`, `fpr_at_tpr` | `m y l+ + (1 - y) l- - m (1 - t) pi c` | FP, TP is at least t P |
+    | `recall_at_precision` | `(1 + m (1 - t)) y l+ + m t (1 - y) l- - m (1 - t) pi c` | FN, precision is at least t |
+    | `tpr_at_fpr` | `y l+ + m (1 - y) l- - m t (1 - pi) c` | FN, FP is at most t N |
+    | `precision_recall_auc` | the mean over anchors k of recall at precision t_k, at z + b_k | each m_k, b_k learned |
+    | `roc_auc` | `l+(z_i - z_j)` of pairs, i positive and j negative | no constraint, no multiplier |
+
+    All are functions of an entry, and weights count in all of their terms: they are exact on any devices and in any
+    micro-batches. A Lagrangian may be negative, and may rise as training proceeds: watch `average_loss` or the achieved
+    rate. Pairs are not: on devices (`axis_name`) the logits of all are gathered, and micro-batches, which would
+    separate them, are refused (`normalizer=` of parts likewise loses the pairs across them). The loss of pairs is W/D
+    times their mean loss over labels, W the sum of weights and D the divisor of the reduction, so the mean loss itself
+    under `"mean"`. Time is quadratic in the batch, memory linear.
+
+    The share of positives is that of the batches before (from 1 of 2 before the first), counted in training only, over
+    all devices; it acts on the multipliers' gradient alone. Batches alone would do, but rare positives make their
+    multipliers jump.
+
+    **Predictions**: those of the base head; `operating_point`, the logit above which an entry is positive, `[..., n]`
+    (anchors: `-b_k`, `[..., n, anchors]`), and `decisions`, int32 of that shape. The area of ROC has neither, unless
+    `operating_point=` is given.
+    **Metrics**: those of the base head, `average_loss` its own. Of objectives of rates `objective` (the mean of what is
+    minimized), `lagrangian`, `constraint_violation` (by z > 0, or z + b_k > 0; of the worst label or anchor) and
+    `constraint_violation_surrogate` (by the losses; it is at least the former): how much of P, of the negatives where
+    FP is bounded, is too much in error; `multiplier/mean`, `multiplier/max`; `recall_lower_bound` and
+    `false_positive_rate_upper_bound`, by the losses. For `precision_at_recall` with target 0.98
+    `precision_at_recall_0.98` (with `_threshold` and `_logit`, as of `jh.metrics.PrecisionAtRecall`), and likewise for
+    the others; of a `MultiLabelHead` for the classes that have metrics of their own, `precision_at_recall_0.98/CLASS`.
+
+    Args:
+        base: a `BinaryClassHead` or a `MultiLabelHead` without a `loss_fn`.
+        objective: as in the table.
+        target: a number in (0, 1], for `tpr_at_fpr` in [0, 1); or one for each label. None for areas.
+        surrogate: `"xent"` or `"hinge"`.
+        constraint: `"surrogate"`, or `"zero_one"`: multipliers see the rates themselves, the network their surrogate
+            (a proxy Lagrangian). Surrogates are bounds, so by themselves they leave a constraint met by a margin.
+        label_priors: the share of positives, one number or one for each label, weights counted in; None to count it.
+        initial_multiplier: where multipliers start.
+        num_anchors: of the area under the precision-recall curve, at precisions between the ends of
+        precision_range: two numbers in [0, 1], rising.
+        normalize: of the area under ROC: `"pairs"`, its loss is at least c (1 - AUC) for each label; `"batch"`, the sum
+            over pairs is divided by all pairs of rows, as in the original, and shrinks where one class is rare.
+        operating_point: the logit above which an entry is positive, or one for each label: as found on held-out data,
+            `metrics.compute()["precision_at_recall_0.98_logit"]`. By default 0.
+
+    Raises:
+        ValueError: a base head of another kind; an unknown objective; targets, priors or a range outside of what is
+            legal or of another number than labels; an option that belongs to another objective; an optimizer that
+            would descend on the multipliers; micro-batches of pairs; and what the base head raises.
+
+    Source: Eban et al., "Scalable Learning of Non-Decomposable Objectives" (AISTATS 2017), and its `global_objectives`
+    (TensorFlow 1); proxy Lagrangians by Cotter et al., ALT 2019.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxheads as jh
+    >>> head = jh.GlobalObjectiveHead(jh.BinaryClassHead(), "precision_at_recall", 0.9, label_priors=0.5)
+    >>> params = head.init(jax.random.key(0))
+    >>> params
+    {'lagrange_multipliers': Array([1.], dtype=float32)}
+    >>> labels, logits = jnp.array([1, 1, 0, 0]), jnp.array([[2.0], [-0.5], [-1.0], [0.5]])
+    >>> float(head.loss(labels=labels, logits=logits, params=params))  # the cross-entropy, less 0.1 * 0.5 * ln 2
+    0.5624...
+    >>> values = head.measure(labels=labels, logits=logits, params=params).compute()
+    >>> print(*(f"{values[key]:.3f}" for key in ("average_loss", "constraint_violation", "precision_at_recall_0.9")))
+    0.597 0.400 0.667
+    """
+
+    base: Head = subheads()
+    objective: str
+    target: float | Sequence[float] | None = None
+    surrogate: str = "xent"
+    constraint: str = "surrogate"
+    label_priors: float | Sequence[float] | None = None
+    initial_multiplier: float = 1.0
+    num_anchors: int = 20
+    precision_range: Sequence[float] = (0.0, 1.0)
+    normalize: str = "pairs"
+    operating_point: float | Sequence[float] | None = None
+    lagrange_multipliers: Any = learned(
+        lambda head, key: jnp.full(head._shape, head.initial_multiplier, jnp.float32) if head._is_constrained else None
+    )
+    anchor_biases: Any = learned(lambda head, key: jnp.zeros(head._shape, jnp.float32) if head._has_anchors else None)
+    label_counts: Any = running(lambda head: head._first_counts())
+
+    @property
+    def wrapped(self) -> Head:
+        """The base head."""
+        return self.base
+
+    @property
+    def name(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]  # the base head's
+        """The base head's."""
+        return self.base.name
+
+    @property
+    def weight_column(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the base head's
+        """The base head's."""
+        return self.base.weight_column
+
+    def validate(self) -> None:
+        if not isinstance(self.base, (BinaryClassHead, MultiLabelHead)):
+            raise ValueError(f"base must be a BinaryClassHead or a MultiLabelHead. Given {self.base!r}.")
+        if self.base.loss_fn is not None:
+            raise ValueError(
+                f"base must have no loss_fn: this head has a loss of its own. Given {self.base!r}. Choose surrogate="
+                f"{list(formulas.SCALE)}."
+            )
+        for field, known in (
+            ("objective", OBJECTIVES),
+            ("surrogate", tuple(formulas.SCALE)),
+            ("constraint", CONSTRAINTS),
+            ("normalize", NORMALIZATIONS),
+        ):
+            if getattr(self, field) not in known:
+                raise ValueError(f"{field} must be one of {known}. Given {getattr(self, field)!r}.")
+        self._check_options()
+        self._check_targets()
+        self._check_anchors()
+        if not _is_finite(self.initial_multiplier) or self.initial_multiplier < 0:
+            raise ValueError(f"initial_multiplier must be a number of at least 0. Given {self.initial_multiplier!r}.")
+        if self.operating_point is not None:
+            self._each("operating_point", _is_finite, "a finite logit")
+        if self.base.extra_metrics:
+            metric_names(fields.unbound(self))  # refuses names that clash
+
+    def _check_options(self) -> None:
+        """Refuses what another objective reads, if it was given: here it would do nothing."""
+        read = {
+            "target": self.objective in CONSTRAINED,
+            **dict.fromkeys(("num_anchors", "precision_range"), self._has_anchors),
+            **dict.fromkeys(("constraint", "label_priors", "initial_multiplier"), self._is_constrained),
+            "normalize": not self._is_constrained,
+        }
+        for field in dataclasses.fields(self):
+            if not read.get(field.name, True) and (value := getattr(self, field.name)) != field.default:
+                raise ValueError(f"{self.objective} reads no {field.name}. Given {value!r}. Leave it out.")
+
+    def _check_targets(self) -> None:
+        low_is_legal = self.objective == TPR_AT_FPR
+        legal = "in [0, 1)" if low_is_legal else "in (0, 1]"
+        if self.objective in CONSTRAINED:
+            self._each("target", lambda t: 0 <= t < 1 if low_is_legal else 0 < t <= 1, f"a number {legal}")
+        if self.label_priors is not None:
+            self._each("label_priors", lambda p: 0 <= p <= 1, "a share in [0, 1]")
+
+    def _check_anchors(self) -> None:
+        n, ends = self.num_anchors, self.precision_range
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"num_anchors must be an integer of at least 1. Given {n!r}.")
+        if (
+            not (isinstance(ends, tuple) and len(ends) == 2 and all(map(_is_finite, ends)))
+            or not 0 <= ends[0] < ends[1] <= 1
+        ):
+            raise ValueError(f"precision_range must be two numbers in [0, 1], rising. Given {ends!r}.")
+
+    def _each(self, field: str, is_legal: Callable[[Any], bool], what: str) -> None:
+        """Refuses what is not a legal number, or one for each label."""
+        value, n = getattr(self, field), self.logits_dimension
+        values = value if isinstance(value, tuple) else (value,)
+        if not all(_is_finite(x) and is_legal(x) for x in values) or len(values) not in (1, n):
+            raise ValueError(
+                f"{field} of {self.objective} must be {what}" + (f", or {n} of them" if n > 1 else "") + f". Given "
+                f"{value!r}."
+            )
+
+    @property
+    def _is_constrained(self) -> bool:
+        return self.objective != ROC_AUC
+
+    @property
+    def _has_anchors(self) -> bool:
+        return self.objective == PRECISION_RECALL_AUC
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """That of the multipliers: one for each label, or for each label and anchor."""
+        return (self.logits_dimension, self.num_anchors) if self._has_anchors else (self.logits_dimension,)
+
+    @property
+    def _problem(self) -> formulas.Problem:
+        if not self._has_anchors:
+            return formulas.problem(self.objective, self._per_label(self.target))
+        low, high = self.precision_range
+        anchors = np.linspace(low, high, self.num_anchors + 2)[1:-1]
+        return formulas.problem(RECALL_AT_PRECISION, np.broadcast_to(anchors, self._shape))
+
+    def _per_label(self, value: Any) -> np.ndarray:
+        return np.broadcast_to(np.asarray(value, np.float64).reshape(-1), (self.logits_dimension,))
+
+    def _first_counts(self) -> jax.Array | None:
+        """Of positives, then of all, for each label: pairs, for a float32 counter stops at 2^24."""
+        if not self._is_constrained or self.label_priors is not None:
+            return None
+        first = np.broadcast_to(np.array([[1.0], [2.0]], np.float32), (2, self.logits_dimension))
+        return jnp.stack([first, np.zeros_like(first)], axis=-1)
+
+    def _priors(self) -> jax.Array:
+        """The share of positives of each label."""
+        if self.label_counts is None:
+            return jnp.asarray(self._per_label(self.label_priors), jnp.float32)
+        positives, total = jnp.sum(self.label_counts, axis=-1)
+        return positives / total
+
+    # Loss.
+
+    def _gather(
+        self, labels: Any, logits: Any, features: Any, weights: Any, where: Any, check: bool | None
+    ) -> dict[str, Any]:
+        return self.base._gather(labels, logits, features, weights, where, check)
+
+    def losses(
+        self, labels: jax.Array, logits: jax.Array, weights: jax.Array | None = None, axis_name: Any = None
+    ) -> jax.Array:
+        """One loss an example, `[..., 1]`: its Lagrangian; or what it adds to the loss of pairs among these rows.
+
+        `weights` and `axis_name` are for pairs alone: what the other rows weigh, and on which devices there are more.
+        """
+        if self._is_constrained:
+            return self._lagrangians(labels, logits)
+        weights = masking.ones_like(logits[..., :1]) if weights is None else weights
+        rows = formulas.Rows(*(meshes.all_rows(x, axis_name) for x in (labels, logits, weights)))
+        return formulas.pair_losses(self.surrogate, labels, logits, rows, self.normalize)
+
+    def _lagrangians(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
+        labels, logits = self._at_anchors(labels, logits)
+        errors, counted = self._errors(labels, logits)
+        values = formulas.lagrangian(
+            jax.tree.map(lambda x: _leading(x, logits), self._problem),
+            _leading(self.lagrange_multipliers, logits),
+            _leading(self._priors() if not self._has_anchors else self._priors()[:, None], logits),
+            errors,
+            formulas.SCALE[self.surrogate],
+            counted if self.constraint == "zero_one" else None,
+        )
+        if self._has_anchors:
+            values = jnp.mean(values, axis=-1)
+        # Of one label there is no mean: the reduction of an axis of size 1 is slow on a CPU.
+        return values if values.shape[-1] == 1 else jnp.mean(values, axis=-1, keepdims=True)
+
+    def _at_anchors(self, labels: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Labels and logits, `[..., n]`; with anchors, each at all of them: `[..., n, 1]` and `[..., n, anchors]`."""
+        if not self._has_anchors:
+            return labels, logits
+        return labels[..., None], logits[..., None] + _leading(self.anchor_biases, logits[..., None])
+
+    def _errors(self, labels: jax.Array, logits: jax.Array) -> tuple[Any, Any]:
+        """The surrogates of both kinds of errors, and the errors themselves."""
+        surrogates = formulas.surrogates(self.surrogate, logits)
+        return tuple(formulas.split(labels, errors) for errors in (surrogates, formulas.indicators(logits)))  # pyright: ignore[reportReturnType]  # two
+
+    def _loss_sums(self, batch: dict[str, Any], axis_name: Any) -> jax.Array:
+        if self._is_constrained:
+            return super()._loss_sums(batch, axis_name)
+        elements = batches.clean(self.label_spec, batch)
+        batches.debug_check(elements, type(self).__name__)
+        weights = elements.weights if elements.scale is None else elements.weights * elements.scale
+        term = Term(self.losses(elements.labels, elements.logits, weights, axis_name)).scaled(elements.scale)
+        return terms.loss_sums(term, elements, self.loss_reduction)
+
+    def _divisor_of(self, sums: jax.Array) -> Any:
+        if not self._is_constrained:
+            raise ValueError(
+                "roc_auc is a loss of pairs, and pairs across the parts of a batch would be lost: micro_batches and "
+                "head.divisor are not for it. Take the whole batch at once: its memory is linear in the rows."
+            )
+        return super()._divisor_of(sums)
+
+    def advance(
+        self, labels: jax.Array, logits: jax.Array, weights: jax.Array, psum: Callable[[Any], Any]
+    ) -> Mapping[str, Any]:
+        if self.label_counts is None:
+            return {}
+        both = labels * weights, weights * masking.ones_like(labels)
+        seen = psum(jnp.stack([masking.column_totals(x) for x in both]))
+        return {"label_counts": pairs.add(self.label_counts, seen[..., None])}
+
+    # Predictions.
+
+    def outputs(self, logits: jax.Array) -> dict[str, Any]:
+        out = dict(self.base.outputs(logits))
+        if self.operating_point is None and not self._is_constrained:
+            return out
+
+        def at(logits: jax.Array) -> jax.Array:
+            if self.operating_point is None and self._has_anchors:
+                return masking.ones_like(logits[..., None]) * _leading(-self.anchor_biases, logits[..., None])
+            point = np.asarray(self._per_label(self.operating_point or 0.0), np.float32)
+            return masking.ones_like(logits) * _leading(point, logits)
+
+        def decisions() -> jax.Array:
+            point = at(logits)
+            return ((logits[..., None] if point.ndim > logits.ndim else logits) > point).astype(jnp.int32)
+
+        return {**out, "operating_point": lambda: at(logits), "decisions": decisions}
+
+    # Metrics.
+
+    def _average_term(self, elements: Elements) -> Term:
+        return self.base._term(elements)
+
+    def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
+        seen: dict[str, Observation] = dict(self.base._observations(labels, logits))
+        if not self._is_constrained:
+            return seen
+        entries, decided = self._at_anchors(labels, logits)
+        surrogates, counted = self._errors(entries, decided)
+        multipliers = masking.ones_like(decided) * _leading(self.lagrange_multipliers, decided)
+        lead = logits.shape[:-1]
+        columns = (x.reshape(*lead, math.prod(self._shape)) for x in (*surrogates, *counted, multipliers))
+        return {
+            **seen,
+            LAGRANGIAN: Mean(self._lagrangians(labels, logits)),
+            RATES: Sums((labels, 1 - labels, *columns)),
+        }
+
+    def read(self, seen: Mapping[str, Any]) -> dict[tuple[str, str | None], Any]:
+        """What the base head reads, and what the objective is about."""
+        values = self.base.read({key: view for key, view in seen.items() if key not in (LAGRANGIAN, RATES)})
+        if not self._is_constrained:
+            return values
+        own = _rates.of_constraint(seen[RATES], self._problem, self._shape, formulas.SCALE[self.surrogate])
+        own["lagrangian"] = seen[LAGRANGIAN].mean
+        for key, value in own.items():
+            if (key, self.suffix) in values:
+                raise ValueError(f"The base head has a metric {key!r}, which this one gives too. Name it otherwise.")
+            values[key, self.suffix] = value
+        return {**values, **{(key, self.suffix): value for key, value in self._achieved(seen["scores"]).items()}}
+
+    def _achieved(self, scores: ScoresView) -> dict[str, Any]:
+        """What can be had at the target, of the one label or of those that have a histogram of their own."""
+        if self.objective not in CONSTRAINED:
+            return {}
+        targets = self._per_label(self.target)
+        if self.logits_dimension == 1:
+            return _rates.achieved(self.objective, float(targets[0]), scores)
+        return {
+            f"{key}/{scores.names[label]}": value
+            for label, view in scores.columns.items()
+            for key, value in _rates.achieved(self.objective, float(targets[label]), view).items()
+        }
+
+    def read_loss(self, seen: Mapping[str, Any]) -> Any:
+        """The Lagrangian of all data seen; of pairs, which do not add up over batches, the share in the wrong order."""
+        if not self._is_constrained:
+            scores = seen["scores"]
+            return scores.where(_rates.has_pairs(scores), 1 - scores.roc_auc().value)
+        return super().read_loss({**seen, AVERAGE_LOSS: seen[LAGRANGIAN]})
+
+
+def _leading(x: Any, like: jax.Array) -> Any:
+    """An array with the leading axes that let it meet `like`; a number as it is."""
+    rank = np.ndim(x)
+    return x if rank == 0 else jnp.expand_dims(x, tuple(range(like.ndim - rank)))
+
+
+def _is_finite(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and bool(np.isfinite(x))
