@@ -123,7 +123,7 @@ def _of_one(
     logits = batches.dense(batch["logits"])
 
     def total(logits: jax.Array) -> jax.Array:
-        return head._loss_sums({**batch, "logits": logits})[0]
+        return head._loss_sums({**batch, "logits": logits}, None)[0]
 
     gradient = jax.grad(total)
     g, library = gradient(logits), convention(head, options) if hessian == "auto" else None
