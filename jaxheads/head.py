@@ -57,7 +57,7 @@ from jaxheads.metrics import (
 )
 from jaxheads.metrics.state import joined, metric_names, slots
 from jaxheads.numerics import batch as batches
-from jaxheads.numerics import columns, constants, fields, inputs, masking, meshes, pairs, reduction, tiles
+from jaxheads.numerics import columns, fields, inputs, masking, meshes, pairs, reduction, tiles
 from jaxheads.numerics import labels as rules
 from jaxheads.numerics.batch import Elements
 from jaxheads.numerics.configuration import Configuration
@@ -75,6 +75,10 @@ AVERAGE_LOSS = "average_loss"
 DIVISOR = "divisor"
 COUNT = "slice_count"
 RESERVED = ("slice", "count", "regularization_loss")  # what metrics of slices, and of a regularized loss, are called
+
+
+class NoClosedForm(ValueError):
+    """A head whose best constant logits no formula gives."""
 
 
 class Head(Configuration, abc.ABC):
@@ -163,7 +167,7 @@ class Head(Configuration, abc.ABC):
         On the host, in NumPy: `labels` float64 `[n, size]` and `weights` float64 `[n, 1]` or `[n, d]`, of the elements
         that weigh anything.
         """
-        raise constants.NoClosedForm(
+        raise NoClosedForm(
             f"{type(self).__name__} has no best constant logits in closed form. Start from zeros, or fit them: "
             "minimize head.loss over one row of logits, broadcast to all."
         )

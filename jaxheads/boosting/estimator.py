@@ -15,10 +15,9 @@ from jaxheads.boosting.derivatives import Hessian
 from jaxheads.boosting.engines import DECIDED, ENGINES, ROUNDS, Engine, Part, Plan
 from jaxheads.boosting.evaluation import higher_is_better, measured, numbers
 from jaxheads.compose import MultiHead
-from jaxheads.head import Head
+from jaxheads.head import Head, NoClosedForm
 from jaxheads.heads import BinaryClassHead, MultiLabelHead, PoissonRegressionHead
 from jaxheads.metrics import Metrics
-from jaxheads.numerics.constants import NoClosedForm
 
 
 def _has_probabilities(estimator: Any) -> bool:

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.head import Head
+from jaxheads.head import Head, NoClosedForm
 from jaxheads.metrics import ScoresView
 from jaxheads.metrics.grids import AbstractGrid
-from jaxheads.numerics import constants, stable
+from jaxheads.numerics import stable
 
 CALLED = ("labels", "logits", "features")
+# What an infinite logit is cut at: a class that was never seen has a probability of 1e-13.
+LIMIT = 30.0
 
 
 class AbstractLossFnHead(Head):
@@ -56,7 +58,7 @@ class AbstractLossFnHead(Head):
 
     def best_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
         if self.loss_fn is not None:
-            raise constants.NoClosedForm(
+            raise NoClosedForm(
                 f"{type(self).__name__} with a loss_fn has no best constant logits in closed form. Given {self!r}. "
                 "Start from zeros, or from those of the head without it."
             )
@@ -162,3 +164,27 @@ def at_thresholds(scores: ScoresView, thresholds: Any) -> dict[str, Any]:
 def class_id_outputs(logits: jax.Array, n: int) -> dict[str, Any]:
     """`all_class_ids`, `[D0, n]` at any rank, as in the original."""
     return {"all_class_ids": lambda: jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None], (logits.shape[0], n))}
+
+
+def mean_constant(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The weighted mean of each column, `[n, d]` under `[n, 1]` or `[n, d]`: `[d]`."""
+    weights = np.broadcast_to(weights, values.shape)
+    totals = weights.sum(0)
+    if not totals.all():
+        raise ValueError(
+            f"There is no best constant for the logits {np.flatnonzero(totals == 0).tolist()} of {len(totals)}: none "
+            "of their elements weighs anything. Give some a weight."
+        )
+    return (values * weights).sum(0) / totals
+
+
+def log_constant(x: np.ndarray) -> np.ndarray:
+    """`ln x`, no less than -30."""
+    with np.errstate(divide="ignore"):
+        return np.maximum(np.log(x), -LIMIT)
+
+
+def log_odds_constant(p: np.ndarray) -> np.ndarray:
+    """`ln p / (1 - p)`, cut at -30 and 30."""
+    with np.errstate(divide="ignore"):
+        return np.clip(np.log(p) - np.log1p(-p), -LIMIT, LIMIT)

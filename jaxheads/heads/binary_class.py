@@ -13,7 +13,7 @@ from jaxheads.head import LabelSpec, WeightColumn
 from jaxheads.heads import _abstract
 from jaxheads.metrics import LogitGrid, Mean, Observation, Scores
 from jaxheads.metrics.grids import AbstractGrid
-from jaxheads.numerics import constants, stable, vocabulary
+from jaxheads.numerics import stable, vocabulary
 
 
 class BinaryClassHead(_abstract.AbstractLossFnHead):
@@ -95,7 +95,7 @@ class BinaryClassHead(_abstract.AbstractLossFnHead):
         return losses.sigmoid_cross_entropy(labels, logits)
 
     def standard_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return constants.log_odds(constants.means(labels, weights))
+        return _abstract.log_odds_constant(_abstract.mean_constant(labels, weights))
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {

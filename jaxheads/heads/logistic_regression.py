@@ -8,8 +8,8 @@ import numpy as np
 
 from jaxheads import losses, metrics, spec
 from jaxheads.head import Head, LabelSpec
+from jaxheads.heads import _abstract
 from jaxheads.metrics import Mean, Observation
-from jaxheads.numerics import constants
 
 
 class LogisticRegressionHead(Head):
@@ -60,7 +60,7 @@ class LogisticRegressionHead(Head):
         return losses.sigmoid_cross_entropy(labels, logits)
 
     def best_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return constants.log_odds(constants.means(labels, weights))
+        return _abstract.log_odds_constant(_abstract.mean_constant(labels, weights))
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {"predictions": lambda: jax.nn.sigmoid(logits), "logits": logits}

@@ -12,7 +12,7 @@ from jaxheads import losses, metrics, spec
 from jaxheads.head import LabelSpec
 from jaxheads.heads import _abstract
 from jaxheads.metrics import LogitGrid, Mean, Observation, Scores
-from jaxheads.numerics import constants, meshes, stable, vocabulary
+from jaxheads.numerics import meshes, stable, vocabulary
 
 
 class MultiClassHead(_abstract.AbstractLossFnHead):
@@ -88,7 +88,7 @@ class MultiClassHead(_abstract.AbstractLossFnHead):
 
     def standard_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
         shares = np.bincount(labels[:, 0].astype(int), weights[:, 0], self.n_classes) / weights.sum()
-        return constants.logarithm(shares)
+        return _abstract.log_constant(shares)
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {

@@ -12,7 +12,6 @@ from jaxheads import losses, metrics, spec
 from jaxheads.head import Head, LabelSpec
 from jaxheads.heads import _abstract
 from jaxheads.metrics import Mean, Observation
-from jaxheads.numerics import constants
 
 
 class PoissonRegressionHead(Head):
@@ -78,7 +77,7 @@ class PoissonRegressionHead(Head):
         return losses.poisson(labels, logits, self.compute_full_loss)
 
     def best_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return constants.logarithm(constants.means(labels, weights))
+        return _abstract.log_constant(_abstract.mean_constant(labels, weights))
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {"predictions": lambda: jnp.exp(logits), "logits": logits}

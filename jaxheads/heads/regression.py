@@ -11,7 +11,6 @@ from jaxheads import losses, metrics, spec
 from jaxheads.head import LabelSpec
 from jaxheads.heads import _abstract
 from jaxheads.metrics import Mean, Observation
-from jaxheads.numerics import constants
 
 
 class RegressionHead(_abstract.AbstractLossFnHead):
@@ -95,7 +94,7 @@ class RegressionHead(_abstract.AbstractLossFnHead):
         return losses.squared_error(labels, logits)
 
     def standard_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return constants.means(labels, weights)
+        return _abstract.mean_constant(labels, weights)
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         link = self.inverse_link_fn
