@@ -5,8 +5,8 @@ the hour of the departure begins; see `flight_delays.py` for the data and the ne
 trees see the same columns as they are: categories as categories, missing readings as missing.
 
     pip install -e '.[examples,boosting]'
-    python examples/boosted_flights.py                  # about two minutes on two CPU cores
-    python examples/boosted_flights.py --rows 20000     # half a minute, mostly compiling
+    python examples/boosted_flights.py                  # half a minute on two CPU cores
+    python examples/boosted_flights.py --rows 20000     # 15 s, mostly compiling
 
 What to look at:
 
@@ -19,9 +19,9 @@ What to look at:
   the trees' alike.
 * `head.constant_logits` is where the trees begin, the network's first guess, and the first column.
 
-What to expect: the trees are a little better than the network, a test AUC of about 0.71 against 0.70,
-and agree with each other. The loss of October falls for some hundred rounds. None is far from the
-others: most of what delays a flight has yet to happen.
+What to expect: no learner is better than another, a test AUC of 0.699, 0.700 and 0.698, log loss 0.512,
+0.511 and 0.511 against the 0.562 of the base rate; most of what delays a flight has yet to happen. The
+trees need no embeddings, crosses or scaling for it, and about 50 rounds, 2 to 6 s.
 """
 
 from __future__ import annotations

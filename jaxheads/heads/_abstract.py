@@ -166,7 +166,7 @@ def class_id_outputs(logits: jax.Array, n: int) -> dict[str, Any]:
     return {"all_class_ids": lambda: jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None], (logits.shape[0], n))}
 
 
-def means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def mean_constant(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The weighted mean of each column, `[n, d]` under `[n, 1]` or `[n, d]`: `[d]`."""
     weights = np.broadcast_to(weights, values.shape)
     totals = weights.sum(0)
@@ -178,13 +178,13 @@ def means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return (values * weights).sum(0) / totals
 
 
-def logarithm(x: np.ndarray) -> np.ndarray:
+def log_constant(x: np.ndarray) -> np.ndarray:
     """`ln x`, no less than -30."""
     with np.errstate(divide="ignore"):
         return np.maximum(np.log(x), -LIMIT)
 
 
-def log_odds(p: np.ndarray) -> np.ndarray:
+def log_odds_constant(p: np.ndarray) -> np.ndarray:
     """`ln p / (1 - p)`, cut at -30 and 30."""
     with np.errstate(divide="ignore"):
         return np.clip(np.log(p) - np.log1p(-p), -LIMIT, LIMIT)

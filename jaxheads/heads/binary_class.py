@@ -95,7 +95,7 @@ class BinaryClassHead(_abstract.AbstractLossFnHead):
         return losses.sigmoid_cross_entropy(labels, logits)
 
     def standard_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return _abstract.log_odds(_abstract.means(labels, weights))
+        return _abstract.log_odds_constant(_abstract.mean_constant(labels, weights))
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {

@@ -60,7 +60,7 @@ class LogisticRegressionHead(Head):
         return losses.sigmoid_cross_entropy(labels, logits)
 
     def best_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return _abstract.log_odds(_abstract.means(labels, weights))
+        return _abstract.log_odds_constant(_abstract.mean_constant(labels, weights))
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {"predictions": lambda: jax.nn.sigmoid(logits), "logits": logits}

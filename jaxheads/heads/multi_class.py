@@ -88,7 +88,7 @@ class MultiClassHead(_abstract.AbstractLossFnHead):
 
     def standard_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
         shares = np.bincount(labels[:, 0].astype(int), weights[:, 0], self.n_classes) / weights.sum()
-        return _abstract.logarithm(shares)
+        return _abstract.log_constant(shares)
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {

@@ -142,7 +142,7 @@ class MultiLabelHead(_abstract.AbstractLossFnHead):
         return jnp.mean(losses.sigmoid_cross_entropy(labels, logits), axis=-1, keepdims=True)
 
     def standard_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return _abstract.log_odds(_abstract.means(labels, weights))
+        return _abstract.log_odds_constant(_abstract.mean_constant(labels, weights))
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {"logits": logits, "probabilities": lambda: jax.nn.sigmoid(logits)}

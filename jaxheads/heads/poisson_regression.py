@@ -77,7 +77,7 @@ class PoissonRegressionHead(Head):
         return losses.poisson(labels, logits, self.compute_full_loss)
 
     def best_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return _abstract.logarithm(_abstract.means(labels, weights))
+        return _abstract.log_constant(_abstract.mean_constant(labels, weights))
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {"predictions": lambda: jnp.exp(logits), "logits": logits}

@@ -94,7 +94,7 @@ class RegressionHead(_abstract.AbstractLossFnHead):
         return losses.squared_error(labels, logits)
 
     def standard_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return _abstract.means(labels, weights)
+        return _abstract.mean_constant(labels, weights)
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         link = self.inverse_link_fn
