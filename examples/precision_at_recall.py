@@ -169,7 +169,7 @@ def compare(task: Task, split: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def verdict(gains: np.ndarray, shared: float) -> dict[str, Any]:
-    """The mean difference with an interval, and in words; `shared`: test rows for each of training in a split."""
+    """The mean difference with an interval, and in words; `shared`: test rows for each of training, of one data set."""
     mean, spread = float(gains.mean()), float(gains.std(ddof=1))
     # Splits share rows, so that seeds are no independent draws.
     half = float(stats.t.ppf(0.975, len(gains) - 1) * spread * np.sqrt(1 / len(gains) + shared))
