@@ -547,8 +547,9 @@ def test_scikit_learns_own_checks(library, head):
         model = boosted(head, library, **({"min_data_in_leaf": 1} if library == "lightgbm" else {}))
         found = check_estimator(model, expected_failed_checks=reasons, on_fail="raise")
     assert len(found) > 50
-    # What no longer fails is to leave the list.
-    assert {check["check_name"] for check in found if check["status"] == "xfail"} == set(reasons)
+    failed = {check["check_name"] for check in found if check["status"] == "xfail"}
+    # Whether weights are repetitions to LightGBM depends on the loss; the rest of the list is to fail, or to leave it.
+    assert set(REASONS) <= failed <= set(reasons)
 
 
 @both
