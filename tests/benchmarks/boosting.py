@@ -91,12 +91,14 @@ def flights(rows: int | None = None) -> dict[str, np.ndarray]:
 Run = Callable[[], np.ndarray]
 
 
-def xgboost_runs(task: Task, data: Mapping[str, np.ndarray], weights: Any, rounds: int) -> tuple[Run, Run]:
+def xgboost_runs(
+    task: Task, data: Mapping[str, np.ndarray], weights: Any, rounds: int, **params: Any
+) -> tuple[Run, Run]:
     """Training by the built-in objective and by the head's: functions that return the margins."""
     import xgboost
 
     dataset = xgboost.QuantileDMatrix(data["x"], label=data[task.label], weight=weights)
-    shared = {"seed": 0, "max_depth": 6, **task.shared}
+    shared = {"seed": 0, "max_depth": 6, **task.shared, **params}
     built_in = {**shared, **task.xgboost, "base_score": task.start}
     ours = {**shared, "base_score": 0, "disable_default_eval_metric": True}
     objective = jh.boosting.xgboost_objective(task.head)
@@ -107,12 +109,14 @@ def xgboost_runs(task: Task, data: Mapping[str, np.ndarray], weights: Any, round
     return train(built_in), train(ours, obj=objective)
 
 
-def lightgbm_runs(task: Task, data: Mapping[str, np.ndarray], weights: Any, rounds: int) -> tuple[Run, Run]:
+def lightgbm_runs(
+    task: Task, data: Mapping[str, np.ndarray], weights: Any, rounds: int, **params: Any
+) -> tuple[Run, Run]:
     """The same of LightGBM. Row-wise and deterministic, or two runs of one objective differ in their last bits."""
     import lightgbm
 
     shared = {"verbosity": -1, "seed": 0, "deterministic": True, "force_row_wise": True, "boost_from_average": False}
-    shared |= {key: value for key, value in task.shared.items() if key != "max_delta_step"}
+    shared |= {key: value for key, value in task.shared.items() if key != "max_delta_step"} | params
     built_in, ours = (
         {**shared, "objective": objective}
         for objective in (task.lightgbm["objective"], jh.boosting.lightgbm_objective(task.head))
