@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxheads.boosting.conventions import LIBRARIES, Options, convention, is_separable
-from jaxheads.compose import MultiHead, SequentialHeadWrapper
+from jaxheads.compose import GlobalObjectiveHead, MultiHead, SequentialHeadWrapper
 from jaxheads.head import Head
 from jaxheads.heads import RegressionHead
 from jaxheads.numerics import batch as batches
@@ -125,6 +125,11 @@ def _of_one(
     def total(logits: jax.Array) -> jax.Array:
         return head._loss_sums({**batch, "logits": logits}, None)[0]
 
+    if isinstance(hessian, str) and hessian != "unit" and isinstance(head, GlobalObjectiveHead) and head.is_of_pairs:
+        raise ValueError(
+            "The loss of pairs (roc_auc) has no Hessian of a row alone: shifting all logits changes nothing. Given "
+            f'hessian={hessian!r}. Pass hessian="unit", or a function.'
+        )
     gradient = jax.grad(total)
     g, library = gradient(logits), convention(head, options) if hessian == "auto" else None
     elements = batches.clean(head.label_spec, batch)

@@ -212,6 +212,11 @@ class GlobalObjectiveHead(AbstractWrapperHead):
             )
 
     @property
+    def is_of_pairs(self) -> bool:
+        """Whether the loss is of pairs of rows."""
+        return not self._is_constrained
+
+    @property
     def _is_constrained(self) -> bool:
         return self.objective != ROC_AUC
 
