@@ -25,6 +25,7 @@ from scipy.special import expit, log_softmax, softmax
 from sklearn.base import clone
 from sklearn.metrics import average_precision_score, log_loss, mean_squared_error, r2_score, roc_auc_score
 from sklearn.model_selection import GridSearchCV
+from xgboost.callback import EarlyStopping
 from zoo import ZOO, Entry
 
 import jaxheads as jh
@@ -439,6 +440,18 @@ def test_probabilities_are_refused_where_they_can_be_told():
         made(y, softmax(z, -1))
     # All-equal margins of a first round may add up to 1.
     assert np.isfinite(made(y, np.full((4, 3), 1 / 3))[0][1])
+    for head, y in ((jh.BinaryClassHead(), np.array([0, 1, 1])), (jh.MultiLabelHead(2), np.array([[0, 1]] * 3))):
+        p = np.linspace(0.1, 0.9, y.size).reshape(y.shape)
+        with pytest.warns(UserWarning, match=rf"metrics of {type(head).__name__} are in \[0, 1\]"):
+            metric("xgboost", head, "average_loss")(y, p)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for z in (p - 0.2, 2 * p, 0 * p + 0.3):
+                metric("xgboost", head, "average_loss")(y, z)
+    data, log = dataset("xgboost", *(a.astype(np.float32) for a in (table()[0], table()[1] > 0))), {}
+    given = {"custom_metric": metric("xgboost", jh.BinaryClassHead()), "evals_result": log, "verbose_eval": False}
+    with pytest.warns(UserWarning, match="are in"):
+        xgboost.train({"objective": "binary:logistic"}, data, 1, evals=[(data, "train")], **given)
 
 
 @both
@@ -468,13 +481,45 @@ def test_scikit_learns_wrappers_take_both(library):
     np.testing.assert_allclose(log["average_loss"][-1], log_loss(y, expit(margins), sample_weight=w), atol=1e-6)
 
 
+@pytest.mark.parametrize("given", [{}, {"base_score": 0.5}])
+def test_xgboosts_classifier_keeps_its_link_and_stops_by_the_metric(given):
+    x, s = table(400)
+    y = (s + 2 * np.random.default_rng(1).normal(size=400) > 1).astype(int)
+    head = jh.BinaryClassHead()
+    model = xgboost.XGBClassifier(
+        objective=objective("xgboost", head), eval_metric=metric("xgboost", head, "average_loss"), n_jobs=1,
+        early_stopping_rounds=4, n_estimators=60, **given,
+    )  # fmt: skip
+    model.fit(x[:200], y[:200], eval_set=[(x[200:], y[200:])], verbose=False)
+    log = model.evals_result()["validation_0"]["average_loss"]
+    assert len(log) == model.best_iteration + 5
+    np.testing.assert_allclose(min(log), log_loss(y[200:], model.predict_proba(x[200:])), atol=1e-6)
+    # From a margin of 0, as natively.
+    native = xgboost.train(
+        {"base_score": 0, "nthread": 1}, xgboost.QuantileDMatrix(x[:200], label=y[:200]), 3,
+        obj=objective("xgboost", head),
+    )  # fmt: skip
+    expected = native.predict(xgboost.DMatrix(x), output_margin=True)
+    np.testing.assert_allclose(model.predict(x, output_margin=True, iteration_range=(0, 3)), expected, atol=1e-6)
+
+
 def test_names_with_spaces_stay_whole_in_xgboosts_log():
     x, s = table()
     y = np.stack([s > 0, s < 1], 1)
     names = ("no sun", "sea: calm")
     head = jh.MultiLabelHead(2, label_vocabulary=names, classes_for_class_based_metrics=names)
+    log: Any = {}
+    data = dataset("xgboost", x, y)
+    params = {"num_target": 2, "base_score": 0, "disable_default_eval_metric": True}
+    given = {"obj": objective("xgboost", head), "custom_metric": metric("xgboost", head), "verbose_eval": False}
+    xgboost.train(params, data, 2, evals=[(data, "train")], evals_result=log, **given)
+    assert {"auc/no_sun", "auc/sea_calm"} <= log["train"].keys()
     model = jh.boosting.BoostedHead(head, n_estimators=2, **ONE_THREAD).fit(x, y, eval_set=[(x, y)])
-    assert {"auc/no_sun", "auc/sea_calm"} <= model.evals_result_["validation_0"].keys()
+    ours = model.evals_result_["validation_0"]
+    assert set(ours) == set(evaluation.numbers(head))
+    p = model.predict_proba(x)
+    for i, name in enumerate(names):
+        np.testing.assert_allclose(ours[f"auc/{name}"][-1], roc_auc_score(y[:, i], p[:, i]), atol=2e-3)
 
 
 WORKER = """
@@ -695,6 +740,7 @@ def test_early_stopping_by_a_head_metric(library):
     ).fit(x[:200], y[:200], eval_set=[(x[200:], y[200:])])
     log = model.evals_result_["validation_0"]
     assert model.best_iteration_ == np.argmax(log["auc"])
+    assert int(model.booster_.best_iteration) == model.best_iteration_ + (library == "lightgbm")
     assert len(log["auc"]) == model.best_iteration_ + 6 < 200
     values = model.measure(x[200:], y[200:]).compute()
     np.testing.assert_allclose(values["auc"], max(log["auc"]), atol=2e-6)
@@ -703,6 +749,129 @@ def test_early_stopping_by_a_head_metric(library):
     plain: Any = clone(model)
     plain.set_params(monitor=None).fit(x[:200], y[:200], eval_set=[(x[200:], y[200:])])
     assert plain.best_iteration_ == np.argmin(plain.evals_result_["validation_0"]["average_loss"])
+
+
+@both
+def test_the_last_of_several_decides(library):
+    x, s = table(400)
+    y = (s > 0).astype(int)
+    # What the first set calls worse and worse.
+    sets = [(x[200:], 1 - y[200:]), (x[200:], y[200:])]
+    model = boosted(jh.BinaryClassHead(), library, n_estimators=40, early_stopping_rounds=3)
+    model.fit(x[:200], y[:200], eval_set=sets)
+    upside_down, log = (model.evals_result_[name]["average_loss"] for name in ("validation_0", "validation_1"))
+    assert model.best_iteration_ == np.argmin(log) > np.argmin(upside_down) + 3
+
+
+@both
+def test_the_direction_that_is_given_counts(library):
+    x, s = table()
+    y = s - x[:, 0]  # the mean falls at first, then comes back
+    for higher, best in ((True, np.argmax), (False, np.argmin)):
+        model = boosted(
+            jh.RegressionHead(), library, n_estimators=30, early_stopping_rounds=4, monitor="prediction/mean",
+            higher_is_better=higher, learning_rate=0.3,
+        ).fit(x[:200], y[:200], eval_set=[(x[200:], y[200:])])  # fmt: skip
+        means = model.evals_result_["validation_0"]["prediction/mean"]
+        assert model.best_iteration_ == best(means)
+        assert len(means) == min(30, model.best_iteration_ + 5)
+
+
+@both
+def test_small_losses_are_not_rounded_to_stop(library):
+    x, s = table()
+    y = 3e-3 * s  # XGBoost splits for no gain below 1e-6
+    model = boosted(jh.RegressionHead(), library, n_estimators=40, early_stopping_rounds=3, learning_rate=0.2)
+    model.fit(x[:200], y[:200], eval_set=[(x[200:], y[200:])])
+    losses = model.evals_result_["validation_0"]["average_loss"]
+    assert model.best_iteration_ == np.argmin(losses) > 5
+    expected = mean_squared_error(y[200:], model.predict(x[200:]))
+    np.testing.assert_allclose(min(losses), expected, rtol=1e-5)
+
+
+@both
+def test_a_monitor_that_is_undefined_says_so(library):
+    x, s = table()
+    model = boosted(jh.BinaryClassHead(), library, early_stopping_rounds=3, monitor="auc")
+    with pytest.raises(ValueError, match=r"monitored 'auc' of the last of eval_set is undefined in round 0"):
+        model.fit(x, s > 0, eval_set=[(x[s > 0], s[s > 0] > 0)])
+
+
+def test_the_libraries_own_stopping_goes_by_the_loss():
+    x, s = table(400)
+    y = (s + 2 * np.random.default_rng(1).normal(size=400) > 0).astype(int)
+    head, log = jh.BinaryClassHead(), {}
+    train, test = (dataset("xgboost", x[part], y[part]) for part in (slice(200), slice(200, None)))
+    booster = xgboost.train(
+        {"base_score": 0, "nthread": 1, "disable_default_eval_metric": True}, train, 100,
+        obj=objective("xgboost", head), custom_metric=metric("xgboost", head), evals=[(test, "test")],
+        early_stopping_rounds=4, evals_result=log, verbose_eval=False,
+    )  # fmt: skip
+    losses = log["test"]["average_loss"]
+    assert booster.best_iteration == np.argmin(losses)
+    assert len(losses) == booster.best_iteration + 5
+    # Of LightGBM any metric stops: one that cannot improve, a mean of labels, would at once.
+    assert all(evaluation.higher_is_better(key) is not None for key in metric("lightgbm", head).keys)
+    train = lightgbm.Dataset(x[:200], y[:200], params={"verbosity": -1})
+    found: Any = {}
+    lightgbm.train(
+        {"objective": objective("lightgbm", head), "num_threads": 1, "verbosity": -1}, train, 40,
+        valid_sets=[train.create_valid(x[200:], y[200:])], feval=metric("lightgbm", head),
+        callbacks=[lightgbm.early_stopping(12, verbose=False), lightgbm.record_evaluation(found)],
+    )  # fmt: skip
+    assert len(found["valid_0"]["average_loss"]) > 13
+
+
+@both
+def test_attached_labels_follow_slices_and_folds(library):
+    x, s = table()
+    y = {"late": (s > 0.4).astype(int), "minutes": s.tolist()}
+    there = np.arange(300) % 4 > 0
+    head = jh.MultiHead([jh.BinaryClassHead(name="late"), jh.RegressionHead(name="minutes")])
+    attached = jh.boosting.with_labels(dataset(library, x, np.zeros(300)), y, {"minutes": there})
+    rows = np.array([3, 4, 250, 7])
+    if library == "lightgbm":
+        part = attached.subset(rows).construct()
+        rows = np.sort(rows)
+    else:
+        part = attached.slice(rows)
+    z = np.random.default_rng(2).normal(size=(4, 2))
+    g, _ = objective(library, head)(z, part)
+    expected = np.stack([expit(z[:, 0]) - y["late"][rows], there[rows] * (z[:, 1] - s[rows])], 1)
+    np.testing.assert_allclose(np.asarray(g), expected, atol=1e-6)
+    # The folds of cv, each measured by its own labels.
+    folds = [(np.arange(100, 300), np.arange(100)), (np.arange(200), np.arange(200, 300))]
+    means = metric(library, head, ("label/mean/late", "label/mean/minutes"))
+    one = {"num_boost_round": 1, "folds": folds}
+    if library == "xgboost":
+        given = {"num_target": 2, "base_score": 0, "disable_default_eval_metric": True}
+        log: Any = xgboost.cv(
+            given, attached, obj=objective(library, head), custom_metric=means, as_pandas=False, **one
+        )
+        found = [log[f"test-label/mean/{name}-mean"][0] for name in y]
+    else:
+        given = {"objective": objective(library, head), "num_class": 2, "verbosity": -1}
+        log = lightgbm.cv(given, attached, feval=means, **one)
+        found = [log[f"valid label/mean/{name}-mean"][0] for name in y]
+    tests = [test for _, test in folds]
+    late = np.mean([y["late"][test].mean() for test in tests])
+    minutes = np.mean([s[test][there[test]].mean() for test in tests])
+    np.testing.assert_allclose(found, [late, minutes], atol=2e-6)
+    with pytest.raises(ValueError, match=r"needs an xgboost\.DMatrix or a lightgbm\.Dataset"):
+        jh.boosting.with_labels(np.zeros(3), np.zeros(3))
+
+
+@both
+def test_ids_that_may_count_from_one_are_told(library):
+    x, s = table()
+    y = np.digitize(s, [0]) + 1
+    with pytest.warns(UserWarning, match=r"Labels from 1 to 2 of 3 classes are taken for ids of 0 ... 2"):
+        model = boosted(jh.MultiClassHead(3), library).fit(x, y)
+    assert model.classes_.tolist() == [0, 1, 2]
+    assert model.score(x, y) > 0.8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert boosted(jh.BinaryClassHead(), library).fit(x, y).classes_.tolist() == [1, 2]
 
 
 @both
@@ -715,6 +884,22 @@ def test_what_an_estimator_refuses(library):
         (boosted(jh.BinaryClassHead(), "catboost"), {}, "booster must be one of"),
         (boosted(jh.BinaryClassHead(), library, objective="binary"), {}, r"The head decides \['objective'\]"),
         (boosted(jh.BinaryClassHead(), library, num_boost_round=3), {}, "number of rounds is n_estimators"),
+        (boosted(jh.BinaryClassHead(), library, scale_pos_weight=3), {}, "would do nothing under a head"),
+        (
+            boosted(jh.BinaryClassHead(), library, early_stopping_round=3),
+            {},
+            "pass early_stopping_rounds= and monitor=",
+        ),
+        (boosted(jh.BinaryClassHead(), library, early_stopping_rounds=0), {}, "an integer of at least 1"),
+        (boosted(jh.BinaryClassHead(), library, monitor="auc"), {}, "Pass early_stopping_rounds= too"),
+        (
+            boosted(jh.BinaryClassHead(), library),
+            {
+                "callbacks": [lightgbm.early_stopping(3) if library == "lightgbm" else EarlyStopping(rounds=3)],
+                "eval_set": pairs,
+            },
+            "To stop early pass early_stopping_rounds=",
+        ),
         (boosted(jh.BinaryClassHead(), library, n_estimators=0), {}, "n_estimators must be an integer"),
         (boosted(jh.BinaryClassHead(), library, init_score=[1, 2]), {}, "init_score must be None"),
         (boosted(jh.BinaryClassHead(), library, init_score=np.nan), {}, "init_score must be finite"),

@@ -1,5 +1,6 @@
 """Labels and weights of a booster's dataset, as arrays that a head takes."""
 
+import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -47,8 +48,8 @@ def with_labels(dataset: Dataset, labels: Any, where: Any = None) -> Dataset:
     """The same dataset with labels that a booster's own column cannot hold: objective and metric look here first.
 
     For dicts of labels (of a `MultiHead`, or time and event), for missing labels (`where`), for several columns in
-    LightGBM. They are kept on the Python object, so a slice or a copy of it (`cv`) has none. LightGBM wants a column of
-    its own besides: any will do, such as zeros, for a head reads this one.
+    LightGBM. They are kept on the Python object, and its `slice` or `subset` hands on those of its rows, so `cv` works.
+    LightGBM wants a column of its own besides: any will do, such as zeros, for a head reads this one.
 
     Args:
         dataset: a `xgboost.DMatrix` (or `QuantileDMatrix`), or a `lightgbm.Dataset`.
@@ -58,7 +59,8 @@ def with_labels(dataset: Dataset, labels: Any, where: Any = None) -> Dataset:
         `dataset`.
 
     Raises:
-        ValueError: no labels. What the head refuses is refused when training begins.
+        ValueError: no labels; something else than these datasets (those of Dask hold no object that reaches the
+            workers). What the head refuses is refused when training begins.
 
     >>> import numpy as np, xgboost
     >>> import jaxheads as jh
@@ -72,8 +74,29 @@ def with_labels(dataset: Dataset, labels: Any, where: Any = None) -> Dataset:
     """
     if labels is None:
         raise ValueError("with_labels needs labels. Given None.")
+    name = next((name for name in ("subset", "slice") if hasattr(dataset, name)), None)
+    if name is None or not hasattr(dataset, "get_label"):
+        raise ValueError(f"with_labels needs an xgboost.DMatrix or a lightgbm.Dataset. Given {dataset!r}.")
     setattr(dataset, ATTRIBUTE, Attached(labels, where))
+    of_class, here = getattr(type(dataset), name), weakref.ref(dataset)  # a strong one would be a cycle
+
+    def part(rows: Any, *args: Any, **kwargs: Any) -> Any:
+        # LightGBM's subset has its rows in order, however they are given.
+        chosen = np.asarray(sorted(rows) if name == "subset" else rows)
+        return with_labels(of_class(here(), rows, *args, **kwargs), _rows_of(labels, chosen), _rows_of(where, chosen))
+
+    # cv calls the method of the object.
+    setattr(dataset, name, part)
     return dataset
+
+
+def _rows_of(labels: Any, rows: np.ndarray) -> Any:
+    """Some rows of labels or a mask, as they were given: a dict, a list, an array."""
+    if labels is None:
+        return None
+    if isinstance(labels, Mapping):
+        return {key: _rows_of(value, rows) for key, value in labels.items()}
+    return [labels[i] for i in rows] if isinstance(labels, (list, tuple)) else np.asarray(labels)[rows]
 
 
 def check_boosted(head: Any, params: Any, metrics: bool) -> None:

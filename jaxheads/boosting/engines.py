@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from jaxheads.boosting.datasets import with_labels
-from jaxheads.boosting.evaluation import Evaluation, lightgbm_metric, logged, xgboost_metric
+from jaxheads.boosting.evaluation import Evaluation, lightgbm_metric, xgboost_metric
 from jaxheads.boosting.objectives import Objective, lightgbm_objective, xgboost_objective
+from jaxheads.boosting.stopping import Log, Monitor
 
 # Parameters that the head decides, and their aliases.
 DECIDED = {
@@ -18,6 +19,24 @@ DECIDED = {
         *("num_class", "num_classes", "boost_from_average"),
     ),
 }
+# Those of its own objectives, which would do nothing.
+IDLE = {
+    "xgboost": (
+        *("scale_pos_weight", "class_weight", "quantile_alpha", "expectile_alpha", "huber_slope"),
+        *("tweedie_variance_power", "aft_loss_distribution", "aft_loss_distribution_scale"),
+    ),
+    "lightgbm": (
+        *("scale_pos_weight", "class_weight", "is_unbalance", "unbalance", "unbalanced_sets", "sigmoid", "alpha"),
+        *("fair_c", "tweedie_variance_power", "reg_sqrt"),
+    ),
+}
+STOPPING = (
+    "early_stopping_round",
+    "early_stopping",
+    "n_iter_no_change",
+    "early_stopping_min_delta",
+    "first_metric_only",
+)
 ROUNDS = (
     *(
         "num_boost_round",
@@ -58,7 +77,7 @@ class Plan:
         params: the user's own for the booster.
         rounds: how many.
         objective, metric: as the booster takes them.
-        monitor: the metric to stop by, whether it shall rise, and for how many rounds it may not; None never to stop.
+        monitor: the metric to stop by; None never to stop.
         callbacks: the user's own.
         verbose: whether the log is printed.
     """
@@ -67,7 +86,7 @@ class Plan:
     rounds: int
     objective: Objective
     metric: Evaluation
-    monitor: tuple[str, bool, int] | None
+    monitor: Monitor | None
     callbacks: Sequence[Any]
     verbose: bool
 
@@ -114,36 +133,32 @@ class XGBoost:
     def train(self, plan: Plan, train: Part, evaluated: Sequence[Part]) -> Trained:
         """By `xgboost.train`, over quantiles where the tree method allows."""
         import xgboost
-        from xgboost.callback import EarlyStopping
+        from xgboost.callback import TrainingCallback
 
         dimension = train.margins.shape[1]
         params = {**plan.params, "base_score": 0, "disable_default_eval_metric": True}
         if dimension > 1:
             params["num_target"] = dimension
         data = self._dataset(train, params, None)
-        evals = [(self._dataset(part, params, data), f"validation_{i}") for i, part in enumerate(evaluated)]
-        callbacks = list(plan.callbacks)
-        if plan.monitor is not None:
-            key, higher, rounds = plan.monitor
-            last = evals[-1][1]
-            stop = EarlyStopping(
-                rounds=rounds, metric_name=logged(key), data_name=last, maximize=higher, save_best=False
-            )
-            callbacks.append(stop)
-        log: dict[str, dict[str, list[float]]] = {}
+        log = Log(plan.metric, [self._dataset(part, params, data) for part in evaluated], plan.monitor)
+
+        class Stop(TrainingCallback):
+            def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
+                return log.over_since() is not None
+
         booster = xgboost.train(
             params,
             data,
             plan.rounds,
             obj=plan.objective,
-            custom_metric=plan.metric if evals else None,
-            evals=evals,
-            evals_result=log,
-            callbacks=callbacks,
+            custom_metric=log if evaluated else None,
+            evals=list(zip(log.datasets, log.names, strict=True)),
+            callbacks=[*plan.callbacks, Stop()],
             verbose_eval=plan.verbose,
         )
-        best = booster.best_iteration if plan.monitor is not None else None
-        return Trained(booster, {name: {key: list(v) for key, v in found.items()} for name, found in log.items()}, best)
+        if log.best is not None:
+            booster.set_attr(best_iteration=str(log.best))
+        return Trained(booster, log.values, log.best)
 
     def _dataset(self, part: Part, params: Mapping[str, Any], reference: Any) -> Any:
         import xgboost
@@ -188,21 +203,21 @@ class LightGBM:
             params["num_class"] = dimension
         for_data = {key: value for key, value in params.items() if key != "objective"} | {"objective": "none"}
         data = self._dataset(train, for_data, None)
-        log: dict[str, Any] = {}
-        callbacks = [*plan.callbacks, lightgbm.record_evaluation(log)]
-        if plan.monitor is not None:
-            _, _, rounds = plan.monitor  # the metric tells the rest
-            callbacks.append(lightgbm.early_stopping(rounds, first_metric_only=True, verbose=plan.verbose))
-        if plan.verbose:
-            callbacks.append(lightgbm.log_evaluation())
+        log = Log(plan.metric, [self._dataset(part, for_data, data) for part in evaluated], plan.monitor)
+
+        def stop(env: Any) -> None:
+            if (best := log.over_since()) is not None:
+                raise lightgbm.EarlyStopException(best, env.evaluation_result_list)
+
+        callbacks = [*plan.callbacks, *([lightgbm.log_evaluation()] if plan.verbose else ()), stop]
         try:
             booster = lightgbm.train(
                 params,
                 data,
                 plan.rounds,
-                valid_sets=[self._dataset(part, for_data, data) for part in evaluated],
-                valid_names=[f"validation_{i}" for i in range(len(evaluated))],
-                feval=plan.metric if evaluated else None,
+                valid_sets=list(log.datasets),
+                valid_names=log.names,
+                feval=log if evaluated else None,
                 callbacks=callbacks,
             )
         except lightgbm.basic.LightGBMError as error:
@@ -212,8 +227,9 @@ class LightGBM:
                 f"LightGBM finds no feature to split on: all are constant, or there are too few rows (n_samples="
                 f"{len(train.margins)}). Give it more rows, or lower min_data_in_bin and min_data_in_leaf."
             ) from error
-        best = booster.best_iteration - 1 if plan.monitor is not None else None
-        return Trained(booster, {name: {key: list(v) for key, v in found.items()} for name, found in log.items()}, best)
+        if log.best is not None:
+            booster.best_iteration = log.best + 1
+        return Trained(booster, log.values, log.best)
 
     def _dataset(self, part: Part, params: dict[str, Any], reference: Any) -> Any:
         import lightgbm

@@ -12,8 +12,9 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, v
 from jaxheads.boosting import targets
 from jaxheads.boosting.datasets import Attached, check_boosted, prepare
 from jaxheads.boosting.derivatives import Hessian
-from jaxheads.boosting.engines import DECIDED, ENGINES, ROUNDS, Engine, Part, Plan
+from jaxheads.boosting.engines import DECIDED, ENGINES, IDLE, ROUNDS, STOPPING, Engine, Part, Plan
 from jaxheads.boosting.evaluation import higher_is_better, measured, numbers
+from jaxheads.boosting.stopping import Monitor
 from jaxheads.compose import MultiHead
 from jaxheads.head import Head, NoClosedForm
 from jaxheads.heads import BinaryClassHead, MultiLabelHead, PoissonRegressionHead
@@ -43,8 +44,8 @@ class BoostedHead(BaseEstimator):
         hessian: as for `jh.boosting.derivatives`.
         init_score: the logits before the first tree: None for `head.constant_logits` (zeros for a head that has none);
             or a number, or one for each logit.
-        early_stopping_rounds: for how many rounds `monitor` may fail to improve on the last of `eval_set` (LightGBM: on
-            any); predictions then use the best round.
+        early_stopping_rounds: for how many rounds `monitor` may fail to improve on the last of `eval_set`; predictions
+            then use the best round.
         monitor: a metric of the head; its average loss by default.
         higher_is_better: of the monitor, where its name does not tell.
         params: the booster's own: `learning_rate`, `max_depth`, `random_state`, `n_jobs`, ... `max_delta_step` of a
@@ -61,7 +62,9 @@ class BoostedHead(BaseEstimator):
 
     Raises:
         ValueError: when fitted: an unknown booster or metric, parameters that the head decides (`objective`,
-            `num_class`), early stopping without an `eval_set`, shared trees on LightGBM, labels that the head refuses.
+            `num_class`) or that would do nothing under it (`scale_pos_weight`: give `sample_weight`), early stopping
+            without an `eval_set` or by a metric that is undefined on it, shared trees on LightGBM, labels that the head
+            refuses.
 
     >>> import numpy as np
     >>> import jaxheads as jh
@@ -158,7 +161,7 @@ class BoostedHead(BaseEstimator):
             where: which labels are there; of a `MultiHead` one for all or a dict by head.
             eval_set: pairs `(X, y)` that are measured after every round.
             eval_sample_weight, eval_where: theirs, one each (or None).
-            callbacks: the booster's own.
+            callbacks: the booster's own, but for those that stop early.
             verbose: whether the log is printed.
         """
         engine = self._engine()
@@ -172,6 +175,11 @@ class BoostedHead(BaseEstimator):
         self.init_logits_ = self._start(rows)
         evaluated = self._evaluated(eval_set, eval_sample_weight, eval_where)
         monitor, keys = self._monitor(bool(evaluated))
+        if stopping := [c for c in callbacks if "EarlyStopping" in type(c).__name__]:
+            raise ValueError(
+                f"To stop early pass early_stopping_rounds= (and monitor=), which know the metrics. Given the callback "
+                f"{stopping[0]!r}."
+            )
         plan = Plan(
             params,
             self._rounds(),
@@ -255,6 +263,13 @@ class BoostedHead(BaseEstimator):
             raise ValueError(f"The head decides {decided}: leave them out, or choose another head.")
         if rounds := [key for key in params if key in ROUNDS]:
             raise ValueError(f"The number of rounds is n_estimators. Given {rounds} too; leave them out.")
+        if idle := [key for key in params if key in IDLE[self.booster]]:
+            raise ValueError(
+                f"{idle} belong to the booster's own objectives and would do nothing under a head. Weigh rows and "
+                "classes by fit(..., sample_weight=...); choose the loss by the head and its loss_fn."
+            )
+        if stopping := [key for key in params if key in STOPPING]:
+            raise ValueError(f"To stop early pass early_stopping_rounds= and monitor=. Given {stopping}.")
         if self.booster == "lightgbm" and "multi_strategy" in params:
             raise ValueError(
                 "LightGBM grows a tree for each logit. Given multi_strategy, which is XGBoost's: use "
@@ -316,11 +331,16 @@ class BoostedHead(BaseEstimator):
         every = zip(pairs, weights, where, strict=True)
         return [self._part(self._table(x, reset=False), y, w, there) for (x, y), w, there in every]
 
-    def _monitor(self, is_evaluated: bool) -> tuple[tuple[str, bool, int] | None, tuple[str, ...]]:
+    def _monitor(self, is_evaluated: bool) -> tuple[Monitor | None, tuple[str, ...]]:
         """The metric to stop by, and all that are logged: it is the first."""
         names = numbers(self.head)
-        if self.early_stopping_rounds is None:
+        rounds = self.early_stopping_rounds
+        if rounds is None:
+            if self.monitor is not None:
+                raise ValueError(f"monitor={self.monitor!r} decides when to stop. Pass early_stopping_rounds= too.")
             return None, names
+        if isinstance(rounds, bool) or not isinstance(rounds, (int, np.integer)) or rounds < 1:
+            raise ValueError(f"early_stopping_rounds must be an integer of at least 1, or None. Given {rounds!r}.")
         if not is_evaluated:
             raise ValueError("early_stopping_rounds needs eval_set=[(X, y)] in fit: the last one decides. Given none.")
         key = self.monitor
@@ -339,7 +359,7 @@ class BoostedHead(BaseEstimator):
             raise ValueError(
                 f"Whether {key!r} is better when high does not follow from its name. Pass higher_is_better=."
             )
-        return (key, higher, self.early_stopping_rounds), (key, *(name for name in names if name != key))
+        return Monitor(key, higher, int(rounds)), names
 
 
 def _constants(head: Head, labels: Any, weights: Any, where: Any) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from jaxheads.boosting.datasets import Rows, RowsCache, as_logits, check_boosted
 from jaxheads.boosting.objectives import arguments, check_rows
 from jaxheads.head import Head
-from jaxheads.heads import MultiClassHead
+from jaxheads.heads import BinaryClassHead, LogisticRegressionHead, MultiClassHead, MultiLabelHead
 from jaxheads.metrics import Metrics
 from jaxheads.metrics.state import metric_names
 from jaxheads.numerics import pairs
@@ -72,25 +73,33 @@ class Evaluation:
 
     def __call__(self, predicted: Any, dataset: Any, sample_weight: Any = None) -> Any:
         """`(margins, DMatrix or Dataset)`; or `(labels, margins[, sample_weight])`, as scikit-learn's wrappers call."""
-        margins, labels, weights = arguments(predicted, dataset, sample_weight)
-        rows = self._cache.rows(self.head, labels, weights)
-        logits = as_logits(self.head, margins, "The booster")
-        check_rows(rows, logits)
-        _check_margins(self.head, logits)
-        found = measured(self.head, self.params, rows, logits)
-        if self.library == "lightgbm":
-            values = found.compute()
-            return [(key, float(values[key]), bool(higher_is_better(key))) for key in self.keys]
-        values = _over_workers(found).compute()
-        if hasattr(dataset, "get_label"):
-            return [(logged(key), float(values[key])) for key in self.keys]
+        values = self.values(predicted, dataset, sample_weight)
+        if self.library == "lightgbm" or hasattr(dataset, "get_label"):
+            return self.entries(values)
         key, *others = self.keys
         if others:
             raise ValueError(
                 "XGBoost's scikit-learn estimators log one number of a metric. Given the keys "
                 f"{list(self.keys)}: pass one, xgboost_metric(head, keys={key!r})."
             )
-        return float(values[key])
+        return values[key]
+
+    def values(self, predicted: Any, dataset: Any, sample_weight: Any = None) -> dict[str, float]:
+        """The metrics by key, of the same arguments."""
+        margins, labels, weights = arguments(predicted, dataset, sample_weight)
+        rows = self._cache.rows(self.head, labels, weights)
+        logits = as_logits(self.head, margins, "The booster")
+        check_rows(rows, logits)
+        _check_margins(self.head, logits)
+        found = measured(self.head, self.params, rows, logits)
+        values = (_over_workers(found) if self.library == "xgboost" else found).compute()
+        return {key: float(values[key]) for key in self.keys}
+
+    def entries(self, values: Mapping[str, float]) -> list[tuple[Any, ...]]:
+        """Metrics in the form of the library's log."""
+        if self.library == "xgboost":
+            return [(logged(key), value) for key, value in values.items()]
+        return [(key, value, bool(higher_is_better(key))) for key, value in values.items()]
 
 
 def _over_workers(metrics: Metrics) -> Metrics:
@@ -110,27 +119,44 @@ def logged(key: str) -> str:
 
 
 def _check_margins(head: Head, logits: np.ndarray) -> None:
-    """Refuses what can be told to be probabilities: rows of a softmax, which no rows of margins add up to."""
-    if isinstance(head, MultiClassHead) and len(logits) and np.allclose(logits.sum(-1), 1, atol=1e-4):
-        if logits.min() >= 0 and np.ptp(logits) > 1e-3:
+    """Refuses what can be told to be probabilities, rows of a softmax; warns of what looks like those of a sigmoid."""
+    kinds = (MultiClassHead, BinaryClassHead, LogisticRegressionHead, MultiLabelHead)
+    if not isinstance(head, kinds) or not len(logits) or logits.min() < 0 or np.ptp(logits) <= 1e-3:
+        return
+    train = "Train with jh.boosting.xgboost_objective(head) (or lightgbm_objective), not with a built-in objective"
+    if isinstance(head, MultiClassHead):
+        # No rows of margins add up to 1.
+        if np.allclose(logits.sum(-1), 1, atol=1e-4):
             raise ValueError(
                 "The booster handed probabilities to the metric, where a head takes margins. Given rows that are not "
-                "negative and add up to 1. Train with jh.boosting.xgboost_objective(head) (or lightgbm_objective), not "
-                "with a built-in objective."
+                f"negative and add up to 1. {train}."
             )
+    elif logits.max() <= 1:
+        # Margins of first rounds may lie there as well.
+        warnings.warn(
+            f"All predictions that the booster handed to the metrics of {type(head).__name__} are in [0, 1]. If they "
+            f"are probabilities, the metrics are wrong: a head takes margins. {train}. If they are margins, ignore "
+            "this.",
+            stacklevel=4,
+        )
 
 
 def xgboost_metric(head: Head, keys: str | Sequence[str] | None = None, *, params: Any = None) -> Evaluation:
     """A head's metrics as the `custom_metric` of `xgboost.train`: a list of (name, value), all of them from one pass.
 
     Sums are kept in float64; under XGBoost's collective (Dask, Spark) they are added over workers before they are read,
-    so that an AUC is that of all rows. As the `eval_metric` of a scikit-learn estimator give it one key. XGBoost's log
-    keeps six decimals. Train with an objective of `jh.boosting`: beside a built-in one XGBoost hands over
-    probabilities, which cannot always be told from margins.
+    so that an AUC is that of all rows. As the `eval_metric` of a scikit-learn estimator give it one key. Train with an
+    objective of `jh.boosting`: beside a built-in one XGBoost hands over probabilities, which cannot always be told from
+    margins (a warning says so where all are in [0, 1]).
+
+    XGBoost stops early by the last of the metrics, in a log of six decimals, and takes it to be better when low unless
+    its name begins with `auc`, `pre` or `map`. For another (`accuracy`) pass
+    `xgboost.callback.EarlyStopping(rounds=10, metric_name="accuracy", maximize=True)`. `BoostedHead` knows directions,
+    and all decimals.
 
     Args:
         head: any head with one row of logits an example, and without a `weight_column`, slices or bootstrap.
-        keys: names of its metrics; all that are numbers by default.
+        keys: names of its metrics; by default all that are numbers, the loss last.
         params: values of its learned and running fields.
 
     Raises:
@@ -145,9 +171,10 @@ def xgboost_metric(head: Head, keys: str | Sequence[str] | None = None, *, param
 def lightgbm_metric(head: Head, keys: str | Sequence[str] | None = None, *, params: Any = None) -> Evaluation:
     """A head's metrics as the `feval` of `lightgbm.train`: a list of (name, value, whether higher is better).
 
-    As `xgboost_metric`. Losses and errors are better when low, rates and areas when high; of what has no direction
-    (`label/mean`), LightGBM is told low, so do not stop early by it. It stops by all of the metrics unless
-    `lightgbm.early_stopping(..., first_metric_only=True)`. On several machines LightGBM knows those of its own rows.
+    As `xgboost_metric`. Losses and errors are better when low, rates and areas when high. LightGBM stops early by any
+    of the metrics unless `lightgbm.early_stopping(..., first_metric_only=True)`, so by default those alone are there
+    that have a direction; of another key (`label/mean`) LightGBM is told low. On several machines LightGBM knows those
+    of its own rows.
 
     >>> import numpy as np
     >>> import jaxheads as jh
@@ -161,12 +188,19 @@ def lightgbm_metric(head: Head, keys: str | Sequence[str] | None = None, *, para
 def _metric(head: Head, keys: str | Sequence[str] | None, params: Any, library: str) -> Evaluation:
     check_boosted(head, params, metrics=True)
     names = numbers(head)
-    chosen = names if keys is None else (keys,) if isinstance(keys, str) else tuple(keys)
+    if keys is None:
+        by_default = (*names[1:], *names[:1]) if library == "xgboost" else tuple(filter(_has_direction, names))
+        return Evaluation(head, params, by_default, library)
+    chosen = (keys,) if isinstance(keys, str) else tuple(keys)
     if unknown := [key for key in chosen if key not in names]:
         raise ValueError(f"Unknown metrics {unknown} of {type(head).__name__}. Those that are numbers: {list(names)}.")
     if not chosen:
         raise ValueError(f"keys must name at least one metric. Given {keys!r}. There are {list(names)}.")
     return Evaluation(head, params, chosen, library)
+
+
+def _has_direction(key: str) -> bool:
+    return higher_is_better(key) is not None
 
 
 def numbers(head: Head) -> tuple[str, ...]:

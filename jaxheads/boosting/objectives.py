@@ -95,9 +95,12 @@ def xgboost_objective(
     """A head's loss as the `obj` of `xgboost.train`, or the `objective` of XGBoost's scikit-learn estimators.
 
     It reads labels and weights from the `DMatrix` (those of `with_labels` first), and runs on every worker of Dask or
-    Spark: it pickles if the head does (a `loss_fn` that is a lambda does not; write a function in a module). XGBoost
-    starts a custom objective from `base_score=0.5`; pass `base_score=0` and `base_margin`, rows of
-    `head.constant_logits(labels)`.
+    Spark: it pickles if the head does (a `loss_fn` that is a lambda does not; write a function in a module). Parameters
+    of XGBoost's own objectives (`scale_pos_weight`) do nothing.
+
+    XGBoost starts a custom objective from a margin of `base_score=0.5`; pass `base_score=0` and `base_margin`, rows of
+    `head.constant_logits(labels)`. Its `XGBClassifier` alone keeps the logistic link of two classes: there 0.5, its
+    default, is a margin of 0, and `predict_proba` is right.
 
     Args:
         head: any head with one row of logits an example, and without a `weight_column`.
@@ -139,7 +142,8 @@ def lightgbm_objective(
 
     As `xgboost_objective`, with LightGBM's conventions. LightGBM starts a custom objective from 0: pass `init_score`,
     rows of `head.constant_logits(labels)`, and add them to what it predicts. Heads with several logits need
-    `num_class=head.logits_dimension`, and grow a tree for each.
+    `num_class=head.logits_dimension`, and grow a tree for each. `LGBMClassifier` predicts margins under any custom
+    objective, not classes or probabilities: `jh.boosting.BoostedHead` predicts all of them.
 
     >>> import lightgbm, numpy as np
     >>> import jaxheads as jh

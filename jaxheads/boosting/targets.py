@@ -1,5 +1,6 @@
 """Labels as scikit-learn's users have them, and what a head makes of its logits, in their words."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -46,6 +47,12 @@ def learn_classes(head: ClassHead, y: Any, where: Any) -> tuple[np.ndarray, bool
     if y.dtype == np.bool_ and n == 2:
         return np.array([False, True]), False
     if y.dtype.kind in "iu" and y.size and y.min() >= 0 and y.max() < n:
+        if y.min() > 0:
+            warnings.warn(
+                f"Labels from {y.min()} to {y.max()} of {n} classes are taken for ids of 0 ... {n - 1}, the first of "
+                "which is not among these rows. If they are meant to count from 1, subtract 1.",
+                stacklevel=4,
+            )
         return np.arange(n, dtype=y.dtype), False
     if y.dtype.kind == "f" and isinstance(head, BinaryClassHead):
         assert_all_finite(y, input_name="y")
