@@ -839,6 +839,12 @@ def test_attached_labels_follow_slices_and_folds(library):
     g, _ = objective(library, head)(z, part)
     expected = np.stack([expit(z[:, 0]) - y["late"][rows], there[rows] * (z[:, 1] - s[rows])], 1)
     np.testing.assert_allclose(np.asarray(g), expected, atol=1e-6)
+    again = jh.boosting.with_labels(attached, {**y, "late": 1 - y["late"]})
+    assert again is attached
+    parts = again.subset(rows).construct() if library == "lightgbm" else again.slice(rows)
+    g, _ = objective(library, head)(z, parts)
+    np.testing.assert_allclose(np.asarray(g)[:, 0], expit(z[:, 0]) - 1 + y["late"][rows], atol=1e-6)
+    jh.boosting.with_labels(attached, y, {"minutes": there})
     # The folds of cv, each measured by its own labels.
     folds = [(np.arange(100, 300), np.arange(100)), (np.arange(200), np.arange(200, 300))]
     means = metric(library, head, ("label/mean/late", "label/mean/minutes"))

@@ -1,6 +1,6 @@
 """Labels and weights of a booster's dataset, as arrays that a head takes."""
 
-import weakref
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -74,20 +74,28 @@ def with_labels(dataset: Dataset, labels: Any, where: Any = None) -> Dataset:
     """
     if labels is None:
         raise ValueError("with_labels needs labels. Given None.")
-    name = next((name for name in ("subset", "slice") if hasattr(dataset, name)), None)
-    if name is None or not hasattr(dataset, "get_label"):
+    kind: Any = type(dataset)
+    if not (hasattr(kind, "get_label") and (hasattr(kind, "subset") or hasattr(kind, "slice"))):
         raise ValueError(f"with_labels needs an xgboost.DMatrix or a lightgbm.Dataset. Given {dataset!r}.")
+    if not hasattr(dataset, ATTRIBUTE):
+        dataset.__class__ = _handing_on(kind)
     setattr(dataset, ATTRIBUTE, Attached(labels, where))
-    of_class, here = getattr(type(dataset), name), weakref.ref(dataset)  # a strong one would be a cycle
+    return dataset
 
-    def part(rows: Any, *args: Any, **kwargs: Any) -> Any:
+
+@functools.cache
+def _handing_on(kind: Any) -> Any:
+    """The class of a dataset whose `subset` or `slice`, which `cv` calls, hands on the attached labels."""
+    name = "subset" if hasattr(kind, "subset") else "slice"
+    of_kind = getattr(kind, name)
+
+    def part(self: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
         # LightGBM's subset has its rows in order, however they are given.
         chosen = np.asarray(sorted(rows) if name == "subset" else rows)
-        return with_labels(of_class(here(), rows, *args, **kwargs), _rows_of(labels, chosen), _rows_of(where, chosen))
+        attached = getattr(self, ATTRIBUTE)
+        return with_labels(of_kind(self, rows, *args, **kwargs), *(_rows_of(x, chosen) for x in attached))
 
-    # cv calls the method of the object.
-    setattr(dataset, name, part)
-    return dataset
+    return type(kind.__name__, (kind,), {name: part, "__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 def _rows_of(labels: Any, rows: np.ndarray) -> Any:
