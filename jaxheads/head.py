@@ -156,7 +156,8 @@ class Head(Configuration, abc.ABC):
     ) -> Mapping[str, Any]:
         """The next values of the running fields, from a batch; `psum` sums over devices.
 
-        Weights are 0 where an element is masked or bad. A head with heads inside passes on what they need:
+        Weights are 0 where an element is masked or bad, and a step's share of them where sequences are averaged. A head
+        with heads inside passes on what they need:
         `{"inner": self.inner.advance(labels, logits, weights, psum)}`.
         """
         return {}
@@ -774,7 +775,7 @@ class Head(Configuration, abc.ABC):
         """
         elements = batches.clean(self.label_spec, batch)
         term = self._average_term(elements)
-        observations = {AVERAGE_LOSS: Mean(*term), **self._observations(elements.labels, elements.logits)}
+        observations = {AVERAGE_LOSS: Mean(*term), **self._observed_of(elements)}
         weights, bad, groups = elements.counted, elements.bad, None
         if self.slices is not None:
             observations[COUNT] = Count(weights)
@@ -805,7 +806,8 @@ class Head(Configuration, abc.ABC):
     def _advance(self, batch: dict[str, Any], psum: Callable[[Any], Any]) -> Mapping[str, Any]:
         """What moves in the running state, from a gathered batch."""
         elements = batches.clean(self.label_spec, batch)
-        return self.advance(elements.labels, elements.logits, elements.counted, psum)
+        weights = elements.counted if elements.scale is None else elements.counted * elements.scale
+        return self.advance(elements.labels, elements.logits, weights, psum)
 
     def _term(self, elements: Elements) -> Term:
         """The per-element losses, checked."""
@@ -817,6 +819,10 @@ class Head(Configuration, abc.ABC):
     def _average_term(self, elements: Elements) -> Term:
         """The per-element losses whose mean is `average_loss`."""
         return self._term(elements)
+
+    def _observed_of(self, elements: Elements) -> Mapping[str, Observation]:
+        """What is observed of the elements of a batch, beside the average loss."""
+        return self._observations(elements.labels, elements.logits)
 
     def _observations(self, labels: Any, logits: jax.Array) -> Mapping[str, Observation]:
         """What `observe` gives, checked."""

@@ -13,9 +13,11 @@ import optax
 import pytest
 from devices import P, mesh_of
 from jax.sharding import NamedSharding
+from scipy.special import expit
 from sklearn.metrics import precision_recall_curve, roc_auc_score
 
 import jaxheads as jh
+from jaxheads.numerics import duals
 from jaxheads.numerics.duals import PrimalDualState
 from jaxheads.training import primal_dual
 
@@ -174,6 +176,39 @@ def test_a_batch_of_one_kind_has_no_pairs():
     loss, gradient = jax.jit(jax.value_and_grad(lambda z: head.loss(labels, z)))(np.ones((2, 1), np.float32))
     assert loss == 0
     np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("n", [6, 300])  # one chunk, and two with filling
+def test_pairs_of_infinite_logits(n):
+    """Those that are right cost nothing, two that are as infinite are a tie; and the rest keeps its gradient."""
+    inf, head = np.inf, jh.GlobalObjectiveHead(jh.BinaryClassHead(loss_reduction="mean"), "roc_auc")
+    labels, logits = np.array([1, 0, 1, 0, 1, 0]), np.array([inf, -inf, 0.5, -0.5, inf, -inf], np.float32)[:, None]
+    labels, logits = np.tile(labels, n // 6), np.tile(logits, (n // 6, 1))
+    loss, gradient = jax.jit(jax.value_and_grad(lambda z: head.loss(labels, z)))(logits)
+    # Of nine kinds of pairs one is of finite logits.
+    np.testing.assert_allclose(loss, math.log1p(math.exp(-1)) / 9, rtol=1e-6)
+    assert np.isfinite(gradient).all()
+    np.testing.assert_allclose(gradient[2, 0], -expit(-1) / 9 / (n // 6), rtol=1e-5)
+    tied = head.loss([1, 0], np.full((2, 1), inf, np.float32))
+    np.testing.assert_allclose(tied, math.log(2), rtol=1e-6)
+
+
+def test_the_loss_of_pairs_over_all_data_is_the_mean_over_labels():
+    rng = np.random.default_rng(5)
+    labels, logits = rng.integers(0, 2, (500, 2)), rng.normal(size=(500, 2)).astype(np.float32)
+    logits[:, 1] += 2 * labels[:, 1] + 5
+    both = {"b": labels, "r": logits[:, 0]}
+    given = np.concatenate([logits, logits[:, :1]], 1)
+
+    def measured(base):
+        heads = [jh.GlobalObjectiveHead(base, "roc_auc"), jh.RegressionHead(name="r")]
+        return jh.MultiHead(heads).measure(both, given).compute()["loss/b"]
+
+    named = jh.MultiLabelHead(2, name="b", classes_for_class_based_metrics=(0, 1))
+    wrong = 1 - np.mean([roc_auc_score(labels[:, i], logits[:, i]) for i in range(2)])
+    np.testing.assert_allclose(measured(named), wrong, atol=2e-3)
+    # Without histograms of each label it is not known.
+    assert np.isnan(measured(jh.MultiLabelHead(2, name="b")))
 
 
 def test_memory_of_pairs_is_linear_in_the_batch():
@@ -380,6 +415,9 @@ def test_bounds_and_warm_up():
         # What was held back is not made up for.
         np.testing.assert_allclose(multipliers_by(optimizer, 3), 1.1, rtol=1e-6)
         assert multipliers_by(optimizer, 8) == 1.25
+        # Nor does the schedule of the dual optimizer run before them.
+        falling = primal_dual(optax.sgd(1.0), optax.sgd(lambda step: 1 / (1 + step)), warm_up=2)
+        np.testing.assert_allclose(multipliers_by(falling, 3), 1.1, rtol=1e-6)
 
 
 def test_the_network_has_its_optimizer_with_all_that_it_wants():
@@ -436,6 +474,12 @@ def test_what_would_go_the_wrong_way_is_refused():
     both = primal_dual(plain)
     with pytest.raises(ValueError, match="params=None"):
         both.update(variables, both.init(variables))
+    # One that ascends on some of them alone.
+    two = {"a": {"lagrange_multipliers": jnp.ones(1)}, "b": {"lagrange_multipliers": jnp.ones(1)}, "w": jnp.ones(1)}
+    partly = optax.multi_transform({"both": both, "plain": plain}, {"a": "both", "b": "plain", "w": "both"})
+    with pytest.raises(ValueError, match=r"would minimize over them \(1 of 2 leaves\)"):
+        duals.check_ascends(partly.init(two), two)
+    duals.check_ascends(both.init(two), two)
     # Chained, accumulated or injected, it is known by its state.
     for optimizer in (optax.chain(optax.clip(1.0), both), optax.MultiSteps(both, 2)):
         jh.TrainState.create(params=params, optimizer=optimizer, head=head, key=jax.random.key(0))
@@ -482,6 +526,10 @@ def test_what_would_go_the_wrong_way_is_refused():
         ),
         ({"operating_point": math.inf}, "operating_point of precision_at_recall must be a finite logit. Given inf"),
         ({"base": BINARY.with_metrics(objective=lambda labels, logits: logits)}, "has a metric 'objective'"),
+        (
+            {"base": BINARY.with_metrics(**{"precision_at_recall_0.9": lambda labels, logits: logits})},
+            r"has a metric 'precision_at_recall_0\.9'",
+        ),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(given, match):
@@ -635,6 +683,37 @@ def test_objectives_go_where_heads_go():
     pairs = jh.SequentialHeadWrapper(jh.GlobalObjectiveHead(BINARY, "roc_auc"), sequence_lengths="n")
     expected = brute_force(LABELS[keep, :1], LOGITS[keep, :1], np.ones(5))
     np.testing.assert_allclose(pairs.loss(y, z, features), expected, rtol=1e-6)
+
+
+def test_a_step_counts_as_its_share_of_a_sequence_in_all_of_an_objective():
+    """In the loss, in what is told of it, and in the share of positives."""
+    inner = jh.GlobalObjectiveHead(jh.BinaryClassHead(), "precision_at_recall", 0.9)
+    head = jh.SequentialHeadWrapper(inner, None, sequence_lengths="n", average_over="sequences")
+    lengths = np.array([1, 3])
+    y, z = np.array([[1, 0, 0], [0, 1, 0]]), np.array([[2, 9, 9], [1, -1, -3]], np.float32)[..., None]
+    share = np.array([[1, 0, 0], [1 / 3, 1 / 3, 1 / 3]])
+    optimizer = primal_dual(optax.sgd(0.0), optax.sgd(0.0))
+    state = jh.TrainState.create(params=jnp.ones(1), optimizer=optimizer, head=head, key=jax.random.key(0))
+    step = jh.make_train_step(head, lambda p, x: x["z"] * p[None, None], optimizer)
+    state, out = jax.jit(step)(state, {"features": {"z": z, "n": lengths}, "labels": y})
+    counts = np.asarray(state.head_state["static_head"]["label_counts"]).sum(-1)[:, 0]
+    np.testing.assert_allclose(counts, [1 + (share * y).sum(), 2 + 2], rtol=1e-6)
+    flat = z[..., 0].astype(np.float64)
+    lagrangian = y * softplus(-flat) + (1 - y) * softplus(flat) - 0.1 * 0.5 * math.log(2)
+    np.testing.assert_allclose(out.loss, (share * lagrangian).sum() / 2, rtol=1e-6)
+    values = out.metrics.compute()
+    np.testing.assert_allclose(values["lagrangian"], out.loss, rtol=1e-6)
+    missed = (share * y * (flat <= 0)).sum() / (share * y).sum()
+    np.testing.assert_allclose(values["constraint_violation"], missed - 0.1, rtol=1e-5)
+
+
+def test_a_negative_loss_is_not_weighted_by_uncertainty():
+    inner = jh.GlobalObjectiveHead(jh.BinaryClassHead(name="late"), "precision_at_recall", 0.9)
+    pairs = jh.GlobalObjectiveHead(jh.BinaryClassHead(name="order"), "roc_auc")
+    for head in (inner, jh.SequentialHeadWrapper(inner, None), jh.MultiHead([inner])):
+        with pytest.raises(ValueError, match=r"under constraints.*late"):
+            jh.MultiHead([head, jh.RegressionHead(name="minutes")], weighting="uncertainty")
+    jh.MultiHead([pairs, jh.RegressionHead(name="minutes")], weighting="uncertainty")
 
 
 # What it is for

@@ -49,7 +49,7 @@ class Entry:
 
     def optimizer(self, optimizer: Any, dual_optimizer: Any = None) -> Any:
         """An optimizer for what this head learns: of multipliers it ascends, by the same or another."""
-        learns = duals.has_multipliers(self.head.init(jax.random.key(0)))
+        learns = duals.count_multipliers(self.head.init(jax.random.key(0)))
         return jh.training.primal_dual(optimizer, dual_optimizer or optimizer) if learns else optimizer
 
     def params(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxheads.losses.global_objectives import Problem
+from jaxheads.losses.global_objectives import Problem, indicators
 from jaxheads.metrics import Interval, ScoresView
 from jaxheads.metrics.mean import SumsView
 from jaxheads.metrics.operating import (
@@ -15,6 +15,7 @@ from jaxheads.metrics.operating import (
     SensitivityAtSpecificity,
     SpecificityAtSensitivity,
 )
+from jaxheads.numerics import masking
 
 ACHIEVED = {
     "precision_at_recall": lambda target: PrecisionAtRecall(target),
@@ -22,6 +23,53 @@ ACHIEVED = {
     "tpr_at_fpr": lambda target: SensitivityAtSpecificity(1 - target),
     "fpr_at_tpr": lambda target: SpecificityAtSensitivity(target),
 }
+
+
+# What each rate of a group is of: positives, negatives, all rows.
+GROUP_RATES = {
+    "true_positive_rate": lambda labels: labels,
+    "false_positive_rate": lambda labels: 1 - labels,
+    "positive_rate": masking.ones_like,
+}
+
+
+def errors_of_rate(rate: str | None, labels: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What a rate is of, and its errors there, softly (`sigmoid(-z)`) and as they are: `[..., labels]` each.
+
+    An error is a row that is not taken for positive, of a false positive rate one that is. Losses would not do in the
+    place of a sigmoid: the rate of all rows is subtracted, and a loss has no bound above.
+    """
+    support = GROUP_RATES[str(rate)](labels)
+    signed = logits if rate == "false_positive_rate" else -logits
+    missed, alarmed = indicators(logits)
+    counted = alarmed if rate == "false_positive_rate" else missed
+    return support, masking.weighted(jax.nn.sigmoid(signed), support), masking.weighted(counted, support)
+
+
+def of_groups(sums: SumsView, labels: int, groups: int, tolerance: float) -> dict[str, Any]:
+    """Violations of the worst group and label, and the largest multiplier.
+
+    Args:
+        sums: of ones and of `errors_of_rate`, `[..., labels]`; of the latter in each group, and of multipliers, `[...,
+            labels * groups]`.
+        labels, groups: how many.
+        tolerance: what is allowed.
+    """
+    xp = sums.xp
+    weight, support, soft, counted = (x[..., None] for x in sums.sums[:4])
+    inside, soft_in, counted_in, multipliers = (x.reshape(*x.shape[:-1], labels, groups) for x in sums.sums[4:])
+    there = inside > 0
+
+    def worst(errors: Any, errors_in: Any) -> Any:
+        found = sums.zeroed().ratio(errors_in, inside) - sums.zeroed().ratio(errors, support) - tolerance
+        largest = xp.where(there, found, xp.full_like(found, -np.inf)).max((-2, -1))
+        return xp.where(there.any((-2, -1)), largest, xp.full_like(largest, sums.undefined))
+
+    return {
+        "group_violation": worst(counted, counted_in),
+        "group_violation_surrogate": worst(soft, soft_in),
+        "group_multiplier/max": sums.ratio(multipliers, weight * xp.ones_like(multipliers)).max((-2, -1)),
+    }
 
 
 def of_constraint(rates: SumsView, problem: Problem, shape: tuple[int, ...], scale: float) -> dict[str, Any]:
@@ -72,6 +120,19 @@ def achieved(objective: str, target: float, scores: ScoresView) -> dict[str, Any
         value, lower, upper = (1 - x for x in (specificity.value, specificity.upper, specificity.lower))
         found[""] = Interval(*(scores.where(has_pairs(scores), x) for x in (value, lower, upper)))
     return {f"{objective}_{target:g}{part}": value for part, value in found.items()}
+
+
+def misordered(scores: ScoresView, labels: int) -> Any:
+    """The share of pairs in the wrong order, the mean over labels that have pairs; undefined if not all are kept."""
+    views = [scores] if labels == 1 else [*scores.columns.values()]
+    xp, nothing = scores.xp, scores.xp.full_like(scores.positives, scores.undefined)
+    if len(views) < labels:
+        return nothing
+    there = xp.stack([has_pairs(view) for view in views], -1)
+    wrong = xp.stack([1 - view.roc_auc().value for view in views], -1)
+    count = there.sum(-1)
+    found = xp.where(there, wrong, xp.zeros_like(wrong)).sum(-1) / xp.maximum(count, 1)
+    return xp.where(count > 0, found, nothing)
 
 
 def has_pairs(scores: ScoresView) -> Any:

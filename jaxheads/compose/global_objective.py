@@ -16,6 +16,7 @@ from jaxheads.heads import BinaryClassHead, MultiLabelHead
 from jaxheads.losses import global_objectives as formulas
 from jaxheads.losses import terms
 from jaxheads.metrics import Mean, Observation, ScoresView
+from jaxheads.metrics.groups import Membership
 from jaxheads.metrics.mean import Sums
 from jaxheads.metrics.state import metric_names
 from jaxheads.numerics import batch as batches
@@ -23,11 +24,11 @@ from jaxheads.numerics import fields, masking, meshes, pairs
 from jaxheads.numerics.batch import Elements
 
 RECALL_AT_PRECISION, TPR_AT_FPR = "recall_at_precision", "tpr_at_fpr"
-PRECISION_RECALL_AUC, ROC_AUC = "precision_recall_auc", "roc_auc"
+PRECISION_RECALL_AUC, ROC_AUC, ERROR_RATE = "precision_recall_auc", "roc_auc", "error_rate"
 CONSTRAINED = tuple(_rates.ACHIEVED)
-OBJECTIVES = (*CONSTRAINED, PRECISION_RECALL_AUC, ROC_AUC)
+OBJECTIVES = (*CONSTRAINED, PRECISION_RECALL_AUC, ROC_AUC, ERROR_RATE)
 CONSTRAINTS, NORMALIZATIONS = ("surrogate", "zero_one"), ("pairs", "batch")
-LAGRANGIAN, RATES = "objective/lagrangian", "objective/rates"
+LAGRANGIAN, RATES, GROUPS = "objective/lagrangian", "objective/rates", "objective/groups"
 
 
 class GlobalObjectiveHead(AbstractWrapperHead):
@@ -52,6 +53,16 @@ class GlobalObjectiveHead(AbstractWrapperHead):
     | `tpr_at_fpr` | `y l+ + m (1 - y) l- - m t (1 - pi) c` | FN, FP is at most t N |
     | `precision_recall_auc` | the mean over anchors k of recall at precision t_k, at z + b_k | each m_k, b_k learned |
     | `roc_auc` | `l+(z_i - z_j)` of pairs, i positive and j negative | no constraint, no multiplier |
+    | `error_rate` | `y l+ + (1 - y) l-` | FP + FN, under `group_rate` alone |
+
+    **Groups**: with `group_rate` no group of the base head's `slices` may be worse off than all rows together by more
+    than `group_tolerance`: its `"true_positive_rate"` or `"positive_rate"` is at least that of all, less the tolerance,
+    or its `"false_positive_rate"` at most that of all, plus it (equal opportunity, demographic parity, predictive
+    equality). To each entry is added the mean over groups g of `m_g (u e ([in g] - r_g) - tolerance q_g)`: u is y, 1
+    or 1 - y, what the rate is of; e the error, softly `sigmoid(-z)` (of a false positive `sigmoid(z)`), for the
+    multipliers of `"zero_one"` z <= 0 (z > 0), which is what is recommended here; q_g the share of u in g among all
+    rows, r_g among u, both counted as the share of positives is. So a group's multiplier moves by its violation times
+    q_g. Groups come from `features` in `loss` too; id -1 is in none, yet among all.
 
     All are functions of an entry, and weights count in all of their terms: they are exact on any devices and in any
     micro-batches. A Lagrangian may be negative, and may rise as training proceeds: watch `average_loss` or the achieved
@@ -74,6 +85,8 @@ class GlobalObjectiveHead(AbstractWrapperHead):
     `false_positive_rate_upper_bound`, by the losses. For `precision_at_recall` with target 0.98
     `precision_at_recall_0.98` (with `_threshold` and `_logit`, as of `jh.metrics.PrecisionAtRecall`), and likewise for
     the others; of a `MultiLabelHead` for the classes that have metrics of their own, `precision_at_recall_0.98/CLASS`.
+    With `group_rate` `group_violation` (by z > 0) and `group_violation_surrogate` (softly) of the worst group and
+    label, and `group_multiplier/max`; each group's own rates are in `metrics.by_slice()`.
 
     Args:
         base: a `BinaryClassHead` or a `MultiLabelHead` without a `loss_fn`.
@@ -88,16 +101,20 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         precision_range: two numbers in [0, 1], rising.
         normalize: of the area under ROC: `"pairs"`, its loss is at least c (1 - AUC) for each label; `"batch"`, the sum
             over pairs is divided by all pairs of rows, as in the original, and shrinks where one class is rare.
+        group_rate: `"true_positive_rate"`, `"false_positive_rate"`, `"positive_rate"`; or None for no such constraint.
+        group_tolerance: by how much a group may be worse off.
         operating_point: the logit above which an entry is positive, or one for each label: as found on held-out data,
             `metrics.compute()["precision_at_recall_0.98_logit"]`. By default 0.
 
     Raises:
         ValueError: a base head of another kind; an unknown objective; targets, priors or a range outside of what is
-            legal or of another number than labels; an option that belongs to another objective; an optimizer that
-            would descend on the multipliers; micro-batches of pairs; and what the base head raises.
+            legal or of another number than labels; an option that belongs to another objective; `group_rate` without
+            slices, or of areas; an optimizer that would descend on the multipliers; micro-batches of pairs; and what
+            the base head raises.
 
     Source: Eban et al., "Scalable Learning of Non-Decomposable Objectives" (AISTATS 2017), and its `global_objectives`
-    (TensorFlow 1); proxy Lagrangians by Cotter et al., ALT 2019.
+    (TensorFlow 1); proxy Lagrangians and rates of groups by Cotter et al., ALT 2019 and JMLR 2019; equal opportunity by
+    Hardt et al., NeurIPS 2016.
 
     >>> import jax.numpy as jnp
     >>> import jaxheads as jh
@@ -123,12 +140,16 @@ class GlobalObjectiveHead(AbstractWrapperHead):
     num_anchors: int = 20
     precision_range: Sequence[float] = (0.0, 1.0)
     normalize: str = "pairs"
+    group_rate: str | None = None
+    group_tolerance: float = 0.05
     operating_point: float | Sequence[float] | None = None
     lagrange_multipliers: Any = learned(
         lambda head, key: jnp.full(head._shape, head.initial_multiplier, jnp.float32) if head._is_constrained else None
     )
     anchor_biases: Any = learned(lambda head, key: jnp.zeros(head._shape, jnp.float32) if head._has_anchors else None)
+    group_lagrange_multipliers: Any = learned(lambda head, key: head._first_group_multipliers())
     label_counts: Any = running(lambda head: head._first_counts())
+    group_counts: Any = running(lambda head: head._first_group_counts())
 
     @property
     def wrapped(self) -> Head:
@@ -168,6 +189,7 @@ class GlobalObjectiveHead(AbstractWrapperHead):
             raise ValueError(f"initial_multiplier must be a number of at least 0. Given {self.initial_multiplier!r}.")
         if self.operating_point is not None:
             self._each("operating_point", _is_finite, "a finite logit")
+        self._check_groups()
         if self.base.extra_metrics:
             metric_names(fields.unbound(self))  # refuses names that clash
 
@@ -176,8 +198,10 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         read = {
             "target": self.objective in CONSTRAINED,
             **dict.fromkeys(("num_anchors", "precision_range"), self._has_anchors),
-            **dict.fromkeys(("constraint", "label_priors", "initial_multiplier"), self._is_constrained),
-            "normalize": not self._is_constrained,
+            **dict.fromkeys(("label_priors", "initial_multiplier"), self._is_constrained),
+            "constraint": self._is_constrained or self.group_rate is not None,
+            "normalize": self.is_of_pairs,
+            "group_rate": not (self.is_of_pairs or self._has_anchors),
         }
         for field in dataclasses.fields(self):
             if not read.get(field.name, True) and (value := getattr(self, field.name)) != field.default:
@@ -190,6 +214,25 @@ class GlobalObjectiveHead(AbstractWrapperHead):
             self._each("target", lambda t: 0 <= t < 1 if low_is_legal else 0 < t <= 1, f"a number {legal}")
         if self.label_priors is not None:
             self._each("label_priors", lambda p: 0 <= p <= 1, "a share in [0, 1]")
+
+    def _check_groups(self) -> None:
+        if self.group_rate is None:
+            if self.objective == ERROR_RATE:
+                raise ValueError(
+                    "error_rate alone is the base head's own loss. Pass group_rate=, or use the base head. Given None."
+                )
+            if self.group_tolerance != 0.05:
+                raise ValueError(f"group_tolerance is of group_rate, which is None. Given {self.group_tolerance!r}.")
+            return
+        if self.group_rate not in _rates.GROUP_RATES:
+            raise ValueError(f"group_rate must be one of {(*_rates.GROUP_RATES,)}. Given {self.group_rate!r}.")
+        if self.base.slices is None:
+            raise ValueError(
+                f'group_rate needs the groups: build the base head with slices=jh.Slices("origin", 3). Given '
+                f"{self.base!r}."
+            )
+        if not _is_finite(self.group_tolerance) or not 0 <= self.group_tolerance < 1:
+            raise ValueError(f"group_tolerance must be a number in [0, 1). Given {self.group_tolerance!r}.")
 
     def _check_anchors(self) -> None:
         n, ends = self.num_anchors, self.precision_range
@@ -214,11 +257,17 @@ class GlobalObjectiveHead(AbstractWrapperHead):
     @property
     def is_of_pairs(self) -> bool:
         """Whether the loss is of pairs of rows."""
-        return not self._is_constrained
+        return self.objective == ROC_AUC
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether the loss needs the groups."""
+        return self.group_rate is not None
 
     @property
     def _is_constrained(self) -> bool:
-        return self.objective != ROC_AUC
+        """Whether the objective has a constraint of its own."""
+        return self.objective not in (ROC_AUC, ERROR_RATE)
 
     @property
     def _has_anchors(self) -> bool:
@@ -254,41 +303,99 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         positives, total = jnp.sum(self.label_counts, axis=-1)
         return positives / total
 
+    # Groups.
+
+    @property
+    def _n_groups(self) -> int:
+        return self.base.slices.n  # pyright: ignore[reportOptionalMemberAccess]  # there are some: _check_groups
+
+    def _first_group_multipliers(self) -> jax.Array | None:
+        """One for each label and group, which holds nobody back before a violation."""
+        return None if self.group_rate is None else jnp.zeros((self.logits_dimension, self._n_groups), jnp.float32)
+
+    def _first_group_counts(self) -> jax.Array | None:
+        """For each label of all rows, of those that the rate is of, of those in each group: pairs, as label counts."""
+        if self.group_rate is None:
+            return None
+        support = 1.0 if self.group_rate == "positive_rate" else 0.5
+        first = np.array([1.0, support, *[support / self._n_groups] * self._n_groups], np.float32)
+        first = np.broadcast_to(first, (self.logits_dimension, len(first)))
+        return jnp.stack([first, np.zeros_like(first)], axis=-1)
+
+    def _inside(self, features: Any, logits: jax.Array) -> jax.Array:
+        """Which group each row is in, `[..., 1, groups]`; NaN where there is no such group."""
+        if not features:  # a layout without data
+            return jnp.zeros((*logits.shape[:-1], 1, self._n_groups), jnp.float32)
+        groups, stray = Membership.of(jnp.asarray(features[GROUPS]), self._n_groups)
+        return jnp.where(stray, jnp.nan, groups.indicators)[..., None, :]
+
+    def _group_terms(self, labels: jax.Array, logits: jax.Array, inside: jax.Array) -> jax.Array:
+        """What the constraints of groups add to each entry."""
+        total, support, each = (self.group_counts.sum(-1)[:, part] for part in (slice(1), slice(1, 2), slice(2, None)))
+        soft, counted = (
+            x[..., None] * (inside - _leading(each / support, inside))
+            for x in _rates.errors_of_rate(self.group_rate, labels, logits)[1:]
+        )
+        allowed = _leading(self.group_tolerance * each / total, inside)
+        multipliers = _leading(self.group_lagrange_multipliers, inside)
+        return jnp.mean(formulas.priced(multipliers, soft - allowed, self._seen_by_multipliers(counted - allowed)), -1)
+
+    def _seen_by_multipliers(self, counted: Any) -> Any:
+        """The rates themselves, if they are what multipliers see."""
+        return counted if self.constraint == "zero_one" else None
+
     # Loss.
 
     def _gather(
         self, labels: Any, logits: Any, features: Any, weights: Any, where: Any, check: bool | None
     ) -> dict[str, Any]:
-        return self.base._gather(labels, logits, features, weights, where, check)
+        batch = self.base._gather(labels, logits, features, weights, where, check)
+        if self.group_rate is not None:
+            lead, live = tuple(batch["logits"].shape)[:-1], batches.live_rows(batch, check)
+            slices: Any = self.base.slices
+            batch["features"] = {GROUPS: slices.ids(features, lead, live, check)}
+        return batch
 
     def losses(
-        self, labels: jax.Array, logits: jax.Array, weights: jax.Array | None = None, axis_name: Any = None
+        self,
+        labels: jax.Array,
+        logits: jax.Array,
+        features: Any = None,
+        weights: jax.Array | None = None,
+        axis_name: Any = None,
     ) -> jax.Array:
         """One loss an example, `[..., 1]`: its Lagrangian; or what it adds to the loss of pairs among these rows.
 
-        `weights` and `axis_name` are for pairs alone: what the other rows weigh, and on which devices there are more.
+        `features` hold the groups. `weights` and `axis_name` are for pairs alone: what the other rows weigh, and on
+        which devices there are more.
         """
-        if self._is_constrained:
-            return self._lagrangians(labels, logits)
+        if not self.is_of_pairs:
+            return self._lagrangians(labels, logits, features)
         weights = masking.ones_like(logits[..., :1]) if weights is None else weights
         rows = formulas.Rows(*(meshes.all_rows(x, axis_name) for x in (labels, logits, weights)))
         return formulas.pair_losses(self.surrogate, labels, logits, rows, self.normalize)
 
-    def _lagrangians(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
-        labels, logits = self._at_anchors(labels, logits)
+    def _lagrangians(self, labels: jax.Array, logits: jax.Array, features: Any = None) -> jax.Array:
+        values = self._lagrangians_of_rate(*self._at_anchors(labels, logits))
+        if self.group_rate is not None:
+            values = values + self._group_terms(labels, logits, self._inside(features, logits))
+        if self._has_anchors:
+            values = jnp.mean(values, axis=-1)
+        # Of one label there is no mean: the reduction of an axis of size 1 is slow on a CPU.
+        return values if values.shape[-1] == 1 else jnp.mean(values, axis=-1, keepdims=True)
+
+    def _lagrangians_of_rate(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
         errors, counted = self._errors(labels, logits)
-        values = formulas.lagrangian(
+        if not self._is_constrained:
+            return errors[0] + errors[1]
+        return formulas.lagrangian(
             jax.tree.map(lambda x: _leading(x, logits), self._problem),
             _leading(self.lagrange_multipliers, logits),
             _leading(self._priors() if not self._has_anchors else self._priors()[:, None], logits),
             errors,
             formulas.SCALE[self.surrogate],
-            counted if self.constraint == "zero_one" else None,
+            self._seen_by_multipliers(counted),
         )
-        if self._has_anchors:
-            values = jnp.mean(values, axis=-1)
-        # Of one label there is no mean: the reduction of an axis of size 1 is slow on a CPU.
-        return values if values.shape[-1] == 1 else jnp.mean(values, axis=-1, keepdims=True)
 
     def _at_anchors(self, labels: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Labels and logits, `[..., n]`; with anchors, each at all of them: `[..., n, 1]` and `[..., n, anchors]`."""
@@ -302,16 +409,17 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         return tuple(formulas.split(labels, errors) for errors in (surrogates, formulas.indicators(logits)))  # pyright: ignore[reportReturnType]  # two
 
     def _loss_sums(self, batch: dict[str, Any], axis_name: Any) -> jax.Array:
-        if self._is_constrained:
+        if not self.is_of_pairs:
             return super()._loss_sums(batch, axis_name)
         elements = batches.clean(self.label_spec, batch)
         batches.debug_check(elements, type(self).__name__)
         weights = elements.weights if elements.scale is None else elements.weights * elements.scale
-        term = Term(self.losses(elements.labels, elements.logits, weights, axis_name)).scaled(elements.scale)
+        losses = self.losses(elements.labels, elements.logits, weights=weights, axis_name=axis_name)
+        term = Term(losses).scaled(elements.scale)
         return terms.loss_sums(term, elements, self.loss_reduction)
 
     def _divisor_of(self, sums: jax.Array) -> Any:
-        if not self._is_constrained:
+        if self.is_of_pairs:
             raise ValueError(
                 "roc_auc is a loss of pairs, and pairs across the parts of a batch would be lost: micro_batches and "
                 "head.divisor are not for it. Take the whole batch at once: its memory is linear in the rows."
@@ -327,11 +435,23 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         seen = psum(jnp.stack([masking.column_totals(x) for x in both]))
         return {"label_counts": pairs.add(self.label_counts, seen[..., None])}
 
+    def _advance(self, batch: dict[str, Any], psum: Callable[[Any], Any]) -> Mapping[str, Any]:
+        new = super()._advance(batch, psum)
+        if self.group_counts is None:
+            return new
+        elements = batches.clean(self.label_spec, batch)
+        weights = elements.counted if elements.scale is None else elements.counted * elements.scale
+        inside = jnp.nan_to_num(self._inside(elements.features, elements.logits))
+        support = _rates.errors_of_rate(self.group_rate, elements.labels, elements.logits)[0][..., None]
+        columns = jnp.concatenate([masking.ones_like(support), support, support * inside], axis=-1)
+        seen = psum(jnp.sum(masking.weighted(columns, weights[..., None]), axis=tuple(range(columns.ndim - 2))))
+        return {**new, "group_counts": pairs.add(self.group_counts, seen[..., None])}
+
     # Predictions.
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         out = dict(self.base.outputs(logits))
-        if self.operating_point is None and not self._is_constrained:
+        if self.operating_point is None and self.is_of_pairs:
             return out
 
         def at(logits: jax.Array) -> jax.Array:
@@ -352,32 +472,53 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         return self.base._term(elements)
 
     def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
-        seen: dict[str, Observation] = dict(self.base._observations(labels, logits))
-        if not self._is_constrained:
-            return seen
-        entries, decided = self._at_anchors(labels, logits)
-        surrogates, counted = self._errors(entries, decided)
-        multipliers = masking.ones_like(decided) * _leading(self.lagrange_multipliers, decided)
+        return {**self.base._observations(labels, logits), **self._own(labels, logits, None, None)}
+
+    def _observed_of(self, elements: Elements) -> Mapping[str, Observation]:
+        labels, logits = elements.labels, elements.logits
+        own = self._own(labels, logits, elements.features, elements.scale)
+        return {**self.base._observations(labels, logits), **own}
+
+    def _own(self, labels: jax.Array, logits: jax.Array, features: Any, scale: Any) -> dict[str, Observation]:
+        """What the objective adds, each element counted `scale` times as it is in the loss."""
+        if self.is_of_pairs:
+            return {}
         lead = logits.shape[:-1]
-        columns = (x.reshape(*lead, math.prod(self._shape)) for x in (*surrogates, *counted, multipliers))
-        return {
-            **seen,
-            LAGRANGIAN: Mean(self._lagrangians(labels, logits)),
-            RATES: Sums((labels, 1 - labels, *columns)),
+
+        def sums(*columns: jax.Array) -> Sums:
+            flat = [x.reshape(*lead, math.prod(x.shape[len(lead) :])) for x in columns]
+            return Sums(tuple(flat if scale is None else [x * scale for x in flat]))
+
+        found: dict[str, Observation] = {
+            LAGRANGIAN: Mean(*Term(self._lagrangians(labels, logits, features)).scaled(scale))
         }
+        if self._is_constrained:
+            entries, decided = self._at_anchors(labels, logits)
+            surrogates, counted = self._errors(entries, decided)
+            multipliers = masking.ones_like(decided) * _leading(self.lagrange_multipliers, decided)
+            found[RATES] = sums(labels, 1 - labels, *surrogates, *counted, multipliers)
+        if self.group_rate is not None:
+            inside = self._inside(features, logits)
+            columns = [x[..., None] for x in _rates.errors_of_rate(self.group_rate, labels, logits)]
+            multipliers = masking.ones_like(columns[0]) * _leading(self.group_lagrange_multipliers, inside)
+            found[GROUPS] = sums(masking.ones_like(logits), *columns, *(x * inside for x in columns), multipliers)
+        return found
 
     def read(self, seen: Mapping[str, Any]) -> dict[tuple[str, str | None], Any]:
         """What the base head reads, and what the objective is about."""
-        values = self.base.read({key: view for key, view in seen.items() if key not in (LAGRANGIAN, RATES)})
-        if not self._is_constrained:
+        values = self.base.read({key: view for key, view in seen.items() if key not in (LAGRANGIAN, RATES, GROUPS)})
+        if self.is_of_pairs:
             return values
-        own = _rates.of_constraint(seen[RATES], self._problem, self._shape, formulas.SCALE[self.surrogate])
-        own["lagrangian"] = seen[LAGRANGIAN].mean
-        for key, value in own.items():
+        own = {"lagrangian": seen[LAGRANGIAN].mean}
+        if self._is_constrained:
+            own |= _rates.of_constraint(seen[RATES], self._problem, self._shape, formulas.SCALE[self.surrogate])
+        if self.group_rate is not None:
+            own |= _rates.of_groups(seen[GROUPS], self.logits_dimension, self._n_groups, self.group_tolerance)
+        for key, value in {**own, **self._achieved(seen["scores"])}.items():
             if (key, self.suffix) in values:
                 raise ValueError(f"The base head has a metric {key!r}, which this one gives too. Name it otherwise.")
             values[key, self.suffix] = value
-        return {**values, **{(key, self.suffix): value for key, value in self._achieved(seen["scores"]).items()}}
+        return values
 
     def _achieved(self, scores: ScoresView) -> dict[str, Any]:
         """What can be had at the target, of the one label or of those that have a histogram of their own."""
@@ -393,10 +534,12 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         }
 
     def read_loss(self, seen: Mapping[str, Any]) -> Any:
-        """The Lagrangian of all data seen; of pairs, which do not add up over batches, the share in the wrong order."""
-        if not self._is_constrained:
-            scores = seen["scores"]
-            return scores.where(_rates.has_pairs(scores), 1 - scores.roc_auc().value)
+        """The Lagrangian of all data seen; of pairs, which do not add up over batches, the share in the wrong order.
+
+        The latter is the mean over labels, for which every label must have metrics of its own.
+        """
+        if self.is_of_pairs:
+            return _rates.misordered(seen["scores"], self.logits_dimension)
         return super().read_loss({**seen, AVERAGE_LOSS: seen[LAGRANGIAN]})
 
 

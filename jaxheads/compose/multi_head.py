@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.compose._abstract import AbstractCompositeHead
+from jaxheads.compose._abstract import AbstractCompositeHead, AbstractWrapperHead
+from jaxheads.compose.global_objective import GlobalObjectiveHead
 from jaxheads.head import DIVISOR, Head, LinearLogits, learned, subheads
 from jaxheads.metrics import Observation, Total
 from jaxheads.metrics.state import joined, metric_names
@@ -37,7 +38,7 @@ class MultiHead(AbstractCompositeHead):
     **loss** = `sum_k w_k loss_k`, each head's loss under its own reduction, w the `head_weights`. With
     `weighting="uncertainty"`, `sum_k exp(-s_k) w_k loss_k + s_k / 2` with a learned s_k for each head (Kendall, Gal and
     Cipolla 2018), kept within 20 of 0; without the last term for a head whose weight is 0 or that has no labels in the
-    batch. This loss may be negative.
+    batch. This loss may be negative. For losses that are not: a head under constraints is refused.
 
     **Predictions**: a dict by head.
     **Metrics**: those of each head, `auc/NAME`, and `loss/NAME`, the loss of all data seen under that head's reduction
@@ -155,6 +156,11 @@ class MultiHead(AbstractCompositeHead):
         object.__setattr__(self, "head_weights", weights or None)
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {WEIGHTINGS}. Given {self.weighting!r}.")
+        if self.weighting == "uncertainty" and (signed := [str(head.name) for head in self.heads if _is_signed(head)]):
+            raise ValueError(
+                f"weighting='uncertainty' takes losses that are not negative: the weight of a Lagrangian below 0 would "
+                f"rise without end. Given heads under constraints: {signed}. Use fixed head_weights."
+            )
         keys = [f"loss/{name}" for name in names]
         keys += [key for head in self.heads for key in metric_names(fields.unbound(head))]
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
@@ -384,6 +390,14 @@ class MultiHead(AbstractCompositeHead):
     def _advance(self, batch: dict[str, Any], psum: Callable[[Any], Any]) -> dict[str, Any]:
         new = {name: head._advance(batch["heads"][name], psum) for name, head in self._by_name.items()}
         return {name: value for name, value in new.items() if fields.has_state(self._by_name[name])}
+
+
+def _is_signed(head: Any) -> bool:
+    """Whether a head's loss is a Lagrangian, or adds up from one."""
+    if isinstance(head, GlobalObjectiveHead):
+        return not head.is_of_pairs
+    inside = (head.wrapped,) if isinstance(head, AbstractWrapperHead) else getattr(head, "heads", ())
+    return any(map(_is_signed, inside))
 
 
 @contextlib.contextmanager

@@ -262,7 +262,7 @@ class SequentialHeadWrapper(AbstractWrapperHead):
         return self.static_head._in_groups(observation)
 
     def _advance(self, batch: dict[str, Any], psum: Callable[[Any], Any]) -> dict[str, Any]:
-        return {"static_head": self.static_head._advance(batch, psum)} if fields.has_state(self) else {}
+        return {"static_head": self.static_head._advance(self._scaled(batch), psum)} if fields.has_state(self) else {}
 
 
 def _without_mask(key: Any, features: Any) -> ValueError:

@@ -90,12 +90,17 @@ def lagrangian(
     gradient is that of the rates themselves: the proxy Lagrangian of Cotter et al. (2019).
     """
     allowed = scale * problem.allowed.of((priors, 1 - priors))
-    value = problem.objective.of(errors)
-    if counted is None:
-        return value + multipliers * (problem.constraint.of(errors) - allowed)
+    violation = problem.constraint.of(errors) - allowed
+    real = None if counted is None else scale * problem.constraint.of(counted) - allowed
+    return problem.objective.of(errors) + priced(multipliers, violation, real)
+
+
+def priced(multipliers: jax.Array, violation: jax.Array, real: jax.Array | None) -> jax.Array:
+    """`multipliers * violation`; with `real` of that value, but the multipliers' gradient is `real`."""
+    if real is None:
+        return multipliers * violation
     fixed = jax.lax.stop_gradient(multipliers)
-    real = scale * problem.constraint.of(counted) - allowed
-    return value + fixed * (problem.constraint.of(errors) - allowed) + (multipliers - fixed) * real
+    return fixed * violation + (multipliers - fixed) * real
 
 
 class Rows(NamedTuple):
@@ -118,7 +123,8 @@ def pair_losses(name: str, labels: jax.Array, logits: jax.Array, rows: Rows, nor
     by = positives * (negatives / jnp.where(total == 0, jnp.ones_like(total), total))
     factor = reduction.divide(jnp.ones_like(by), by if normalize == "pairs" else jnp.full_like(by, total))
     lost = _lost_to_negatives(name, logits, rows)
-    return jnp.mean(labels * lost * jnp.expand_dims(factor, tuple(range(logits.ndim - 1))), axis=-1, keepdims=True)
+    lost = masking.weighted(lost, labels * jnp.expand_dims(factor, tuple(range(logits.ndim - 1))))
+    return jnp.mean(lost, axis=-1, keepdims=True)
 
 
 def _lost_to_negatives(name: str, logits: jax.Array, rows: Rows) -> jax.Array:
@@ -139,7 +145,10 @@ def _lost_to_negatives(name: str, logits: jax.Array, rows: Rows) -> jax.Array:
     def against(others: jax.Array, weights: jax.Array) -> jax.Array:
         # [..., c, 1] against [c, size].
         others, weights = (jnp.expand_dims(x, tuple(range(logits.ndim - 1))) for x in (others, weights))
-        return jnp.sum(weights * surrogates(name, logits[..., None] - others)[0], axis=-1)
+        z = logits[..., None]
+        # Two that are as infinite are a tie, and what weighs nothing adds nothing.
+        gap = jnp.where((z == others) & jnp.isinf(z), jnp.zeros_like(others), z - others)
+        return jnp.sum(masking.weighted(surrogates(name, gap)[0], weights), axis=-1)
 
     def body(lost: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         return lost + against(*chunk), None

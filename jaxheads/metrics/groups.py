@@ -185,6 +185,14 @@ class Membership:
         stray = (ids < -1) | (ids >= n)
         return cls(n, jnp.where(stray, np.int32(-1), ids)), stray
 
+    @property
+    def indicators(self) -> jax.Array:
+        """1 inside and 0 outside of each group: `[..., n]`."""
+        if self.ids is None:
+            return self.matrix.astype(jnp.float32)
+        groups = jnp.expand_dims(jnp.arange(self.n, dtype=jnp.int32), tuple(range(self.ids.ndim - 1)))
+        return (self.ids == groups).astype(jnp.float32)
+
     def each(self, reduce: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """`reduce` of each group's weights, 1 inside and 0 outside, one after the other."""
         # On a mesh a loop would be an all-reduce for each.

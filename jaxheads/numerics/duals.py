@@ -11,7 +11,7 @@ class PrimalDualState(NamedTuple):
     """The state of an optimizer that ascends on multipliers, which is what it is known by.
 
     Attributes:
-        steps: int32, how many were taken.
+        steps: int32 `[m]`, how many were taken, for each of the m leaves of multipliers that it moves.
         inner: the states of the two optimizers.
     """
 
@@ -21,20 +21,22 @@ class PrimalDualState(NamedTuple):
 
 def is_multiplier(path: Any) -> bool:
     """Whether a path in a pytree of parameters leads to multipliers."""
-    return MULTIPLIERS in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return any(key.endswith(MULTIPLIERS) for key in jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
 
 
-def has_multipliers(params: Any) -> bool:
-    """Whether there are any."""
-    return any(is_multiplier(path) for path, _ in jax.tree.leaves_with_path(params))
+def count_multipliers(params: Any) -> int:
+    """How many leaves are multipliers."""
+    return sum(is_multiplier(path) for path, _ in jax.tree.leaves_with_path(params))
 
 
 def check_ascends(opt_state: Any, params: Any) -> None:
-    """Refuses parameters with multipliers under an optimizer that would descend on them, and on no bound."""
+    """Refuses parameters with multipliers under an optimizer that would descend on some, and on no bound."""
     states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, PrimalDualState))
-    if has_multipliers(params) and not any(isinstance(x, PrimalDualState) for x in states):
+    # By shapes, which are there in traces too. Replicas have leading axes.
+    moved = sum(x.steps.shape[-1] for x in states if isinstance(x, PrimalDualState))
+    if (given := count_multipliers(params)) > moved:
         raise ValueError(
-            f"The parameters hold multipliers ({MULTIPLIERS!r}), and this optimizer would minimize over them: they "
-            "fall without end, where they must rise while a constraint is violated. Wrap it: optimizer = "
-            "jh.training.primal_dual(optimizer)."
+            f"The parameters hold multipliers ({MULTIPLIERS!r}), and this optimizer would minimize over them "
+            f"({given - moved} of {given} leaves): they fall without end, where they must rise while a constraint is "
+            "violated. Wrap it, all of a multi_transform: optimizer = jh.training.primal_dual(optimizer)."
         )

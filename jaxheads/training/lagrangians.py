@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxheads.numerics.duals import MULTIPLIERS, PrimalDualState, has_multipliers, is_multiplier
+from jaxheads.numerics.duals import MULTIPLIERS, PrimalDualState, count_multipliers, is_multiplier
 
 
 def primal_dual(
@@ -20,22 +20,23 @@ def primal_dual(
 ) -> optax.GradientTransformationExtraArgs:
     """Descends on the parameters by one optimizer, and ascends on the multipliers of a head by another.
 
-    Multipliers are the leaves called `lagrange_multipliers`, wherever they stand in the tree of parameters. They move
-    up where their constraint is violated, and are kept in `[0, max_multiplier]` by projection: one at 0 rises again.
+    Multipliers are the leaves whose names end with `lagrange_multipliers`, wherever they stand in the tree of
+    parameters. They move up where their constraint is violated, and are kept in `[0, max_multiplier]` by projection:
+    one at 0 rises again.
     Neither weight decay nor a clip of the global norm in `optimizer` reaches them, nor do they count in that norm.
 
-    A head's loss is the mean of as many Lagrangians as a leaf has multipliers, one for each label and anchor. Each is
-    given back the scale of its own, so that the rate at which it moves does not depend on how many there are. Scales of
-    the whole loss (a `loss_reduction="sum"`, the weight of a head in a `MultiHead`) do act on the multipliers, as they
-    act on all parameters.
+    A head's loss is the mean of as many Lagrangians as a leaf has multipliers, one for each label and anchor or group.
+    Each is given back the scale of its own, so that the rate at which it moves does not depend on how many there are.
+    Scales of the whole loss (a `loss_reduction="sum"`, the weight of a head in a `MultiHead`) do act on the
+    multipliers, as they act on all parameters.
 
     Args:
         optimizer: for everything else.
         dual_optimizer: for the multipliers, `optax.sgd(1.0)` if None. A plain rate is best: by the size of a violation
             it knows how far to go, which Adam forgets. `optax.optimistic_gradient_descent` damps oscillations.
         max_multiplier: a bound, for constraints that cannot be met: their multipliers would rise without end.
-        warm_up: how many steps the multipliers first stand still. At multipliers of 1, `precision_at_recall` and
-            `tpr_at_fpr` are the cross-entropy.
+        warm_up: how many steps the multipliers, and the state of `dual_optimizer`, first stand still. At multipliers of
+            1, `precision_at_recall` and `tpr_at_fpr` are the cross-entropy.
 
     Raises:
         ValueError: what is no optimizer, a bound that is not positive, a negative `warm_up`; in `init`, parameters
@@ -66,18 +67,24 @@ def primal_dual(
         raise ValueError(f"max_multiplier must be a positive number, or None for no bound. Given {max_multiplier!r}.")
     if not isinstance(warm_up, int) or isinstance(warm_up, bool) or warm_up < 0:
         raise ValueError(f"warm_up must be a number of steps, 0 or more. Given {warm_up!r}.")
+
+    def has_begun(step: Any, **_: Any) -> jax.Array:
+        return jnp.asarray(step) >= warm_up
+
+    if warm_up:
+        dual_optimizer = optax.conditionally_mask(dual_optimizer, has_begun)
     both = optax.multi_transform(
         {"primal": optimizer, "dual": dual_optimizer},
         lambda params: jax.tree_util.tree_map_with_path(_kind, params),
     )
 
     def init(params: Any) -> PrimalDualState:
-        if not has_multipliers(params):
+        if not (moved := count_multipliers(params)):
             raise ValueError(
                 f"primal_dual needs parameters with multipliers, leaves called {MULTIPLIERS!r} as "
                 "jh.GlobalObjectiveHead(...).init(key) makes them. Given none. Pass the plain optimizer."
             )
-        return PrimalDualState(jnp.zeros((), jnp.int32), both.init(params))
+        return PrimalDualState(jnp.zeros(moved, jnp.int32), both.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, PrimalDualState]:
         if params is None:
@@ -85,18 +92,14 @@ def primal_dual(
                 "primal_dual keeps multipliers within bounds and must know where they are. Given params=None: call "
                 "update(gradients, state, params)."
             )
-        moves = state.steps >= warm_up
 
         def ascent(path: Any, gradient: Any) -> Any:
-            if not is_multiplier(path) or gradient is None:
-                return gradient
-            return jnp.where(moves, -gradient * gradient.size, jnp.zeros_like(gradient))
+            return gradient if not is_multiplier(path) or gradient is None else -gradient * gradient.size
 
         def within(path: Any, change: Any, value: Any) -> Any:
             if not is_multiplier(path) or change is None:
                 return change
-            new = jnp.clip(value + change, 0, max_multiplier)
-            return jnp.where(moves, new - value, jnp.zeros_like(value)).astype(change.dtype)
+            return (jnp.clip(value + change, 0, max_multiplier) - value).astype(change.dtype)
 
         each = functools.partial(jax.tree_util.tree_map_with_path, is_leaf=lambda x: x is None)
         changes, inner = both.update(each(ascent, updates), state.inner, params, **extra)
