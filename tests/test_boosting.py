@@ -922,6 +922,12 @@ def test_what_an_estimator_refuses(library):
         ),
         (boosted(jh.BinaryClassHead(bootstrap=jh.Bootstrap(3)), library), {}, "no slices and no bootstrap"),
         (boosted(jh.BinaryClassHead("w"), library), {}, "holds the weights"),
+        (
+            boosted(jh.GlobalObjectiveHead(jh.BinaryClassHead(), "precision_at_recall", 0.9), library),
+            {},
+            "trains no fields of its head.*lagrange_multipliers",
+        ),
+        (boosted(jh.BinaryClassHead(), library), {"where": np.ones(200, bool)}, "inconsistent numbers of samples"),
         (boosted(jh.BinaryClassHead(), library), {"sample_weight": np.ones((300, 2))}, r"shape \(300,\)"),
         (boosted(jh.BinaryClassHead(), library), {"sample_weight": -np.ones(300)}, "not negative"),
         (

@@ -537,6 +537,15 @@ def test_configurations_that_do_not_fit_are_refused(given, match):
         jh.GlobalObjectiveHead(**{"base": BINARY, "objective": "precision_at_recall", "target": 0.9, **given})
 
 
+def test_the_base_may_have_the_metric_of_what_is_achieved():
+    """So that one base head is measured alike with and without the objective."""
+    base = BINARY.with_metrics(jh.metrics.PrecisionAtRecall(0.9))
+    head = objective("precision_at_recall", 0.9, base, 0.5)
+    values = head.measure(LABELS[:, 0], LOGITS[:, :1], params=head.init(jax.random.key(0))).compute()
+    alone = base.measure(LABELS[:, 0], LOGITS[:, :1]).compute()
+    assert values["precision_at_recall_0.9"] == alone["precision_at_recall_0.9"]
+
+
 def test_a_plain_head_has_no_metrics_of_its_own_to_add():
     with pytest.raises(ValueError, match="has the metrics of the heads inside"):
         objective("roc_auc", base=BINARY, priors=None).with_metrics(jh.metrics.RocAuc())

@@ -16,9 +16,10 @@ from jaxheads.boosting.engines import DECIDED, ENGINES, IDLE, ROUNDS, STOPPING, 
 from jaxheads.boosting.evaluation import higher_is_better, measured, numbers
 from jaxheads.boosting.stopping import Monitor
 from jaxheads.compose import MultiHead
-from jaxheads.head import Head, NoClosedForm
+from jaxheads.head import Head, NoClosedForm, check_head
 from jaxheads.heads import BinaryClassHead, MultiLabelHead, PoissonRegressionHead
 from jaxheads.metrics import Metrics
+from jaxheads.numerics import fields
 
 
 def _has_probabilities(estimator: Any) -> bool:
@@ -49,7 +50,8 @@ class BoostedHead(BaseEstimator):
         monitor: a metric of the head; its average loss by default.
         higher_is_better: of the monitor, where its name does not tell.
         params: the booster's own: `learning_rate`, `max_depth`, `random_state`, `n_jobs`, ... `max_delta_step` of a
-            `PoissonRegressionHead` on XGBoost is 0.7 by default, as for its own objective.
+            `PoissonRegressionHead` on XGBoost is 0.7 by default, as for its own objective. LightGBM is quiet by
+            default, also about names that it does not know: `verbosity=0` lets it tell.
 
     Attributes:
         booster_: the `xgboost.Booster` or `lightgbm.Booster`, whose margins are without the init score.
@@ -165,6 +167,12 @@ class BoostedHead(BaseEstimator):
             verbose: whether the log is printed.
         """
         engine = self._engine()
+        check_head(self.head)
+        if missing := fields.missing(self.head):
+            raise ValueError(
+                f"A BoostedHead grows trees, and trains no fields of its head. Given {self.head!r} with {missing}. "
+                "Train natively: jh.boosting.xgboost_objective(head, params=values)."
+            )
         check_boosted(self.head, None, metrics=True)
         x = self._table(X, reset=True)
         self._learn_classes(y, where)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import assert_all_finite, column_or_1d
+from sklearn.utils.validation import assert_all_finite, check_consistent_length, column_or_1d
 
 from jaxheads.compose import MultiHead
 from jaxheads.head import Head
@@ -43,6 +43,7 @@ def learn_classes(head: ClassHead, y: Any, where: Any) -> tuple[np.ndarray, bool
         return np.asarray(head.label_vocabulary), False
     y = column_or_1d(y)
     if where is not None:
+        check_consistent_length(y, where)
         y = y[column_or_1d(where).astype(bool)]
     if y.dtype == np.bool_ and n == 2:
         return np.array([False, True]), False

@@ -414,7 +414,7 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         elements = batches.clean(self.label_spec, batch)
         batches.debug_check(elements, type(self).__name__)
         weights = elements.weights if elements.scale is None else elements.weights * elements.scale
-        losses = self.losses(elements.labels, elements.logits, weights=weights, axis_name=axis_name)
+        losses = self.losses(elements.labels, elements.logits, elements.features, weights, axis_name)
         term = Term(losses).scaled(elements.scale)
         return terms.loss_sums(term, elements, self.loss_reduction)
 
@@ -515,10 +515,17 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         if self.group_rate is not None:
             own |= _rates.of_groups(seen[GROUPS], self.logits_dimension, self._n_groups, self.group_tolerance)
         for key, value in {**own, **self._achieved(seen["scores"])}.items():
-            if (key, self.suffix) in values:
+            if (key, self.suffix) in values and not (key not in own and self._watches_the_same):
                 raise ValueError(f"The base head has a metric {key!r}, which this one gives too. Name it otherwise.")
             values[key, self.suffix] = value
         return values
+
+    @property
+    def _watches_the_same(self) -> bool:
+        """Whether the base head has the very metric of what is achieved: the best precision at the same recall."""
+        return all(
+            _rates.ACHIEVED[self.objective](float(t)) in self.base.extra_metrics for t in self._per_label(self.target)
+        )
 
     def _achieved(self, scores: ScoresView) -> dict[str, Any]:
         """What can be had at the target, of the one label or of those that have a histogram of their own."""

@@ -123,8 +123,13 @@ def pair_losses(name: str, labels: jax.Array, logits: jax.Array, rows: Rows, nor
     by = positives * (negatives / jnp.where(total == 0, jnp.ones_like(total), total))
     factor = reduction.divide(jnp.ones_like(by), by if normalize == "pairs" else jnp.full_like(by, total))
     lost = _lost_to_negatives(name, logits, rows)
-    lost = masking.weighted(lost, labels * jnp.expand_dims(factor, tuple(range(logits.ndim - 1))))
+    lost = labels * _unless(labels, lost) * jnp.expand_dims(factor, tuple(range(logits.ndim - 1)))
     return jnp.mean(lost, axis=-1, keepdims=True)
+
+
+def _unless(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """Values of which the infinite ones of weight 0 are 0. The rest stays, for NaN to pass through in a gradient."""
+    return jnp.where((weights == 0) & jnp.isinf(values), jnp.zeros_like(values), values)
 
 
 def _lost_to_negatives(name: str, logits: jax.Array, rows: Rows) -> jax.Array:
@@ -148,7 +153,7 @@ def _lost_to_negatives(name: str, logits: jax.Array, rows: Rows) -> jax.Array:
         z = logits[..., None]
         # Two that are as infinite are a tie, and what weighs nothing adds nothing.
         gap = jnp.where((z == others) & jnp.isinf(z), jnp.zeros_like(others), z - others)
-        return jnp.sum(masking.weighted(surrogates(name, gap)[0], weights), axis=-1)
+        return jnp.sum(weights * _unless(weights, surrogates(name, gap)[0]), axis=-1)
 
     def body(lost: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         return lost + against(*chunk), None
