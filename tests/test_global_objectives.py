@@ -191,6 +191,9 @@ def test_pairs_of_infinite_logits(n):
     np.testing.assert_allclose(gradient[2, 0], -expit(-1) / 9 / (n // 6), rtol=1e-5)
     tied = head.loss([1, 0], np.full((2, 1), inf, np.float32))
     np.testing.assert_allclose(tied, math.log(2), rtol=1e-6)
+    # A finite tie can still be parted.
+    apart = jax.grad(lambda z: head.loss([1, 0], z))(np.full((2, 1), 0.5, np.float32))
+    np.testing.assert_allclose(apart, [[-0.5], [0.5]], rtol=1e-6)
 
 
 def test_the_loss_of_pairs_over_all_data_is_the_mean_over_labels():
