@@ -58,7 +58,8 @@ def of_groups(sums: SumsView, labels: int, groups: int, tolerance: float) -> dic
     xp = sums.xp
     weight, support, soft, counted = (x[..., None] for x in sums.sums[:4])
     inside, soft_in, counted_in, multipliers = (x.reshape(*x.shape[:-1], labels, groups) for x in sums.sums[4:])
-    there = inside > 0
+    # A group that is all there is, as in a slice of itself, has nothing to be compared with.
+    there = (inside > 0) & (inside < (1 - 1e-6) * support)
 
     def worst(errors: Any, errors_in: Any) -> Any:
         found = sums.zeroed().ratio(errors_in, inside) - sums.zeroed().ratio(errors, support) - tolerance
