@@ -182,7 +182,8 @@ class BoostedHead(BaseEstimator):
         rows = prepare(self.head, Attached(train.labels, train.where), train.weights)
         self.init_logits_ = self._start(rows)
         evaluated = self._evaluated(eval_set, eval_sample_weight, eval_where)
-        monitor, keys = self._monitor(bool(evaluated))
+        keys = numbers(self.head)
+        monitor = self._monitor(keys, bool(evaluated))
         if stopping := [c for c in callbacks if "EarlyStopping" in type(c).__name__]:
             raise ValueError(
                 f"To stop early pass early_stopping_rounds= (and monitor=), which know the metrics. Given the callback "
@@ -339,14 +340,13 @@ class BoostedHead(BaseEstimator):
         every = zip(pairs, weights, where, strict=True)
         return [self._part(self._table(x, reset=False), y, w, there) for (x, y), w, there in every]
 
-    def _monitor(self, is_evaluated: bool) -> tuple[Monitor | None, tuple[str, ...]]:
-        """The metric to stop by, and all that are logged: it is the first."""
-        names = numbers(self.head)
+    def _monitor(self, names: tuple[str, ...], is_evaluated: bool) -> Monitor | None:
+        """The metric to stop by, one of these."""
         rounds = self.early_stopping_rounds
         if rounds is None:
             if self.monitor is not None:
                 raise ValueError(f"monitor={self.monitor!r} decides when to stop. Pass early_stopping_rounds= too.")
-            return None, names
+            return None
         if isinstance(rounds, bool) or not isinstance(rounds, (int, np.integer)) or rounds < 1:
             raise ValueError(f"early_stopping_rounds must be an integer of at least 1, or None. Given {rounds!r}.")
         if not is_evaluated:
@@ -367,7 +367,7 @@ class BoostedHead(BaseEstimator):
             raise ValueError(
                 f"Whether {key!r} is better when high does not follow from its name. Pass higher_is_better=."
             )
-        return Monitor(key, higher, int(rounds)), names
+        return Monitor(key, higher, int(rounds))
 
 
 def _constants(head: Head, labels: Any, weights: Any, where: Any) -> np.ndarray:
