@@ -275,6 +275,22 @@ def test_masked_rows_and_strangers():
         head.loss(Y, Z, params=params)
 
 
+def test_weights_are_rows_counted_again():
+    """In the loss under its mean, in metrics, and in what is counted of groups; and bfloat16 logits are no others."""
+    base = jh.BinaryClassHead(slices=jh.Slices("group", GROUPS), loss_reduction="mean")
+    head, weights = constrained("positive_rate", base), np.resize([2, 0, 1, 3], N)
+    params, again = params_of(head), np.repeat(np.arange(N), weights)
+    rows, repeated = (Y, Z, FEATURES), (Y[again], Z[again], {"group": IDS[again]})
+    weighted = head.loss(*rows, weights=weights.astype(np.float32), params=params)
+    np.testing.assert_allclose(weighted, head.loss(*repeated, params=params), rtol=1e-6)
+    values = head.measure(*rows, weights=weights.astype(np.float32), params=params).compute()
+    for key, value in head.measure(*repeated, params=params).compute().items():
+        np.testing.assert_allclose(values[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
+    rounded = jnp.asarray(Z, jnp.bfloat16)
+    low = head.loss(Y, rounded, FEATURES, params=params)
+    assert low == head.loss(Y, np.asarray(rounded, np.float32), FEATURES, params=params)
+
+
 def test_groups_may_overlap():
     matrix = (IDS[:, None] == np.arange(GROUPS)).astype(bool)
     head, params = constrained(), params_of(constrained())
