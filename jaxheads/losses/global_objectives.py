@@ -129,6 +129,8 @@ def pair_losses(name: str, labels: jax.Array, logits: jax.Array, rows: Rows, nor
 
 def _unless(weights: jax.Array, values: jax.Array) -> jax.Array:
     """Values of which the infinite ones of weight 0 are 0. The rest stays, for NaN to pass through in a gradient."""
+    # By multiplication they lie on an Explicit mesh as the weights do, which a choice would insist on.
+    values = values * masking.ones_like(weights)
     return jnp.where((weights == 0) & jnp.isinf(values), jnp.zeros_like(values), values)
 
 
