@@ -805,9 +805,11 @@ class Head(Configuration, abc.ABC):
 
     def _advance(self, batch: dict[str, Any], psum: Callable[[Any], Any]) -> Mapping[str, Any]:
         """What moves in the running state, from a gathered batch."""
-        elements = batches.clean(self.label_spec, batch)
-        weights = elements.counted if elements.scale is None else elements.counted * elements.scale
-        return self.advance(elements.labels, elements.logits, weights, psum)
+        return self._advance_of(batches.clean(self.label_spec, batch), psum)
+
+    def _advance_of(self, elements: Elements, psum: Callable[[Any], Any]) -> Mapping[str, Any]:
+        """The same from the elements of a batch."""
+        return self.advance(elements.labels, elements.logits, elements.times_scale(elements.counted), psum)
 
     def _term(self, elements: Elements) -> Term:
         """The per-element losses, checked."""

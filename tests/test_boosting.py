@@ -790,6 +790,41 @@ def test_small_losses_are_not_rounded_to_stop(library):
 
 
 @both
+def test_predictions_are_of_the_model_that_was_trained_however_far_it_starts(library):
+    """Training adds trees to the start, and rounds as it goes."""
+    x, s = table()
+    y = 1e5 + s
+    model = boosted(jh.RegressionHead(), library, n_estimators=300).fit(x, y, eval_set=[(x, y)])
+    last = model.evals_result_["validation_0"]["average_loss"][-1]
+    assert last < 0.1 * s.var()
+    y32 = y.astype(np.float32).astype(np.float64)
+    np.testing.assert_allclose(mean_squared_error(y32, model.predict(x).astype(np.float64)), last, rtol=0.05)
+    np.testing.assert_allclose(model.measure(x, y).compute()["average_loss"], last, rtol=0.05)
+
+
+@both
+def test_first_rounds_do_not_look_like_probabilities_to_an_estimator(library):
+    x, s = table()
+    y = (s > -0.3).astype(int)
+    model = boosted(jh.BinaryClassHead(), library, n_estimators=3, learning_rate=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.fit(x, y, eval_set=[(x, y)])
+    first = model.init_logits_[0]
+    assert 0 < first < 1
+
+
+def test_the_score_of_several_tasks_is_their_loss():
+    x, s = table()
+    head = jh.MultiHead([jh.BinaryClassHead(name="a"), jh.RegressionHead(name="b")], head_weights=(1.0, 0.001))
+    y = {"a": (s > 0).astype(int), "b": 100 * s}
+    model = boosted(head, n_estimators=8).fit(x, y)
+    z = model.predict_logits(x).astype(np.float64)
+    expected = log_loss(y["a"], expit(z[:, 0])) + 0.001 * mean_squared_error(y["b"], z[:, 1])
+    np.testing.assert_allclose(model.score(x, y), -expected, rtol=1e-5)
+
+
+@both
 def test_a_monitor_that_is_undefined_says_so(library):
     x, s = table()
     model = boosted(jh.BinaryClassHead(), library, early_stopping_rounds=3, monitor="auc")

@@ -725,7 +725,10 @@ def test_a_negative_loss_is_not_weighted_by_uncertainty():
     for head in (inner, jh.SequentialHeadWrapper(inner, None), jh.MultiHead([inner])):
         with pytest.raises(ValueError, match=r"under constraints.*late"):
             jh.MultiHead([head, jh.RegressionHead(name="minutes")], weighting="uncertainty")
-    jh.MultiHead([pairs, jh.RegressionHead(name="minutes")], weighting="uncertainty")
+    both = jh.MultiHead([pairs, jh.RegressionHead(name="minutes")], weighting="uncertainty")
+    # Whose own loss falls below 0, by its logarithms.
+    with pytest.raises(ValueError, match=r"weighted by uncertainty.*order_minutes"):
+        jh.MultiHead([both, jh.RegressionHead(name="hours")], weighting="uncertainty")
 
 
 # What it is for

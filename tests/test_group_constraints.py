@@ -275,6 +275,23 @@ def test_masked_rows_and_strangers():
         head.loss(Y, Z, params=params)
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_masked_rows_say_nothing_to_multipliers(n):
+    """Nor where there is one group, in which the filling of masked rows must not be a stranger's id."""
+    head = constrained(base=jh.BinaryClassHead(slices=jh.Slices("group", n)), constraint="zero_one")
+    params, where = {**head.init(jax.random.key(0)), **head.init_state()}, np.arange(N) % 3 != 1
+    ids = np.where(np.arange(N) % 2, -1, np.arange(N) % n)
+
+    def gradient(rows, there):
+        def loss(multipliers):
+            given = {"where": there, "params": {**params, "group_lagrange_multipliers": multipliers}}
+            return head.loss(Y[rows], Z[rows], {"group": ids[rows]}, **given)
+
+        return np.asarray(jax.grad(loss)(params["group_lagrange_multipliers"]))
+
+    np.testing.assert_allclose(gradient(slice(None), where), gradient(where, None), rtol=1e-6)
+
+
 def test_weights_are_rows_counted_again():
     """In the loss under its mean, in metrics, and in what is counted of groups; and bfloat16 logits are no others."""
     base = jh.BinaryClassHead(slices=jh.Slices("group", GROUPS), loss_reduction="mean")

@@ -151,7 +151,7 @@ def _of_one(
 def _weighted(elements: batches.Elements, values: jax.Array) -> jax.Array:
     """Values of weight 1, weighted as the loss is; NaN where a label or weight is illegal."""
     weights = elements.weights * jnp.where(elements.bad, jnp.nan, jnp.ones_like(elements.weights))
-    return values * (weights if elements.scale is None else weights * elements.scale)
+    return values * elements.times_scale(weights)
 
 
 def _checked(values: Any, shape: tuple[int, ...]) -> jax.Array:

@@ -115,8 +115,8 @@ class Engine(Protocol):
         """Trains natively."""
         ...
 
-    def margins(self, booster: Any, x: Any, rounds: int | None) -> np.ndarray:
-        """The sums of the trees, `[n, d]` or `[n]`, without what training started from."""
+    def logits(self, booster: Any, x: Any, rounds: int | None, start: np.ndarray) -> np.ndarray:
+        """The sums of the trees and of the logits `[d]` that training started from: `[n, d]` or `[n]`."""
         ...
 
     def gains(self, booster: Any) -> np.ndarray:
@@ -174,11 +174,11 @@ class XGBoost:
             data = xgboost.DMatrix(part.x, **given)
         return with_labels(data, part.labels, part.where)
 
-    def margins(self, booster: Any, x: Any, rounds: int | None) -> np.ndarray:
-        """By `Booster.predict`; the booster starts from 0."""
+    def logits(self, booster: Any, x: Any, rounds: int | None, start: np.ndarray) -> np.ndarray:
+        """By `Booster.predict`, from the start: trees were fitted to what float32 left of each sum in training."""
         import xgboost
 
-        data = xgboost.DMatrix(x, enable_categorical=True)
+        data = xgboost.DMatrix(x, base_margin=np.tile(start, (x.shape[0], 1)), enable_categorical=True)
         return booster.predict(data, output_margin=True, iteration_range=(0, rounds or 0))
 
     def gains(self, booster: Any) -> np.ndarray:
@@ -242,9 +242,10 @@ class LightGBM:
         )
         return with_labels(data, part.labels, part.where)
 
-    def margins(self, booster: Any, x: Any, rounds: int | None) -> np.ndarray:
-        """By `Booster.predict`, which leaves the init score out."""
-        return np.asarray(booster.predict(x, raw_score=True, num_iteration=-1 if rounds is None else rounds))
+    def logits(self, booster: Any, x: Any, rounds: int | None, start: np.ndarray) -> np.ndarray:
+        """By `Booster.predict`, which leaves the init score out; in float64, as LightGBM trains."""
+        margins = booster.predict(x, raw_score=True, num_iteration=-1 if rounds is None else rounds)
+        return np.asarray(margins).reshape(-1, len(start)) + start
 
     def gains(self, booster: Any) -> np.ndarray:
         """`gain`."""

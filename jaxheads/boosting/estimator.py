@@ -206,8 +206,8 @@ class BoostedHead(BaseEstimator):
         """The logits, float32 `[n, logits_dimension]`."""
         check_is_fitted(self, "booster_")
         rounds = None if self.best_iteration_ is None else self.best_iteration_ + 1
-        margins = self._engine().margins(self.booster_, self._table(X, reset=False), rounds)
-        return np.asarray(margins, np.float32).reshape(-1, self.head.logits_dimension) + self.init_logits_
+        logits = self._engine().logits(self.booster_, self._table(X, reset=False), rounds, self.init_logits_)
+        return np.asarray(logits, np.float32).reshape(-1, self.head.logits_dimension)
 
     def predict(self, X: Any) -> Any:
         """Classes `[n]`, the labels that are there `[n, classes]`, or numbers; of a `MultiHead` a dict by head."""
@@ -240,9 +240,8 @@ class BoostedHead(BaseEstimator):
 
         kind = targets.kind_of(self.head)
         if kind is None:
-            metrics = self.measure(X, y, sample_weight)
-            values = metrics.compute()
-            return -float(sum(values[key] for key in values if key.split("/")[0] == _loss_key(self.head)))
+            part = self._part(self.predict_logits(X), y, sample_weight, None)
+            return -float(self.head.loss(part.labels, part.x, weights=part.weights))
         score = accuracy_score if kind == "classifier" else r2_score
         return float(score(y, self.predict(X), sample_weight=sample_weight))
 
@@ -386,7 +385,3 @@ def _constants(head: Head, labels: Any, weights: Any, where: Any) -> np.ndarray:
         return head.constant_logits(labels, weights, where)
     except NoClosedForm:
         return np.zeros(head.logits_dimension, np.float32)
-
-
-def _loss_key(head: Head) -> str:
-    return "loss" if isinstance(head, MultiHead) else "average_loss"

@@ -73,7 +73,9 @@ class Evaluation:
 
     def __call__(self, predicted: Any, dataset: Any, sample_weight: Any = None) -> Any:
         """`(margins, DMatrix or Dataset)`; or `(labels, margins[, sample_weight])`, as scikit-learn's wrappers call."""
-        values = self.values(predicted, dataset, sample_weight)
+        given = self._given(predicted, dataset, sample_weight)
+        _check_margins(self.head, given[0])
+        values = self._values(*given)
         if self.library == "lightgbm" or hasattr(dataset, "get_label"):
             return self.entries(values)
         key, *others = self.keys
@@ -84,13 +86,18 @@ class Evaluation:
             )
         return values[key]
 
-    def values(self, predicted: Any, dataset: Any, sample_weight: Any = None) -> dict[str, float]:
-        """The metrics by key, of the same arguments."""
+    def values(self, predicted: Any, dataset: Any) -> dict[str, float]:
+        """The metrics by key, of what are known to be margins, and a DMatrix or Dataset."""
+        return self._values(*self._given(predicted, dataset, None))
+
+    def _given(self, predicted: Any, dataset: Any, sample_weight: Any) -> tuple[np.ndarray, Any, Any]:
+        """Logits, labels and weights of a call."""
         margins, labels, weights = arguments(predicted, dataset, sample_weight)
+        return as_logits(self.head, margins, "The booster"), labels, weights
+
+    def _values(self, logits: np.ndarray, labels: Any, weights: Any) -> dict[str, float]:
         rows = self._cache.rows(self.head, labels, weights)
-        logits = as_logits(self.head, margins, "The booster")
         check_rows(rows, logits)
-        _check_margins(self.head, logits)
         found = measured(self.head, self.params, rows, logits)
         values = (_over_workers(found) if self.library == "xgboost" else found).compute()
         return {key: float(values[key]) for key in self.keys}

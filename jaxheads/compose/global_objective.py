@@ -86,7 +86,8 @@ class GlobalObjectiveHead(AbstractWrapperHead):
     `precision_at_recall_0.98` (with `_threshold` and `_logit`, as of `jh.metrics.PrecisionAtRecall`), and likewise for
     the others; of a `MultiLabelHead` for the classes that have metrics of their own, `precision_at_recall_0.98/CLASS`.
     With `group_rate` `group_violation` (by z > 0) and `group_violation_surrogate` (softly) of the worst group and
-    label, and `group_multiplier/max`; each group's own rates are in `metrics.by_slice()`.
+    label, and `group_multiplier/max`. In `metrics.by_slice()` there is the recall of each group (false positive rates
+    with `jh.metrics.Specificity`), but no violation of a slice that is a group: it has nothing to be compared with.
 
     Args:
         base: a `BinaryClassHead` or a `MultiLabelHead` without a `loss_fn`.
@@ -326,8 +327,7 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         """Which group each row is in, `[..., 1, groups]`; NaN where there is no such group."""
         if not features:  # a layout without data
             return jnp.zeros((*logits.shape[:-1], 1, self._n_groups), jnp.float32)
-        groups, stray = Membership.of(jnp.asarray(features[GROUPS]), self._n_groups)
-        return jnp.where(stray, jnp.nan, groups.indicators)[..., None, :]
+        return features[GROUPS][..., None, :]
 
     def _group_terms(self, labels: jax.Array, logits: jax.Array, inside: jax.Array) -> jax.Array:
         """What the constraints of groups add to each entry."""
@@ -353,7 +353,9 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         if self.group_rate is not None:
             lead, live = tuple(batch["logits"].shape)[:-1], batches.live_rows(batch, check)
             slices: Any = self.base.slices
-            batch["features"] = {GROUPS: slices.ids(features, lead, live, check)}
+            groups, stray = Membership.of(jnp.asarray(slices.ids(features, lead, live, check)), slices.n)
+            # No ids: masked rows are filled with 1, which may be the id of no group.
+            batch["features"] = {GROUPS: jnp.where(stray, jnp.nan, groups.indicators)}
         return batch
 
     def losses(
@@ -413,7 +415,7 @@ class GlobalObjectiveHead(AbstractWrapperHead):
             return super()._loss_sums(batch, axis_name)
         elements = batches.clean(self.label_spec, batch)
         batches.debug_check(elements, type(self).__name__)
-        weights = elements.weights if elements.scale is None else elements.weights * elements.scale
+        weights = elements.times_scale(elements.weights)
         losses = self.losses(elements.labels, elements.logits, elements.features, weights, axis_name)
         term = Term(losses).scaled(elements.scale)
         return terms.loss_sums(term, elements, self.loss_reduction)
@@ -435,12 +437,11 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         seen = psum(jnp.stack([masking.column_totals(x) for x in both]))
         return {"label_counts": pairs.add(self.label_counts, seen[..., None])}
 
-    def _advance(self, batch: dict[str, Any], psum: Callable[[Any], Any]) -> Mapping[str, Any]:
-        new = super()._advance(batch, psum)
+    def _advance_of(self, elements: Elements, psum: Callable[[Any], Any]) -> Mapping[str, Any]:
+        new = super()._advance_of(elements, psum)
         if self.group_counts is None:
             return new
-        elements = batches.clean(self.label_spec, batch)
-        weights = elements.counted if elements.scale is None else elements.counted * elements.scale
+        weights = elements.times_scale(elements.counted)
         inside = jnp.nan_to_num(self._inside(elements.features, elements.logits))
         support = _rates.errors_of_rate(self.group_rate, elements.labels, elements.logits)[0][..., None]
         columns = jnp.concatenate([masking.ones_like(support), support, support * inside], axis=-1)

@@ -38,7 +38,8 @@ class MultiHead(AbstractCompositeHead):
     **loss** = `sum_k w_k loss_k`, each head's loss under its own reduction, w the `head_weights`. With
     `weighting="uncertainty"`, `sum_k exp(-s_k) w_k loss_k + s_k / 2` with a learned s_k for each head (Kendall, Gal and
     Cipolla 2018), kept within 20 of 0; without the last term for a head whose weight is 0 or that has no labels in the
-    batch. This loss may be negative. For losses that are not: a head under constraints is refused.
+    batch. This loss may be negative. For losses that are not: a head under constraints is refused, and one that is
+    weighted so itself.
 
     **Predictions**: a dict by head.
     **Metrics**: those of each head, `auc/NAME`, and `loss/NAME`, the loss of all data seen under that head's reduction
@@ -158,8 +159,9 @@ class MultiHead(AbstractCompositeHead):
             raise ValueError(f"weighting must be one of {WEIGHTINGS}. Given {self.weighting!r}.")
         if self.weighting == "uncertainty" and (signed := [str(head.name) for head in self.heads if _is_signed(head)]):
             raise ValueError(
-                f"weighting='uncertainty' takes losses that are not negative: the weight of a Lagrangian below 0 would "
-                f"rise without end. Given heads under constraints: {signed}. Use fixed head_weights."
+                "weighting='uncertainty' takes losses that are not negative: the weight of one below 0 would rise "
+                f"without end. Given heads under constraints, or weighted by uncertainty themselves: {signed}. Use "
+                "fixed head_weights."
             )
         keys = [f"loss/{name}" for name in names]
         keys += [key for head in self.heads for key in metric_names(fields.unbound(head))]
@@ -393,9 +395,11 @@ class MultiHead(AbstractCompositeHead):
 
 
 def _is_signed(head: Any) -> bool:
-    """Whether a head's loss is a Lagrangian, or adds up from one."""
+    """Whether a head's loss is a Lagrangian, or holds logarithms of weights, or adds up from such."""
     if isinstance(head, GlobalObjectiveHead):
         return not head.is_of_pairs
+    if isinstance(head, MultiHead) and head.weighting == "uncertainty":
+        return True
     inside = (head.wrapped,) if isinstance(head, AbstractWrapperHead) else getattr(head, "heads", ())
     return any(map(_is_signed, inside))
 

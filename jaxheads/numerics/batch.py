@@ -58,6 +58,10 @@ class Elements(NamedTuple):
         """The weights that metrics count with: bad elements are left out."""
         return jnp.where(self.bad, jnp.zeros_like(self.weights), self.weights)
 
+    def times_scale(self, weights: jax.Array) -> jax.Array:
+        """Weights of elements that count as often as they do in the loss."""
+        return weights if self.scale is None else weights * self.scale
+
 
 def check_logits(logits: Any, dimension: int) -> Any:
     """Logits as float32 `[D0, ..., DN, dimension]`, or lazy ones as they are."""

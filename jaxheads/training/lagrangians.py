@@ -22,8 +22,8 @@ def primal_dual(
 
     Multipliers are the leaves whose names end with `lagrange_multipliers`, wherever they stand in the tree of
     parameters. They move up where their constraint is violated, and are kept in `[0, max_multiplier]` by projection:
-    one at 0 rises again.
-    Neither weight decay nor a clip of the global norm in `optimizer` reaches them, nor do they count in that norm.
+    one at 0 rises again. Neither weight decay nor a clip of the global norm in `optimizer` reaches them, nor do they
+    count in that norm.
 
     A head's loss is the mean of as many Lagrangians as a leaf has multipliers, one for each label and anchor or group.
     Each is given back the scale of its own, so that the rate at which it moves does not depend on how many there are.

@@ -158,10 +158,14 @@ def by_hand(data: Mapping[str, np.ndarray], args: Any) -> list[str]:
     labels = data[TASKS["regression"].label].astype(np.float32)
     ones = np.ones_like(labels)
     runs = xgboost_runs(TASKS["regression"], data, None, args.rounds, lambda margins, _: (margins - labels, ones))
-    built_in, by_hand, difference = timed(runs, args.repeat)
-    ratio = median(by_hand) / median(built_in)
-    cells = (f"{median(built_in):.2f}", f"{median(by_hand):.2f}", f"{ratio:.2f}", f"{difference:.1e}")
-    return ["xgboost, regression, by hand in NumPy", *cells]
+    return line("xgboost, regression, by hand in NumPy", runs, args.repeat)
+
+
+def line(what: str, runs: tuple[Run, Run], repeat: int) -> list[str]:
+    """The cells of two runs."""
+    built_in, ours, difference = timed(runs, repeat)
+    ratio = median(ours) / median(built_in)
+    return [what, f"{median(built_in):.2f}", f"{median(ours):.2f}", f"{ratio:.2f}", f"{difference:.1e}"]
 
 
 def profile(run: Run) -> None:
@@ -186,12 +190,9 @@ def main() -> None:
         for name in args.tasks:
             for weights in (None, data["weight"]):
                 runs = RUNS[booster](TASKS[name], data, weights, args.rounds)
-                built_in, ours, difference = timed(runs, args.repeat)
-                ratio = median(ours) / median(built_in)
                 what = f"{booster}, {name}{'' if weights is None else ', weighted'}"
-                cells = [f"{median(built_in):.2f}", f"{median(ours):.2f}", f"{ratio:.2f}", f"{difference:.1e}"]
-                lines.append([what, *cells])
-                print(what, *cells, flush=True)
+                lines.append(line(what, runs, args.repeat))
+                print(*lines[-1], flush=True)
                 if args.profile:
                     profile(runs[1])
         if booster == "xgboost" and "regression" in args.tasks:
