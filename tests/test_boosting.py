@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import os
 import pickle
@@ -22,8 +23,15 @@ import xgboost
 import zoo
 from benchmarks.boosting import RUNS, TASKS, apart, flights
 from scipy.special import expit, log_softmax, softmax
-from sklearn.base import clone
-from sklearn.metrics import average_precision_score, log_loss, mean_squared_error, r2_score, roc_auc_score
+from sklearn.base import clone, is_classifier
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    log_loss,
+    mean_squared_error,
+    r2_score,
+    roc_auc_score,
+)
 from sklearn.model_selection import GridSearchCV
 from xgboost.callback import EarlyStopping
 from zoo import ZOO, Entry
@@ -505,15 +513,16 @@ def test_xgboosts_classifier_keeps_its_link_and_stops_by_the_metric(given):
 
 def test_names_with_spaces_stay_whole_in_xgboosts_log():
     x, s = table()
-    y = np.stack([s > 0, s < 1], 1)
-    names = ("no sun", "sea: calm")
-    head = jh.MultiLabelHead(2, label_vocabulary=names, classes_for_class_based_metrics=names)
+    y = np.stack([s > 0, s < 1, s > 1], 1)
+    names = ("no sun", "sea: calm", "sea_calm")
+    head = jh.MultiLabelHead(3, label_vocabulary=names, classes_for_class_based_metrics=names)
     log: Any = {}
     data = dataset("xgboost", x, y)
-    params = {"num_target": 2, "base_score": 0, "disable_default_eval_metric": True}
+    params = {"num_target": 3, "base_score": 0, "disable_default_eval_metric": True}
     given = {"obj": objective("xgboost", head), "custom_metric": metric("xgboost", head), "verbose_eval": False}
     xgboost.train(params, data, 2, evals=[(data, "train")], evals_result=log, **given)
-    assert {"auc/no_sun", "auc/sea_calm"} <= log["train"].keys()
+    assert {"auc/no_sun", "auc/sea_calm", "auc/sea_calm_"} <= log["train"].keys()
+    assert {len(values) for values in log["train"].values()} == {2}
     model = jh.boosting.BoostedHead(head, n_estimators=2, **ONE_THREAD).fit(x, y, eval_set=[(x, y)])
     ours = model.evals_result_["validation_0"]
     assert set(ours) == set(evaluation.numbers(head))
@@ -623,15 +632,26 @@ def test_classes_of_any_kind(library):
         (jh.BinaryClassHead(label_vocabulary=("yes", "no")), np.where(s > 0, "yes", "no"), ["yes", "no"]),
         (jh.MultiClassHead(3), names[three], ["ant", "bee", "cat"]),
         (jh.MultiClassHead(3, label_vocabulary=tuple(names)), names[three], list(names)),
+        # Ids and truth values stay what they are, whatever they are called.
+        (jh.BinaryClassHead(label_vocabulary=("no", "yes")), (s > 0).astype(int), [0, 1]),
+        (jh.BinaryClassHead(label_vocabulary=("no", "yes")), s > 0, [False, True]),
+        (jh.MultiClassHead(3, label_vocabulary=tuple(names)), three, [0, 1, 2]),
+        (jh.MultiClassHead(3, label_vocabulary=tuple(names)), three * 1.0, [0, 1, 2]),
         (jh.MultiClassHead(3), three + 5.0, [5, 6, 7]),
         (jh.MultiClassHead(5), three, [0, 1, 2, 3, 4]),
+        (jh.MultiClassHead(5), three * 1.0, [0, 1, 2, 3, 4]),
+        (jh.BinaryClassHead(), np.zeros(300), [0, 1]),
+        (jh.GlobalObjectiveHead(jh.BinaryClassHead(), "roc_auc"), np.where(s > 0, "yes", "no"), ["no", "yes"]),
     ):
-        model = boosted(head, library).fit(x, y)
+        unit = {"hessian": "unit"} if isinstance(head, jh.GlobalObjectiveHead) else {}
+        model = boosted(head, library, **unit).fit(x, y)
+        assert is_classifier(model)
         assert model.classes_.tolist() == classes
+        assert model.predict(x).dtype == model.classes_.dtype
         p = model.predict_proba(x)
         np.testing.assert_allclose(p.sum(-1), 1, rtol=1e-5)
         assert (model.classes_[p.argmax(-1)] == model.predict(x)).all()
-        assert model.score(x, y) > 0.85
+        assert model.score(x, y) == accuracy_score(y, model.predict(x)) > 0.85
         assert model.predictions(x, "logits").keys() == {"logits"}
         decided = model.decision_function(x)
         np.testing.assert_array_equal(decided.reshape(len(x), -1), model.predict_logits(x))
@@ -639,6 +659,37 @@ def test_classes_of_any_kind(library):
         boosted(jh.MultiClassHead(3), library).fit(x, three + 5.0).measure(x, three * 0 + 9.0)
     with pytest.raises(ValueError, match="Given labels of 2 classes"):
         boosted(jh.MultiClassHead(3), library).fit(x, np.where(s > 0, "a", "b"))
+    # By ids or by names, in fit and later.
+    named = jh.BinaryClassHead(label_vocabulary=("yes", "no"))
+    texts, ids = np.where(s > 0, "yes", "no"), np.where(s > 0, 0, 1)
+    for y, other in ((texts, ids), (ids, texts)):
+        model = boosted(named, library, n_estimators=3).fit(x, y, eval_set=[(x, other)])
+        assert model.score(x, other) == model.score(x, y) > 0.85
+    assert "classes_" not in vars(model.set_params(head=jh.RegressionHead()).fit(x, s))
+
+
+@both
+def test_scores_leave_out_what_is_masked_and_count_shares(library):
+    x, s = table()
+    there, weights = np.arange(300) % 3 > 0, np.resize([1.0, 2, 0.5], 300)
+    some = {"sample_weight": weights, "where": there}
+    y = np.where(there, s > 0, np.nan)
+    model = boosted(jh.BinaryClassHead(name="late"), library, n_estimators=3).fit(x, y, **some)
+    right = (model.predict(x) == (s > 0))[there]
+    np.testing.assert_allclose(model.score(x, y, **some), np.average(right, weights=weights[there]), rtol=1e-12)
+    line = boosted(jh.RegressionHead(), library, n_estimators=3).fit(x, s)
+    expected = r2_score(s[there], line.predict(x)[there], sample_weight=weights[there])
+    np.testing.assert_allclose(line.score(x, np.where(there, s, np.nan), **some), expected, rtol=1e-12)
+    share = expit(2 * s)
+    soft = boosted(jh.BinaryClassHead(), library, n_estimators=3).fit(x, share)
+    expected = np.where(soft.predict(x) == 1, share, 1 - share).mean()
+    np.testing.assert_allclose(soft.score(x, share), expected, rtol=1e-6)
+    two = jh.MultiHead([jh.BinaryClassHead(name="a"), jh.RegressionHead(name="b")])
+    model = boosted(two, library, n_estimators=3).fit(x, {"a": s > 0, "b": s})
+    masked = {"a": s > 0, "b": np.where(there, s, np.nan)}
+    z = model.predict_logits(x).astype(np.float64)
+    expected = log_loss(s > 0, expit(z[:, 0])) + ((z[:, 1] - s)[there] ** 2).sum() / there.sum()
+    np.testing.assert_allclose(model.score(x, masked, where={"b": there}), -expected, rtol=1e-5)
 
 
 @both
@@ -915,6 +966,10 @@ def test_ids_that_may_count_from_one_are_told(library):
         assert boosted(jh.BinaryClassHead(), library).fit(x, y).classes_.tolist() == [1, 2]
 
 
+OWN = {"xgboost": "feature_types", "lightgbm": "categorical_feature"}
+OTHERS = {"xgboost": "categorical_feature", "lightgbm": "feature_types"}
+
+
 @both
 def test_what_an_estimator_refuses(library):
     x, s = table()
@@ -941,6 +996,15 @@ def test_what_an_estimator_refuses(library):
             },
             "To stop early pass early_stopping_rounds=",
         ),
+        (boosted(jh.BinaryClassHead(), library, missing=-1.0), {}, "missing is no parameter here.*is NaN"),
+        (boosted(jh.BinaryClassHead(), library, params={"max_depth": 2}), {}, "parameters stand beside the head"),
+        (boosted(jh.BinaryClassHead(), library, importance_type="gain"), {}, "booster_ knows the others"),
+        (
+            boosted(jh.BinaryClassHead(), library, **{OTHERS[library]: ["c", "q", "q", "q"]}),
+            {},
+            f"{OTHERS[library]} is no parameter here.*of an array, name them in {OWN[library]}=",
+        ),
+        (boosted(jh.BinaryClassHead(), library), {"eval_set": (x, y)}, r"a list of pairs, \[\(X, y\)\].*ndarray"),
         (boosted(jh.BinaryClassHead(), library, n_estimators=0), {}, "n_estimators must be an integer"),
         (boosted(jh.BinaryClassHead(), library, init_score=[1, 2]), {}, "init_score must be None"),
         (boosted(jh.BinaryClassHead(), library, init_score=np.nan), {}, "init_score must be finite"),
@@ -976,6 +1040,16 @@ def test_what_an_estimator_refuses(library):
     labels = {"a": y, "b": s}
     with pytest.raises(ValueError, match="needs monitor="):
         boosted(two, library, early_stopping_rounds=3).fit(x, labels, eval_set=[(x, labels)])
+    with pytest.raises(ValueError, match="Head 'b': constant_logits needs elements that weigh something"):
+        boosted(two, library).fit(x, labels, where={"b": np.zeros(300, bool)})
+    for kind in ("rf", "random_forest"):
+        with pytest.raises(ValueError, match=f"random forests take no objective but its own.*Given '{kind}'"):
+            boosted(jh.BinaryClassHead(), "lightgbm", boosting_type=kind).fit(x, y)
+    with pytest.raises(ValueError, match=r"no earlier round can be gone back to\. Given early_stopping_rounds=3"):
+        boosted(jh.BinaryClassHead(), "lightgbm", boosting="dart", early_stopping_rounds=3).fit(x, y, eval_set=pairs)
+    assert boosted(jh.BinaryClassHead(), "lightgbm", boosting="dart").fit(x, y).score(x, y) > 0.85
+    with pytest.raises(ValueError, match=r"categorical_feature must be a list of columns.*Given '0,1'"):
+        boosted(jh.BinaryClassHead(), "lightgbm", cat_feature="0,1").fit(x, y)
     with pytest.raises(ValueError, match="LightGBM grows a tree for each logit"):
         boosted(two, "lightgbm", multi_strategy="multi_output_tree").fit(x, labels)
 
@@ -997,6 +1071,95 @@ def test_frames_keep_their_categories(library):
     as_numbers = frame.assign(town=town)
     again: Any = clone(model)
     assert again.fit(as_numbers, y).score(as_numbers, y) < 0.9
+
+
+@both
+def test_columns_of_codes_are_categories_by_name(library):
+    rng = np.random.default_rng(0)
+    town = rng.integers(0, 8, 400)
+    y = np.isin(town, (0, 3, 5)).astype(int)
+    x = np.stack([town, rng.normal(size=400)], 1)
+    named = {"xgboost": {"feature_types": ["c", "q"]}, "lightgbm": {"categorical_feature": [0]}}[library]
+    given = {"n_estimators": 3, "max_depth": 1, "learning_rate": 1.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = boosted(jh.BinaryClassHead(), library, **given, **named).fit(x, y, eval_set=[(x, y)])
+    assert model.score(x, y) == 1 > boosted(jh.BinaryClassHead(), library, **given).fit(x, y).score(x, y)
+
+
+@both
+@pytest.mark.filterwarnings("ignore:X (does not have valid|has) feature names")
+def test_arrays_and_frames_take_turns(library):
+    """scikit-learn warns where one follows the other, and looks at the number of columns."""
+    x, s = table()
+    frame = pd.DataFrame(x, columns=list("abcd"))
+    found = []
+    for fitted, other in ((x, frame), (frame, x)):
+        model = boosted(jh.RegressionHead(), library, n_estimators=5, early_stopping_rounds=5)
+        model.fit(fitted, s, eval_set=[(other, s)])
+        np.testing.assert_array_equal(model.predict(other), model.predict(fitted))
+        found.append(model.predict(fitted))
+    np.testing.assert_array_equal(*found)
+
+
+@both
+def test_steps_of_poisson_objectives_may_be_any_number(library):
+    x, s = table()
+    counts = np.floor(np.exp(s / 2))
+    name = {"xgboost": "max_delta_step", "lightgbm": "poisson_max_delta_step"}[library]
+
+    def fitted(head: Any, y: Any, value: Any) -> np.ndarray:
+        return (
+            boosted(head, library, n_estimators=2, **({} if value == "left out" else {name: value}))
+            .fit(x, y)
+            .predict_logits(x)
+        )
+
+    head = jh.PoissonRegressionHead()
+    by_default = fitted(head, counts, "left out")
+    np.testing.assert_array_equal(fitted(head, counts, None), by_default)
+    np.testing.assert_array_equal(fitted(head, counts, np.float32(0.7)), by_default)
+    assert np.abs(fitted(head, counts, np.int64(2)) - by_default).max() > 0.01
+    fitted(jh.BinaryClassHead(), s > 0, None)
+
+
+@both
+def test_labels_are_looked_at_once_a_dataset(library, monkeypatch):
+    """However many datasets there are, as in folds; and again where labels or weights of one change."""
+    from jaxheads.boosting import datasets
+
+    calls = []
+    monkeypatch.setattr(datasets, "prepare", lambda *args: calls.append(0) or prepare(*args))
+    x, s = table()
+    y = (s > 0).astype(np.float32)
+    many = [dataset(library, x, np.roll(y, i)) for i in range(12)]
+    head = jh.BinaryClassHead()
+    f, z = objective(library, head), np.zeros(300)
+    for i in [*range(12)] * 3:
+        np.testing.assert_allclose(f(z, many[i])[0], 0.5 - np.roll(y, i), atol=1e-6)
+    assert len(calls) == 12
+    many[0].set_label(1 - y)
+    np.testing.assert_allclose(f(z, many[0])[0], y - 0.5, atol=1e-6)
+    many[0].set_weight(np.full(300, 2.0))
+    np.testing.assert_allclose(f(z, many[0])[0], 2 * y - 1, atol=1e-6)
+    assert len(calls) == 14
+    assert len(f._cache._of_datasets) == 12
+    many.clear()
+    gc.collect()
+    assert not f._cache._of_datasets
+
+
+def test_attached_labels_are_a_copy_and_pickle():
+    x, s = table()
+    y = {"a": (s > 0).astype(int), "b": s.copy()}
+    head = jh.MultiHead([jh.BinaryClassHead(name="a"), jh.RegressionHead(name="b")])
+    data = jh.boosting.with_labels(lightgbm.Dataset(x, np.zeros(300)), y)
+    y["b"][:] = 99
+    again = pickle.loads(pickle.dumps(data))
+    assert type(again) is type(data) is not lightgbm.Dataset
+    z = np.zeros((300, 2))
+    for each_one in (data.construct(), again.construct(), again.subset(np.arange(300)).construct()):
+        np.testing.assert_allclose(np.asarray(objective("lightgbm", head)(z, each_one)[0])[:, 1], -s, atol=1e-6)
 
 
 def test_parameters_of_booster_and_estimator_stand_together():

@@ -1,6 +1,8 @@
 """Labels and weights of a booster's dataset, as arrays that a head takes."""
 
+import copy
 import functools
+import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,7 +15,7 @@ from jaxheads.head import Head, check_head
 from jaxheads.numerics.labels import LabelSpec
 
 ATTRIBUTE = "jaxheads_labels"
-KEPT = 8  # datasets a callable remembers: training and a few of evaluation
+KEPT = 8  # calls by arrays, which have no dataset to remember them by
 
 Dataset = TypeVar("Dataset")
 
@@ -48,8 +50,9 @@ def with_labels(dataset: Dataset, labels: Any, where: Any = None) -> Dataset:
     """The same dataset with labels that a booster's own column cannot hold: objective and metric look here first.
 
     For dicts of labels (of a `MultiHead`, or time and event), for missing labels (`where`), for several columns in
-    LightGBM. They are kept on the Python object, and its `slice` or `subset` hands on those of its rows, so `cv` works.
-    LightGBM wants a column of its own besides: any will do, such as zeros, for a head reads this one.
+    LightGBM. A copy is kept on the Python object, and its `slice` or `subset` hands on those of its rows, so `cv`
+    works. It pickles if the dataset does. LightGBM wants a column of its own besides: any will do, such as zeros, for a
+    head reads this one.
 
     Args:
         dataset: a `xgboost.DMatrix` (or `QuantileDMatrix`), or a `lightgbm.Dataset`.
@@ -79,7 +82,8 @@ def with_labels(dataset: Dataset, labels: Any, where: Any = None) -> Dataset:
         raise ValueError(f"with_labels needs an xgboost.DMatrix or a lightgbm.Dataset. Given {dataset!r}.")
     if not hasattr(dataset, ATTRIBUTE):
         dataset.__class__ = _handing_on(kind)
-    setattr(dataset, ATTRIBUTE, Attached(labels, where))
+    # What is prepared of them is kept over rounds: changes of the caller's arrays must not come half.
+    setattr(dataset, ATTRIBUTE, Attached(copy.deepcopy(labels), copy.deepcopy(where)))
     return dataset
 
 
@@ -95,7 +99,17 @@ def _handing_on(kind: Any) -> Any:
         attached = getattr(self, ATTRIBUTE)
         return with_labels(of_kind(self, rows, *args, **kwargs), *(_rows_of(x, chosen) for x in attached))
 
-    return type(kind.__name__, (kind,), {name: part, "__module__": kind.__module__, "__doc__": kind.__doc__})
+    def reduced(self: Any, protocol: Any) -> Any:
+        # By the library's own class, which other processes can find.
+        return _bare, (kind,), self.__getstate__()
+
+    own = {name: part, "__reduce_ex__": reduced, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), own)
+
+
+def _bare(kind: Any) -> Any:
+    cls = _handing_on(kind)
+    return cls.__new__(cls)
 
 
 def _rows_of(labels: Any, rows: np.ndarray) -> Any:
@@ -120,7 +134,7 @@ def check_boosted(head: Any, params: Any, metrics: bool) -> None:
         raise ValueError(
             "A booster has one row of logits an example. Given a SequentialHeadWrapper: use its inner head."
         )
-    for inner in _all(head):
+    for inner in inner_heads(head):
         if inner.weight_column is not None:
             raise ValueError(
                 f"The booster's dataset holds the weights: xgboost.DMatrix(weight=...), lightgbm.Dataset(weight=...), "
@@ -138,8 +152,9 @@ def check_boosted(head: Any, params: Any, metrics: bool) -> None:
     head._ready(params)
 
 
-def _all(head: Head) -> list[Any]:
-    return [head, *(found for inner in getattr(head, "heads", ()) for found in _all(inner))]
+def inner_heads(head: Head) -> list[Any]:
+    """The head, and those of a `MultiHead`."""
+    return [head, *(found for inner in getattr(head, "heads", ()) for found in inner_heads(inner))]
 
 
 def as_logits(head: Head, predicted: Any, what: str) -> np.ndarray:
@@ -157,29 +172,40 @@ def as_logits(head: Head, predicted: Any, what: str) -> np.ndarray:
     return logits
 
 
+class _Kept(NamedTuple):
+    labels: Any
+    weights: Any
+    rows: Rows
+
+
 class RowsCache:
     """Rows as they were prepared, so that labels are checked and encoded once, not in every round.
 
-    Found again by the values of labels and weights. Copied or pickled it is empty.
+    Kept as long as their dataset is, and prepared again if it has other values since; of calls by arrays, as from
+    scikit-learn's wrappers, the last few, found by values. Copied or pickled it is empty.
     """
 
     def __init__(self):
-        self._kept: list[tuple[Any, Any, Rows]] = []
+        self._of_datasets: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
+        self._of_arrays: list[_Kept] = []
 
     def __reduce__(self) -> Any:
         return RowsCache, ()
 
-    def rows(self, head: Head, labels: Any, weights: Any) -> Rows:
-        """The rows of labels (an array, or `Attached`) under weights."""
-        for i, (kept_labels, kept_weights, rows) in enumerate(self._kept):
-            if _same(labels, kept_labels) and _same(weights, kept_weights):
-                self._kept.append(self._kept.pop(i))
-                return rows
-        rows = prepare(head, labels, weights)
-        # Copies: the memory is the booster's or the caller's.
-        kept = labels if isinstance(labels, Attached) else np.array(labels)
-        self._kept = [*self._kept[1 - KEPT :], (kept, None if weights is None else np.array(weights), rows)]
-        return rows
+    def rows(self, head: Head, labels: Any, weights: Any, dataset: Any) -> Rows:
+        """The rows of labels (an array, or `Attached`) under weights, which a dataset holds; or None does."""
+        known = self._of_arrays if dataset is None else filter(None, [self._of_datasets.get(dataset)])
+        found = next((kept for kept in known if _same(labels, kept.labels) and _same(weights, kept.weights)), None)
+        if found is None:
+            rows = prepare(head, labels, weights)
+            # Copies: the memory is the booster's or the caller's.
+            own = labels if isinstance(labels, Attached) else np.array(labels)
+            found = _Kept(own, None if weights is None else np.array(weights), rows)
+        if dataset is None:
+            self._of_arrays = [*[kept for kept in self._of_arrays if kept is not found][1 - KEPT :], found]
+        else:
+            self._of_datasets[dataset] = found
+        return found.rows
 
 
 def _same(a: Any, b: Any) -> bool:

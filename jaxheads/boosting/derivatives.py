@@ -1,5 +1,6 @@
 """Gradient and diagonal Hessian of any head's loss with respect to its logits: what gradient boosting asks for."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -82,7 +83,7 @@ def check_options(hessian: Any, floor: Any, library: Any, max_delta_step: Any) -
     if library not in LIBRARIES:
         raise ValueError(f"library must be one of {LIBRARIES}. Given {library!r}.")
     for name, value in (("floor", floor), ("max_delta_step", max_delta_step)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < np.inf:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < np.inf:
             raise ValueError(f"{name} must be a finite number, not negative. Given {value!r}.")
     return Options(library, float(max_delta_step))
 

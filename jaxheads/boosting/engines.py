@@ -30,6 +30,30 @@ IDLE = {
         *("fair_c", "tweedie_variance_power", "reg_sqrt"),
     ),
 }
+# Those of their scikit-learn estimators, which `train` does not read, and what to do instead.
+_CATEGORIES = "columns of dtype category of a frame are split on as such; of an array, name them in "
+_MISSING = "a missing value is NaN; put it there in X"
+_NATIVE = "parameters stand beside the head, BoostedHead(head, max_depth=3)"
+_IMPORTANCE = "feature_importances_ is the share in the gain; booster_ knows the others"
+ELSEWHERE = {
+    "xgboost": {
+        "missing": _MISSING,
+        "enable_categorical": _CATEGORIES + 'feature_types=["c", "q", ...]',
+        "categorical_feature": _CATEGORIES + 'feature_types=["c", "q", ...]',
+        "feature_weights": "the booster knows them of a dataset alone; train it natively with xgboost_objective(head)",
+        "importance_type": _IMPORTANCE,
+        "params": _NATIVE,
+        "kwargs": _NATIVE,
+    },
+    "lightgbm": {
+        "missing": _MISSING,
+        "feature_types": _CATEGORIES + "categorical_feature=[0, ...]",
+        "importance_type": _IMPORTANCE,
+        "params": _NATIVE,
+        "kwargs": _NATIVE,
+    },
+}
+CATEGORICAL = ("categorical_feature", "categorical_features", "cat_feature", "categorical_column", "cat_column")
 STOPPING = (
     "early_stopping_round",
     "early_stopping",
@@ -137,10 +161,11 @@ class XGBoost:
 
         dimension = train.margins.shape[1]
         params = {**plan.params, "base_score": 0, "disable_default_eval_metric": True}
+        types = params.pop("feature_types", None)
         if dimension > 1:
             params["num_target"] = dimension
-        data = self._dataset(train, params, None)
-        log = Log(plan.metric, [self._dataset(part, params, data) for part in evaluated], plan.monitor)
+        data = self._dataset(train, params, types, None)
+        log = Log(plan.metric, [self._dataset(part, params, types, data) for part in evaluated], plan.monitor)
 
         class Stop(TrainingCallback):
             def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
@@ -160,10 +185,15 @@ class XGBoost:
             booster.set_attr(best_iteration=str(log.best))
         return Trained(booster, log.values, log.best)
 
-    def _dataset(self, part: Part, params: Mapping[str, Any], reference: Any) -> Any:
+    def _dataset(self, part: Part, params: Mapping[str, Any], types: Any, reference: Any) -> Any:
         import xgboost
 
-        given = {"weight": part.weights, "base_margin": part.margins, "enable_categorical": True}
+        given = {
+            "weight": part.weights,
+            "base_margin": part.margins,
+            "feature_types": types,
+            "enable_categorical": True,
+        }
         given |= {
             name: params[alias] for name, alias in (("nthread", "nthread"), ("nthread", "n_jobs")) if alias in params
         }
@@ -172,13 +202,19 @@ class XGBoost:
             data = xgboost.QuantileDMatrix(part.x, ref=reference, **given)
         else:
             data = xgboost.DMatrix(part.x, **given)
+        if reference is not None:
+            data.feature_names = reference.feature_names
         return with_labels(data, part.labels, part.where)
 
     def logits(self, booster: Any, x: Any, rounds: int | None, start: np.ndarray) -> np.ndarray:
         """By `Booster.predict`, from the start: trees were fitted to what float32 left of each sum in training."""
         import xgboost
 
-        data = xgboost.DMatrix(x, base_margin=np.tile(start, (x.shape[0], 1)), enable_categorical=True)
+        types = None if hasattr(x, "columns") else booster.feature_types
+        margins = np.tile(start, (x.shape[0], 1))
+        data = xgboost.DMatrix(x, base_margin=margins, feature_types=types, enable_categorical=True)
+        # An array after a frame, or the other way: scikit-learn has warned, and looked at the number of columns.
+        data.feature_names = booster.feature_names
         return booster.predict(data, output_margin=True, iteration_range=(0, rounds or 0))
 
     def gains(self, booster: Any) -> np.ndarray:
@@ -201,9 +237,14 @@ class LightGBM:
         params = {"verbosity": -1, **plan.params, "objective": plan.objective, "metric": "None"}
         if (dimension := train.margins.shape[1]) > 1:
             params["num_class"] = dimension
-        for_data = {key: value for key, value in params.items() if key != "objective"} | {"objective": "none"}
-        data = self._dataset(train, for_data, None)
-        log = Log(plan.metric, [self._dataset(part, for_data, data) for part in evaluated], plan.monitor)
+        # It takes them of a dataset alone; of parameters it says that it ignores them.
+        named = [params.pop(alias) for alias in CATEGORICAL if alias in params]
+        categories = named[0] if named else "auto"
+        if isinstance(categories, str) and categories != "auto":
+            raise ValueError(f"categorical_feature must be a list of columns, by number or name. Given {categories!r}.")
+        for_data = {**params, "objective": "none"}
+        data = self._dataset(train, for_data, categories, None)
+        log = Log(plan.metric, [self._dataset(part, for_data, "auto", data) for part in evaluated], plan.monitor)
 
         def stop(env: Any) -> None:
             if (best := log.over_since()) is not None:
@@ -231,14 +272,20 @@ class LightGBM:
             booster.best_iteration = log.best + 1
         return Trained(booster, log.values, log.best)
 
-    def _dataset(self, part: Part, params: dict[str, Any], reference: Any) -> Any:
+    def _dataset(self, part: Part, params: dict[str, Any], categories: Any, reference: Any) -> Any:
         import lightgbm
 
         margins = part.margins[:, 0] if part.margins.shape[1] == 1 else part.margins
         # It insists on labels of its own; those that count are attached.
         nothing = np.zeros(len(margins), np.float32)
         data = lightgbm.Dataset(
-            part.x, nothing, reference=reference, weight=part.weights, init_score=margins, params=params
+            part.x,
+            nothing,
+            reference=reference,
+            weight=part.weights,
+            init_score=margins,
+            categorical_feature=categories,
+            params=params,
         )
         return with_labels(data, part.labels, part.where)
 

@@ -10,12 +10,13 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
 from jaxheads.boosting import targets
-from jaxheads.boosting.datasets import Attached, check_boosted, prepare
+from jaxheads.boosting.datasets import Attached, check_boosted, inner_heads, prepare
 from jaxheads.boosting.derivatives import Hessian
-from jaxheads.boosting.engines import DECIDED, ENGINES, IDLE, ROUNDS, STOPPING, Engine, Part, Plan
+from jaxheads.boosting.engines import DECIDED, ELSEWHERE, ENGINES, IDLE, ROUNDS, STOPPING, Engine, Part, Plan
 from jaxheads.boosting.evaluation import higher_is_better, measured, numbers
 from jaxheads.boosting.stopping import Monitor
 from jaxheads.compose import MultiHead
+from jaxheads.compose.multi_head import naming
 from jaxheads.head import Head, NoClosedForm, check_head
 from jaxheads.heads import BinaryClassHead, MultiLabelHead, PoissonRegressionHead
 from jaxheads.metrics import Metrics
@@ -33,9 +34,11 @@ def _is_classifier(estimator: Any) -> bool:
 class BoostedHead(BaseEstimator):
     """Gradient boosted trees under any head: XGBoost or LightGBM trains them natively on the head's own loss.
 
-    A classifier, a regressor, or neither, as the head is. Labels of classifiers may be of any kind: the head's
-    `label_vocabulary` says their order, else it is that of ids 0 ... n - 1, else they are sorted. Frames keep their
-    categories, which the booster splits on; a missing value in `X` is the booster's.
+    A classifier, a regressor, or neither, as the head is. Labels of classifiers may be of any kind: ids 0 ... n - 1 in
+    their order, names in that of the head's `label_vocabulary`, others sorted; predictions are of the kind that was
+    given to `fit`. Frames keep their categories, which the booster splits on (columns of arrays that hold codes are
+    named by its own `feature_types=["c", ...]` or `categorical_feature=[0]`); a missing value in `X`, NaN, is the
+    booster's.
 
     Args:
         head: unbound, one row of logits an example, without a `weight_column`: the weights are `sample_weight`.
@@ -64,9 +67,9 @@ class BoostedHead(BaseEstimator):
 
     Raises:
         ValueError: when fitted: an unknown booster or metric, parameters that the head decides (`objective`,
-            `num_class`) or that would do nothing under it (`scale_pos_weight`: give `sample_weight`), early stopping
-            without an `eval_set` or by a metric that is undefined on it, shared trees on LightGBM, labels that the head
-            refuses.
+            `num_class`) or that would do nothing here (`scale_pos_weight`: give `sample_weight`), early stopping
+            without an `eval_set` or by a metric that is undefined on it, shared trees, random forests and early
+            stopping of DART on LightGBM, labels that the head refuses.
 
     >>> import numpy as np
     >>> import jaxheads as jh
@@ -126,7 +129,7 @@ class BoostedHead(BaseEstimator):
         return self
 
     def __sklearn_tags__(self) -> Any:
-        tags, head = super().__sklearn_tags__(), self.head
+        tags, head = super().__sklearn_tags__(), targets.base_of(self.head)
         kind = targets.kind_of(head)
         tags.estimator_type = kind
         tags.input_tags.allow_nan = tags.input_tags.sparse = tags.input_tags.categorical = True
@@ -160,8 +163,9 @@ class BoostedHead(BaseEstimator):
             X: `[n, features]`, an array, a sparse matrix or a frame.
             y: labels; of a `MultiHead` a dict by head.
             sample_weight: multiplicities, `[n]`.
-            where: which labels are there; of a `MultiHead` one for all or a dict by head.
-            eval_set: pairs `(X, y)` that are measured after every round.
+            where: which labels are there; of a `MultiHead` one for all or a dict by head. A label that is NaN must not
+                be there, whatever its row weighs.
+            eval_set: a list of pairs `(X, y)` that are measured after every round.
             eval_sample_weight, eval_where: theirs, one each (or None).
             callbacks: the booster's own, but for those that stop early.
             verbose: whether the log is printed.
@@ -174,10 +178,9 @@ class BoostedHead(BaseEstimator):
                 "Train natively: jh.boosting.xgboost_objective(head, params=values)."
             )
         check_boosted(self.head, None, metrics=True)
+        params, step = self._booster_params()
         x = self._table(X, reset=True)
         self._learn_classes(y, where)
-        params = self._booster_params()
-        step = params.get("max_delta_step" if self.booster == "xgboost" else "poisson_max_delta_step", 0.7)
         train = self._part(x, y, sample_weight, where)
         rows = prepare(self.head, Attached(train.labels, train.where), train.weights)
         self.init_logits_ = self._start(rows)
@@ -234,16 +237,15 @@ class BoostedHead(BaseEstimator):
         part = self._part(logits, y, sample_weight, where)
         return measured(self.head, None, prepare(self.head, Attached(part.labels, where), part.weights), logits)
 
-    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Accuracy of a classifier, R2 of a regressor; of other heads the loss of these rows, negative."""
-        from sklearn.metrics import accuracy_score, r2_score
+    def score(self, X: Any, y: Any, sample_weight: Any = None, *, where: Any = None) -> float:
+        """Accuracy of a classifier, R2 of a regressor; of other heads the loss of these rows, negative.
 
-        kind = targets.kind_of(self.head)
-        if kind is None:
-            part = self._part(self.predict_logits(X), y, sample_weight, None)
-            return -float(self.head.loss(part.labels, part.x, weights=part.weights))
-        score = accuracy_score if kind == "classifier" else r2_score
-        return float(score(y, self.predict(X), sample_weight=sample_weight))
+        Of several labels an example is right where all are; a soft label is right by its share.
+        """
+        part = self._part(self.predict_logits(X), y, sample_weight, where)
+        # A regressor's as they are: float32 is the head's.
+        labels = np.asarray(y, np.float64) if targets.kind_of(self.head) == "regressor" else part.labels
+        return targets.score(self.head, part.x, labels, part.weights, where)
 
     @property
     def feature_importances_(self) -> np.ndarray:
@@ -265,8 +267,9 @@ class BoostedHead(BaseEstimator):
             raise ValueError(f"n_estimators must be an integer of at least 1. Given {n!r}.")
         return int(n)
 
-    def _booster_params(self) -> dict[str, Any]:
-        params = dict(self._params)
+    def _booster_params(self) -> tuple[dict[str, Any], Any]:
+        """The booster's parameters, and the step of Poisson objectives."""
+        params = {key: value for key, value in self._params.items() if value is not None}
         if decided := [key for key in params if key in DECIDED[self.booster]]:
             raise ValueError(f"The head decides {decided}: leave them out, or choose another head.")
         if rounds := [key for key in params if key in ROUNDS]:
@@ -276,6 +279,9 @@ class BoostedHead(BaseEstimator):
                 f"{idle} belong to the booster's own objectives and would do nothing under a head. Weigh rows and "
                 "classes by fit(..., sample_weight=...); choose the loss by the head and its loss_fn."
             )
+        for key in params:
+            if key in ELSEWHERE[self.booster]:
+                raise ValueError(f"{key} is no parameter here and would do nothing: {ELSEWHERE[self.booster][key]}.")
         if stopping := [key for key in params if key in STOPPING]:
             raise ValueError(f"To stop early pass early_stopping_rounds= and monitor=. Given {stopping}.")
         if self.booster == "lightgbm" and "multi_strategy" in params:
@@ -283,9 +289,27 @@ class BoostedHead(BaseEstimator):
                 "LightGBM grows a tree for each logit. Given multi_strategy, which is XGBoost's: use "
                 "booster='xgboost' for trees that all logits share, or leave it out."
             )
+        if self.booster == "lightgbm":
+            self._check_boosting(params)
         if self.booster == "xgboost" and isinstance(self.head, PoissonRegressionHead):
             params.setdefault("max_delta_step", 0.7)
-        return params
+        if not any(isinstance(head, PoissonRegressionHead) for head in inner_heads(self.head)):
+            return params, 0.7
+        return params, params.get("max_delta_step" if self.booster == "xgboost" else "poisson_max_delta_step", 0.7)
+
+    def _check_boosting(self, params: Mapping[str, Any]) -> None:
+        """Refuses what LightGBM does not do under an objective of ours."""
+        kind = next((str(params[alias]) for alias in ("boosting", "boosting_type", "boost") if alias in params), "gbdt")
+        if kind in ("rf", "random_forest"):
+            raise ValueError(
+                f"LightGBM's random forests take no objective but its own, and no logits to start from. Given "
+                f'{kind!r}. Boost instead ("gbdt", "dart").'
+            )
+        if kind == "dart" and self.early_stopping_rounds is not None:
+            raise ValueError(
+                "DART changes the weights of earlier trees, so no earlier round can be gone back to. Given "
+                f"early_stopping_rounds={self.early_stopping_rounds!r}. Leave one of them out."
+            )
 
     def _table(self, X: Any, reset: bool) -> Any:
         # Frames go to the booster as they are: an array would lose their categories.
@@ -294,11 +318,12 @@ class BoostedHead(BaseEstimator):
         return validate_data(self, X, reset=reset, accept_sparse="csr", ensure_all_finite="allow-nan", dtype="numeric")
 
     def _learn_classes(self, y: Any, where: Any) -> None:
-        self._soft = False
-        if isinstance(self.head, targets.CLASS_HEADS) and y is not None:
-            self.classes_, self._soft = targets.learn_classes(self.head, y, where)
-        elif isinstance(self.head, MultiLabelHead):
-            self.classes_ = np.asarray(self.head.label_vocabulary or np.arange(self.head.n_classes))
+        self._soft, head = False, targets.base_of(self.head)
+        vars(self).pop("classes_", None)  # another head's
+        if isinstance(head, targets.CLASS_HEADS) and y is not None:
+            self.classes_, self._soft = targets.learn_classes(head, y, where)
+        elif isinstance(head, MultiLabelHead):
+            self.classes_ = np.asarray(head.label_vocabulary or np.arange(head.n_classes))
 
     def _part(self, x: Any, y: Any, sample_weight: Any, where: Any) -> Part:
         """Rows with their labels encoded; their margins come later."""
@@ -331,7 +356,11 @@ class BoostedHead(BaseEstimator):
         return given
 
     def _evaluated(self, pairs: Any, weights: Any, where: Any) -> list[Part]:
-        pairs = list(pairs or ())
+        pairs = list(() if pairs is None else pairs)
+        if strange := [pair for pair in pairs if not (isinstance(pair, (tuple, list)) and len(pair) == 2)]:
+            raise ValueError(
+                f"eval_set must be a list of pairs, [(X, y)]. Given an entry of type {type(strange[0]).__name__}."
+            )
         for name, values in (("eval_sample_weight", weights), ("eval_where", where)):
             if values is not None and len(values) != len(pairs):
                 raise ValueError(f"{name} must have an entry for each of eval_set, {len(pairs)}. Given {len(values)}.")
@@ -378,9 +407,11 @@ def _constants(head: Head, labels: Any, weights: Any, where: Any) -> np.ndarray:
             return tree[name] if isinstance(tree, Mapping) else tree
 
         each = zip(head.heads, names, strict=True)
-        return np.concatenate(
-            [_constants(inner, labels[name], of(weights, name), of(where, name)) for inner, name in each]
-        )
+        found = []
+        for inner, name in each:
+            with naming(name):
+                found.append(_constants(inner, labels[name], of(weights, name), of(where, name)))
+        return np.concatenate(found)
     try:
         return head.constant_logits(labels, weights, where)
     except NoClosedForm:

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,13 +69,13 @@ class Evaluation:
     def __name__(self) -> str:
         """What XGBoost's scikit-learn estimators call it in their log."""
         key, *others = self.keys
-        return type(self.head).__name__ if others else logged(key)
+        return type(self.head).__name__ if others else logged([key])[key]
 
     def __call__(self, predicted: Any, dataset: Any, sample_weight: Any = None) -> Any:
         """`(margins, DMatrix or Dataset)`; or `(labels, margins[, sample_weight])`, as scikit-learn's wrappers call."""
-        given = self._given(predicted, dataset, sample_weight)
-        _check_margins(self.head, given[0])
-        values = self._values(*given)
+        logits, *given = self._given(predicted, dataset, sample_weight)
+        _check_margins(self.head, logits)
+        values = self._values(logits, *given)
         if self.library == "lightgbm" or hasattr(dataset, "get_label"):
             return self.entries(values)
         key, *others = self.keys
@@ -90,13 +90,13 @@ class Evaluation:
         """The metrics by key, of what are known to be margins, and a DMatrix or Dataset."""
         return self._values(*self._given(predicted, dataset, None))
 
-    def _given(self, predicted: Any, dataset: Any, sample_weight: Any) -> tuple[np.ndarray, Any, Any]:
-        """Logits, labels and weights of a call."""
-        margins, labels, weights = arguments(predicted, dataset, sample_weight)
-        return as_logits(self.head, margins, "The booster"), labels, weights
+    def _given(self, predicted: Any, dataset: Any, sample_weight: Any) -> tuple[np.ndarray, Any, Any, Any]:
+        """Logits, labels, weights and dataset of a call."""
+        margins, *others = arguments(predicted, dataset, sample_weight)
+        return as_logits(self.head, margins, "The booster"), *others
 
-    def _values(self, logits: np.ndarray, labels: Any, weights: Any) -> dict[str, float]:
-        rows = self._cache.rows(self.head, labels, weights)
+    def _values(self, logits: np.ndarray, labels: Any, weights: Any, dataset: Any) -> dict[str, float]:
+        rows = self._cache.rows(self.head, labels, weights, dataset)
         check_rows(rows, logits)
         found = measured(self.head, self.params, rows, logits)
         values = (_over_workers(found) if self.library == "xgboost" else found).compute()
@@ -105,7 +105,8 @@ class Evaluation:
     def entries(self, values: Mapping[str, float]) -> list[tuple[Any, ...]]:
         """Metrics in the form of the library's log."""
         if self.library == "xgboost":
-            return [(logged(key), value) for key, value in values.items()]
+            names = logged(values)
+            return [(names[key], value) for key, value in values.items()]
         return [(key, value, bool(higher_is_better(key))) for key, value in values.items()]
 
 
@@ -120,9 +121,18 @@ def _over_workers(metrics: Metrics) -> Metrics:
     return dataclasses.replace(metrics, state=pairs.merge([total[..., None]]))
 
 
-def logged(key: str) -> str:
-    """A metric's name in XGBoost's log, which is printed and parsed again, at spaces and colons."""
-    return re.sub(r"[\s:]+", "_", key)
+def logged(keys: Iterable[str]) -> dict[str, str]:
+    """The metrics' names in XGBoost's log, which is printed and parsed again, at spaces and colons.
+
+    A name that another metric has already gets a `_` more.
+    """
+    names: dict[str, str] = {}
+    for key in keys:
+        name = re.sub(r"[\s:]+", "_", key)
+        while name in names.values():
+            name += "_"
+        names[key] = name
+    return names
 
 
 def _check_margins(head: Head, logits: np.ndarray) -> None:
@@ -156,14 +166,16 @@ def xgboost_metric(head: Head, keys: str | Sequence[str] | None = None, *, param
     objective of `jh.boosting`: beside a built-in one XGBoost hands over probabilities, which cannot always be told from
     margins (a warning says so where all are in [0, 1]).
 
-    XGBoost stops early by the last of the metrics, in a log of six decimals, and takes it to be better when low unless
+    XGBoost stops early by the last of the metrics (of a `MultiHead` the loss of its first head, not of all: name
+    another), in a log of six decimals, and takes it to be better when low unless
     its name begins with `auc`, `pre` or `map`. For another (`accuracy`) pass
     `xgboost.callback.EarlyStopping(rounds=10, metric_name="accuracy", maximize=True)`. `BoostedHead` knows directions,
     and all decimals.
 
     Args:
         head: any head with one row of logits an example, and without a `weight_column`, slices or bootstrap.
-        keys: names of its metrics; by default all that are numbers, the loss last.
+        keys: names of its metrics; by default all that are numbers, the loss last. In the log a `_` stands for
+            spaces and colons.
         params: values of its learned and running fields.
 
     Raises:

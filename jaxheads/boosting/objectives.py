@@ -34,8 +34,8 @@ class Objective:
 
     def __call__(self, predicted: Any, dataset: Any, sample_weight: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """`(margins, DMatrix or Dataset)`; or `(labels, margins[, sample_weight])`, as scikit-learn's wrappers call."""
-        margins, labels, weights = arguments(predicted, dataset, sample_weight)
-        rows = self._cache.rows(self.head, labels, weights)
+        margins, *given = arguments(predicted, dataset, sample_weight)
+        rows = self._cache.rows(self.head, *given)
         logits = as_logits(self.head, margins, "The booster")
         check_rows(rows, logits)
         g, h = _derivatives(self.head, self.params, rows[1:], logits, self.hessian, self.floor, self.options)
@@ -56,11 +56,11 @@ def _derivatives(
     return of_batch(ready, ready._gather(labels, logits, None, weights, where, False), hessian, floor, options)
 
 
-def arguments(first: Any, second: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
-    """Margins, labels and weights, from either of the two forms of a call."""
+def arguments(first: Any, second: Any, sample_weight: Any) -> tuple[Any, Any, Any, Any]:
+    """Margins, labels, weights and the dataset (None where there is none), from either of the two forms of a call."""
     if not hasattr(second, "get_label"):
-        return second, np.asarray(first), None if sample_weight is None else np.asarray(sample_weight)
-    return first, *of_dataset(second)
+        return second, np.asarray(first), None if sample_weight is None else np.asarray(sample_weight), None
+    return first, *of_dataset(second), second
 
 
 def check_rows(rows: Rows, logits: np.ndarray) -> None:

@@ -7,10 +7,11 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from sklearn.metrics import accuracy_score, r2_score
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import assert_all_finite, check_consistent_length, column_or_1d
 
-from jaxheads.compose import MultiHead
+from jaxheads.compose import GlobalObjectiveHead, MultiHead
 from jaxheads.head import Head
 from jaxheads.heads import BinaryClassHead, MultiClassHead, MultiLabelHead
 from jaxheads.numerics.labels import LabelSpec
@@ -24,11 +25,16 @@ def keys_of(head: Head) -> tuple[str, ...]:
     return tuple(head.outputs(jnp.zeros((1, head.logits_dimension))))
 
 
+def base_of(head: Head) -> Any:
+    """The head that says what labels and classes are."""
+    return head.base if isinstance(head, GlobalObjectiveHead) else head
+
+
 def kind_of(head: Head) -> str | None:
     """`"classifier"`, `"regressor"`, or None for what scikit-learn has no word for."""
     if isinstance(head, MultiHead):
         return None
-    if isinstance(head, (*CLASS_HEADS, MultiLabelHead)):
+    if isinstance(base_of(head), (*CLASS_HEADS, MultiLabelHead)):
         return "classifier"
     return "regressor" if "predictions" in keys_of(head) and isinstance(head.label_spec, LabelSpec) else None
 
@@ -36,18 +42,16 @@ def kind_of(head: Head) -> str | None:
 def learn_classes(head: ClassHead, y: Any, where: Any) -> tuple[np.ndarray, bool]:
     """The classes behind a head's ids, and whether labels are given as shares (soft labels) rather than as classes.
 
-    Those of the vocabulary; else 0 ... n - 1, if labels are such ids; else the different labels in order.
+    0 ... n - 1, if labels are such ids; else those of the vocabulary, else the different labels in order.
     """
     n = len(head.class_names())
-    if head.label_vocabulary is not None:
-        return np.asarray(head.label_vocabulary), False
     y = column_or_1d(y)
     if where is not None:
         check_consistent_length(y, where)
         y = y[column_or_1d(where).astype(bool)]
     if y.dtype == np.bool_ and n == 2:
         return np.array([False, True]), False
-    if y.dtype.kind in "iu" and y.size and y.min() >= 0 and y.max() < n:
+    if _are_ids(y, n):
         if y.min() > 0:
             warnings.warn(
                 f"Labels from {y.min()} to {y.max()} of {n} classes are taken for ids of 0 ... {n - 1}, the first of "
@@ -55,10 +59,14 @@ def learn_classes(head: ClassHead, y: Any, where: Any) -> tuple[np.ndarray, bool
                 stacklevel=4,
             )
         return np.arange(n, dtype=y.dtype), False
+    is_soft = False
     if y.dtype.kind == "f" and isinstance(head, BinaryClassHead):
         assert_all_finite(y, input_name="y")
-        if y.size and y.min() >= 0 and y.max() <= 1 and not np.isin(y, (0, 1)).all():
-            return np.arange(2), True
+        is_soft = bool(y.size and y.min() >= 0 and y.max() <= 1)  # ids are gone by now
+    if head.label_vocabulary is not None:
+        return np.asarray(head.label_vocabulary), is_soft
+    if is_soft:
+        return np.arange(2), True
     check_classification_targets(y)
     classes = np.unique(y)
     if len(classes) != n:
@@ -71,8 +79,14 @@ def learn_classes(head: ClassHead, y: Any, where: Any) -> tuple[np.ndarray, bool
     return classes, False
 
 
+def _are_ids(y: np.ndarray, n: int) -> bool:
+    """Whether labels are whole numbers of 0 ... n - 1, floats too."""
+    return y.dtype.kind in "iuf" and y.size > 0 and bool(np.isin(y, np.arange(n)).all())
+
+
 def encode(head: Head, y: Any, where: Any, classes: np.ndarray | None, soft: bool) -> Any:
     """Labels as the head takes them."""
+    head = base_of(head)
     if y is None:
         raise ValueError("This estimator requires y to be passed, but the target y is None.")
     if isinstance(head, MultiHead) or not isinstance(head.label_spec, LabelSpec):
@@ -83,8 +97,11 @@ def encode(head: Head, y: Any, where: Any, classes: np.ndarray | None, soft: boo
             assert_all_finite(y, input_name="y")
         if y.dtype == object and not isinstance(head, CLASS_HEADS):
             y = _numbers(y)
-    if isinstance(head, CLASS_HEADS) and classes is not None and not soft and head.label_vocabulary is None:
-        return _class_ids(y, where, classes)
+    if isinstance(head, CLASS_HEADS) and classes is not None and not soft:
+        # Names of a vocabulary are its own business, in fit or later.
+        by_name = any(x.dtype.kind in "USO" for x in (y, classes))
+        if head.label_vocabulary is None or not by_name:
+            return _class_ids(y, where, classes)
     return head.encode_labels(y, where)
 
 
@@ -110,6 +127,7 @@ def _class_ids(y: np.ndarray, where: Any, classes: np.ndarray) -> np.ndarray:
 
 def predicted(head: Head, logits: np.ndarray, classes: np.ndarray | None) -> Any:
     """What a scikit-learn user calls the prediction: a class, labels that are there, a number; by head of several."""
+    head = base_of(head)
     if isinstance(head, MultiHead):
         split = head._split(logits, [str(inner.name) for inner in head.heads])
         return {str(inner.name): predicted(inner, split[str(inner.name)], None) for inner in head.heads}
@@ -124,6 +142,23 @@ def predicted(head: Head, logits: np.ndarray, classes: np.ndarray | None) -> Any
     names = getattr(head, "label_vocabulary", None)
     classes = np.asarray(names) if classes is None and names else classes
     return values if classes is None else classes[values]
+
+
+def score(head: Head, logits: np.ndarray, labels: Any, weights: Any, where: Any) -> float:
+    """What a scikit-learn user calls the score: accuracy, R2, or the loss, negative."""
+    base, kind = base_of(head), kind_of(head)
+    if kind is None:
+        return -float(head.loss(labels, logits, weights=weights, where=where))
+    there = slice(None) if where is None else np.asarray(where).reshape(-1).astype(bool)
+    labels, logits, weights = np.asarray(labels)[there], logits[there], None if weights is None else weights[there]
+    if isinstance(base, CLASS_HEADS):
+        ids = np.asarray(base.predictions(logits, "class_ids")["class_ids"])[:, 0]
+        # A soft label is the share of positives.
+        labels = labels.reshape(ids.shape)
+        right = 1 - np.abs(labels - ids) if labels.dtype.kind == "f" else labels == ids
+        return float(np.average(right, weights=weights))
+    measure = accuracy_score if kind == "classifier" else r2_score
+    return float(measure(labels, predicted(head, logits, None), sample_weight=weights))
 
 
 def on_host(predictions: Mapping[str, Any]) -> dict[str, Any]:

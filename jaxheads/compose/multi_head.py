@@ -212,7 +212,7 @@ class MultiHead(AbstractCompositeHead):
         weights, where = self._named(weights, "weights"), self._named(where, "where")
         gathered = {}
         for name, head in self._by_name.items():
-            with _naming(name):
+            with naming(name):
                 gathered[name] = head._gather(labels[name], split[name], features, weights[name], where[name], check)
         return {"heads": gathered}
 
@@ -221,7 +221,7 @@ class MultiHead(AbstractCompositeHead):
         where, labels = self._named(where, "where"), self._every(labels, "labels", [*self._by_name])
         encoded = {}
         for name, head in self._by_name.items():
-            with _naming(name):
+            with naming(name):
                 encoded[name] = head.encode_labels(labels[name], where[name])
         return encoded
 
@@ -230,14 +230,14 @@ class MultiHead(AbstractCompositeHead):
     def _zero_logits(self, labels: Any) -> dict[str, Any]:
         labels, zeros = self._every(labels, "labels", [*self._by_name]), {}
         for name, head in self._by_name.items():
-            with _naming(name):
+            with naming(name):
                 zeros[name] = head._zero_logits(labels[name])
         return zeros
 
     def _constants(self, batch: dict[str, Any]) -> np.ndarray:
         each = []
         for name, head in self._by_name.items():
-            with _naming(name):
+            with naming(name):
                 each.append(head._constants(batch["heads"][name]))
         return np.concatenate(each)
 
@@ -326,7 +326,7 @@ class MultiHead(AbstractCompositeHead):
 
     def _grouped(self, batch: dict[str, Any], features: Any, key: Any, check: bool | None) -> dict[str, Any]:
         for name, head in self._by_name.items():
-            with _naming(name):
+            with naming(name):
                 # The same key for all: a replica counts a row as often for every task.
                 batch["heads"][name] = head._grouped(batch["heads"][name], features, key, check)
         return batch
@@ -378,7 +378,7 @@ class MultiHead(AbstractCompositeHead):
         split = self._split(logits, asked)
         predicted = {}
         for name in asked:
-            with _naming(name):
+            with naming(name):
                 predicted[name] = self._by_name[name]._predict(split[name], by_head[name])
         return predicted
 
@@ -405,7 +405,7 @@ def _is_signed(head: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
+def naming(name: str) -> Iterator[None]:
     """Says which head refuses."""
     try:
         yield
