@@ -1,6 +1,7 @@
 """What the metrics of a rate under a constraint tell, from sums of errors by label and anchor."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -46,29 +47,36 @@ def errors_of_rate(rate: str | None, labels: jax.Array, logits: jax.Array) -> tu
     return support, masking.weighted(jax.nn.sigmoid(signed), support), masking.weighted(counted, support)
 
 
-def of_groups(sums: SumsView, labels: int, groups: int, tolerance: float) -> dict[str, Any]:
-    """Violations of the worst group and label, and the largest multiplier.
+def of_groups(sums: SumsView, labels: int, names: Sequence[str], tolerance: float) -> dict[str, Any]:
+    """Violations of the worst group and label and of each group, and the largest multiplier.
 
     Args:
         sums: of ones and of `errors_of_rate`, `[..., labels]`; of the latter in each group, and of multipliers, `[...,
             labels * groups]`.
-        labels, groups: how many.
+        labels: how many.
+        names: of the groups.
         tolerance: what is allowed.
     """
-    xp = sums.xp
+    xp, groups = sums.xp, len(names)
     weight, support, soft, counted = (x[..., None] for x in sums.sums[:4])
     inside, soft_in, counted_in, multipliers = (x.reshape(*x.shape[:-1], labels, groups) for x in sums.sums[4:])
     # A group that is all there is, as in a slice of itself, has nothing to be compared with.
     there = (inside > 0) & (inside < (1 - 1e-6) * support)
 
-    def worst(errors: Any, errors_in: Any) -> Any:
+    def violations(errors: Any, errors_in: Any) -> Any:
         found = sums.zeroed().ratio(errors_in, inside) - sums.zeroed().ratio(errors, support) - tolerance
-        largest = xp.where(there, found, xp.full_like(found, -np.inf)).max((-2, -1))
-        return xp.where(there.any((-2, -1)), largest, xp.full_like(largest, sums.undefined))
+        return xp.where(there, found, xp.full_like(found, -np.inf))
 
+    def worst(found: Any, axes: Any = (-2, -1)) -> Any:
+        largest = found.max(axes)
+        return xp.where(there.any(axes), largest, xp.full_like(largest, sums.undefined))
+
+    real = violations(counted, counted_in)
+    of_each = worst(real, -2)
     return {
-        "group_violation": worst(counted, counted_in),
-        "group_violation_surrogate": worst(soft, soft_in),
+        "group_violation": worst(real),
+        "group_violation_surrogate": worst(violations(soft, soft_in)),
+        **{f"group_violation/{name}": of_each[..., i] for i, name in enumerate(names)},
         "group_multiplier/max": sums.ratio(multipliers, weight * xp.ones_like(multipliers)).max((-2, -1)),
     }
 
