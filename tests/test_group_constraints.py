@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices import P, mesh_of
+from devices import P, count, mesh_of
 from jax.sharding import NamedSharding
 from scipy.special import expit
 from sklearn.metrics import recall_score
@@ -209,6 +209,27 @@ def test_devices_and_parts_train_alike(way):
         values, wanted = outs[-1].metrics.compute(), alone[-1].metrics.compute()
         for key, value in wanted.items():
             np.testing.assert_allclose(values[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("axes", ["auto", "explicit"])
+def test_an_update_is_one_all_reduce(axes):
+    head, mesh = constrained(), mesh_of(8, axes)
+    params, n = params_of(head), 40_016
+    batch = {
+        "labels": np.arange(n) % 2,
+        "logits": np.zeros((n, 1), np.float32),
+        "features": {"group": np.arange(n) % 3},
+    }
+
+    @jax.jit
+    def update(metrics, batch):
+        return metrics + head.measure(**batch, params=params)
+
+    metrics = jax.device_put(head.metrics(), NamedSharding(mesh, P()))
+    text = update.lower(metrics, jax.device_put(batch, NamedSharding(mesh, P("d")))).compile().as_text()
+    assert count(text, "all-reduce") == 1
+    for other in ("all-gather", "all-to-all", "collective-permute"):
+        assert count(text, other) == 0
 
 
 def test_metrics_tell_the_worst_group():

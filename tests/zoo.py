@@ -32,6 +32,7 @@ class Entry:
         parts: the entries of the heads of a `MultiHead`, in order.
         averaged: the oracle of `average_loss`, where that is not the mean of `losses`.
         whole: `(labels, logits, weights) -> float64`, the mean loss, where it is of pairs and `losses` says nothing.
+        counted: `(labels, weights) -> float64`, what a batch adds to running counts; positives and all, if it has any.
         slow: whether its laws are among the slow tests.
     """
 
@@ -45,6 +46,7 @@ class Entry:
     parts: "tuple[Entry, ...]" = ()
     averaged: Callable[[Any, np.ndarray, Any], np.ndarray] | None = None
     whole: Callable[[Any, np.ndarray, np.ndarray], float] | None = None
+    counted: Callable[[Any, np.ndarray], np.ndarray] = lambda y, w: np.stack([(w * y).sum(0), (w + 0 * y).sum(0)])
     slow: bool = False
 
     def optimizer(self, optimizer: Any, dual_optimizer: Any = None) -> Any:
@@ -535,6 +537,29 @@ def global_metrics(objective, target, surrogate, priors, base_metrics, watched=N
     return metrics
 
 
+def all_in_the_first(features):
+    """Ids of groups."""
+    return np.int32(0)
+
+
+def group_losses(y, z, params):
+    """The cross-entropy, and the constraint that as many of a group be taken for positive as of all, less 0.05."""
+    m = np.asarray(params["group_lagrange_multipliers"], np.float64)
+    total, support, *each = np.asarray(params["group_counts"], np.float64).sum(-1)[0]
+    inside, each = np.array([1.0, 0.0]), np.array(each)
+    terms = sigmoid(-z) * (inside - each / support) - 0.05 * each / total
+    return cross_entropy(y, z, params) + (m * terms).mean(-1, keepdims=True)
+
+
+def group_metrics(y, z, w, params):
+    m = np.asarray(params["group_lagrange_multipliers"], np.float64)
+    # What is all there is has nothing to be compared with, and in the second there is nobody.
+    undefined = dict.fromkeys((*(f"group_violation{x}" for x in ("", "_surrogate", "/0", "/1")),), np.nan)
+    largest = m.max() if w.sum() else np.nan
+    own = {"lagrangian": mean(group_losses(y, z, params), w), "group_multiplier/max": largest, **undefined}
+    return {**binary_metrics(y, z, w, params), **own}
+
+
 def pair_loss(y, z, w):
     """The weighted mean of `ln(1 + exp(z_j - z_i))` over pairs of a positive i and a negative j."""
     positive, negative = w * y, w * (1 - np.asarray(y, np.float64))
@@ -703,6 +728,20 @@ ZOO += (
         illegal=2,
         averaged=cross_entropy,
         whole=pair_loss,
+        slow=True,
+    ),
+    # Laws give no features: all rows are in the first of two groups. Groups as they come: test_group_constraints.py.
+    Entry(
+        "error_rate",
+        jh.GlobalObjectiveHead(
+            jh.BinaryClassHead(slices=jh.Slices(all_in_the_first, 2)), "error_rate", group_rate="positive_rate"
+        ),
+        bits,
+        group_losses,
+        group_metrics,
+        illegal=2,
+        averaged=cross_entropy,
+        counted=lambda y, w: w.sum() * np.array([1.0, 1, 1, 0]),  # all, of which the rate is, and in each group
         slow=True,
     ),
 )
