@@ -24,9 +24,11 @@ import zoo
 from benchmarks.boosting import RUNS, TASKS, apart, flights
 from scipy.special import expit, log_softmax, softmax
 from sklearn.base import clone, is_classifier
+from sklearn.calibration import CalibratedClassifierCV
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
+    get_scorer,
     log_loss,
     mean_squared_error,
     r2_score,
@@ -629,9 +631,9 @@ def test_classes_of_any_kind(library):
         (jh.BinaryClassHead(), np.where(s > 0, "yes", "no"), ["no", "yes"]),
         (jh.BinaryClassHead(), np.where(s > 0, 1, -1), [-1, 1]),
         (jh.BinaryClassHead(), s > 0, [False, True]),
-        (jh.BinaryClassHead(label_vocabulary=("yes", "no")), np.where(s > 0, "yes", "no"), ["yes", "no"]),
+        (jh.BinaryClassHead(label_vocabulary=("yes", "no")), np.where(s > 0, "yes", "no"), ["no", "yes"]),
         (jh.MultiClassHead(3), names[three], ["ant", "bee", "cat"]),
-        (jh.MultiClassHead(3, label_vocabulary=tuple(names)), names[three], list(names)),
+        (jh.MultiClassHead(3, label_vocabulary=tuple(names)), names[three], sorted(names)),
         # Ids and truth values stay what they are, whatever they are called.
         (jh.BinaryClassHead(label_vocabulary=("no", "yes")), (s > 0).astype(int), [0, 1]),
         (jh.BinaryClassHead(label_vocabulary=("no", "yes")), s > 0, [False, True]),
@@ -653,8 +655,11 @@ def test_classes_of_any_kind(library):
         assert (model.classes_[p.argmax(-1)] == model.predict(x)).all()
         assert model.score(x, y) == accuracy_score(y, model.predict(x)) > 0.85
         assert model.predictions(x, "logits").keys() == {"logits"}
+        # Scorers of scikit-learn go by the order of classes.
         decided = model.decision_function(x)
-        np.testing.assert_array_equal(decided.reshape(len(x), -1), model.predict_logits(x))
+        chosen = decided.argmax(-1) if decided.ndim == 2 else (decided > 0).astype(int)
+        assert (model.classes_[chosen] == model.predict(x)).all()
+        assert model.decision_function(x).shape == ((300,) if len(classes) == 2 else (300, len(classes)))
     with pytest.raises(ValueError, match=r"not there in fit: \[9\.0\]"):
         boosted(jh.MultiClassHead(3), library).fit(x, three + 5.0).measure(x, three * 0 + 9.0)
     with pytest.raises(ValueError, match="Given labels of 2 classes"):
@@ -666,6 +671,23 @@ def test_classes_of_any_kind(library):
         model = boosted(named, library, n_estimators=3).fit(x, y, eval_set=[(x, other)])
         assert model.score(x, other) == model.score(x, y) > 0.85
     assert "classes_" not in vars(model.set_params(head=jh.RegressionHead()).fit(x, s))
+
+
+@both
+def test_scorers_of_scikit_learn_are_right_whatever_the_order_of_a_vocabulary(library):
+    x, s = table()
+    three = np.digitize(s, (-0.7, 0.7))
+    for vocabulary, ids in ((("yes", "no"), s < 0), (("no", "yes"), s > 0), (("bee", "ant", "cat"), three)):
+        two, y = len(vocabulary) == 2, np.asarray(vocabulary)[ids.astype(int)]
+        head = jh.BinaryClassHead if two else functools.partial(jh.MultiClassHead, 3)
+        model = boosted(head(label_vocabulary=vocabulary), library, n_estimators=5).fit(x, y)
+        own = model.predictions(x, "probabilities")["probabilities"][np.arange(300), ids.astype(int)]
+        np.testing.assert_allclose(get_scorer("neg_log_loss")(model, x, y), np.log(own).mean(), rtol=1e-5)
+        if two:
+            sign = 1 if vocabulary[1] == "yes" else -1
+            expected = roc_auc_score(y == "yes", sign * model.predict_logits(x)[:, 0])
+            assert get_scorer("roc_auc")(model, x, y) == expected > 0.8
+            assert CalibratedClassifierCV(model, cv=2).fit(x, y).score(x, y) > 0.8
 
 
 @both

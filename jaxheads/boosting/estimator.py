@@ -34,9 +34,9 @@ def _is_classifier(estimator: Any) -> bool:
 class BoostedHead(BaseEstimator):
     """Gradient boosted trees under any head: XGBoost or LightGBM trains them natively on the head's own loss.
 
-    A classifier, a regressor, or neither, as the head is. Labels of classifiers may be of any kind: ids 0 ... n - 1 in
-    their order, names in that of the head's `label_vocabulary`, others sorted; predictions are of the kind that was
-    given to `fit`. Frames keep their categories, which the booster splits on (columns of arrays that hold codes are
+    A classifier, a regressor, or neither, as the head is. Labels of classifiers may be of any kind: ids 0 ... n - 1,
+    names of the head's `label_vocabulary`, or others, which the head then has sorted; predictions are of the kind that
+    was given to `fit`. Frames keep their categories, which the booster splits on (columns of arrays that hold codes are
     named by its own `feature_types=["c", ...]` or `categorical_feature=[0]`); a missing value in `X`, NaN, is the
     booster's.
 
@@ -59,7 +59,8 @@ class BoostedHead(BaseEstimator):
     Attributes:
         booster_: the `xgboost.Booster` or `lightgbm.Booster`, whose margins are without the init score.
         init_logits_: float32 `[logits_dimension]`, which predictions add.
-        classes_: of a classifier.
+        classes_: of a classifier, sorted as everywhere in scikit-learn, with the columns of `predict_proba` and
+            `decision_function` in that order; `predict_logits` and `predictions` have the head's.
         evals_result_: the head's metrics of each of `eval_set`, `validation_0` and so on, one value a round.
         best_iteration_: with early stopping the best round, from 0; else None.
         feature_importances_: the share of each feature in the gain of all splits.
@@ -214,18 +215,21 @@ class BoostedHead(BaseEstimator):
 
     def predict(self, X: Any) -> Any:
         """Classes `[n]`, the labels that are there `[n, classes]`, or numbers; of a `MultiHead` a dict by head."""
-        return targets.predicted(self.head, self.predict_logits(X), getattr(self, "classes_", None))
+        return targets.predicted(self.head, self.predict_logits(X), getattr(self, "_classes", None))
 
     @available_if(_has_probabilities)
     def predict_proba(self, X: Any) -> np.ndarray:
-        """The head's `probabilities` `[n, classes]`."""
-        return np.asarray(self.head.predictions(self.predict_logits(X), "probabilities")["probabilities"])
+        """The head's `probabilities` `[n, classes]`, in the order of `classes_`."""
+        found = np.asarray(self.head.predictions(self.predict_logits(X), "probabilities")["probabilities"])
+        return found[:, self._order]
 
     @available_if(_is_classifier)
     def decision_function(self, X: Any) -> np.ndarray:
-        """The logits; of two classes `[n]`."""
+        """The logits, in the order of `classes_`; of two classes `[n]`, those of the second."""
         logits = self.predict_logits(X)
-        return logits[:, 0] if logits.shape[1] == 1 else logits
+        if logits.shape[1] > 1:
+            return logits[:, self._order]
+        return logits[:, 0] if self._order[-1] == 1 else -logits[:, 0]
 
     def predictions(self, X: Any, keys: Any = None) -> dict[str, Any]:
         """The head's own predictions by key, as NumPy arrays."""
@@ -319,15 +323,20 @@ class BoostedHead(BaseEstimator):
 
     def _learn_classes(self, y: Any, where: Any) -> None:
         self._soft, head = False, targets.base_of(self.head)
-        vars(self).pop("classes_", None)  # another head's
+        for name in ("classes_", "_classes"):  # another head's
+            vars(self).pop(name, None)
         if isinstance(head, targets.CLASS_HEADS) and y is not None:
-            self.classes_, self._soft = targets.learn_classes(head, y, where)
+            self._classes, self._soft = targets.learn_classes(head, y, where)
+            # Scorers of scikit-learn take them to be sorted.
+            self._order = np.argsort(self._classes)
+            self.classes_ = self._classes[self._order]
         elif isinstance(head, MultiLabelHead):
             self.classes_ = np.asarray(head.label_vocabulary or np.arange(head.n_classes))
+            self._order = np.arange(head.n_classes)  # of the columns of y
 
     def _part(self, x: Any, y: Any, sample_weight: Any, where: Any) -> Part:
         """Rows with their labels encoded; their margins come later."""
-        labels = targets.encode(self.head, y, where, getattr(self, "classes_", None), self._soft)
+        labels = targets.encode(self.head, y, where, getattr(self, "_classes", None), self._soft)
         weights = None if sample_weight is None else np.asarray(sample_weight, np.float32)
         n = int(x.shape[0])
         if isinstance(labels, np.ndarray):
