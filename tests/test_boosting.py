@@ -342,7 +342,7 @@ def test_what_a_dataset_cannot_give_is_refused(library):
     for made in (objective, metric):
         for head, words in (
             (jh.BinaryClassHead(weight_column="w"), "dataset holds the weights.*'w'"),
-            (jh.RegressionHead(loss_fn=lambda labels, logits, features: logits), "no features to a loss_fn"),
+            (jh.RegressionHead(loss_fn=lambda labels, logits, features: logits), "no features, which a loss_fn"),
             (jh.SequentialHeadWrapper(jh.BinaryClassHead()), "use its inner head"),
             (ordinal.head, "learned or running fields without values"),
             (jh.MultiHead([jh.BinaryClassHead("w", name="a")]), "dataset holds the weights"),
@@ -664,13 +664,64 @@ def test_classes_of_any_kind(library):
         boosted(jh.MultiClassHead(3), library).fit(x, three + 5.0).measure(x, three * 0 + 9.0)
     with pytest.raises(ValueError, match="Given labels of 2 classes"):
         boosted(jh.MultiClassHead(3), library).fit(x, np.where(s > 0, "a", "b"))
+    with pytest.raises(ValueError, match=r"not there in fit: \['b'\]\. The classes are \[5\.0, 6\.0, 7\.0\]"):
+        boosted(jh.MultiClassHead(3), library).fit(x, three + 5.0).score(x, np.full(300, "b"))
     # By ids or by names, in fit and later.
     named = jh.BinaryClassHead(label_vocabulary=("yes", "no"))
     texts, ids = np.where(s > 0, "yes", "no"), np.where(s > 0, 0, 1)
-    for y, other in ((texts, ids), (ids, texts)):
-        model = boosted(named, library, n_estimators=3).fit(x, y, eval_set=[(x, other)])
-        assert model.score(x, other) == model.score(x, y) > 0.85
+    soft = 0.1 + 0.8 * ids
+    for y, *others in ((texts, ids, soft), (ids, texts, soft), (ids.astype(object), texts), (soft, ids, texts)):
+        model = boosted(named, library, n_estimators=3)
+        model.fit(x, y, eval_set=[(x, other) for other in others])
+        assert model.score(x, texts) == model.score(x, ids) > 0.85
+        np.testing.assert_allclose(model.score(x, soft), 0.1 + 0.8 * model.score(x, ids), rtol=1e-6)
+        assert model.classes_.tolist() == (["no", "yes"] if y is texts or y is soft else [0, 1])
+    with pytest.raises(ValueError, match="Given labels of 1 classes"):
+        model.set_params(head=jh.BinaryClassHead()).fit(x, np.full(300, "a"))
+    assert model.classes_.tolist() == ["no", "yes"]  # as the booster that is there
     assert "classes_" not in vars(model.set_params(head=jh.RegressionHead()).fit(x, s))
+
+
+class Grades(jh.Head):
+    """A head of the user's own with probabilities."""
+
+    logits_dimension = 3
+
+    @property
+    def label_spec(self):
+        return jh.LabelSpec(1, "int", 0, 2)
+
+    def losses(self, labels, logits):
+        return jh.MultiClassHead(3).losses(labels, logits)
+
+    def outputs(self, logits):
+        return {"probabilities": jax.nn.softmax(logits), "class_ids": jnp.argmax(logits, -1, keepdims=True)}
+
+
+def test_heads_of_ones_own_have_their_own_order():
+    x, s = table()
+    three, names = np.digitize(s, (-0.7, 0.7)), ("mid", "low", "top")
+    model = boosted(jh.MultiClassHead(3, label_vocabulary=names), "xgboost").fit(x, np.array(names)[three])
+    model.set_params(head=Grades()).fit(x, three)
+    assert (model.predict_proba(x).argmax(1) == model.predict(x)).all()
+    assert (model.predict(x) == three).mean() > 0.85
+
+
+@both
+def test_labels_that_are_not_there_may_be_anything(library):
+    x, s = table()
+    there = np.arange(300) % 3 > 0
+    y = np.where(s > 0, "yes", "no").astype(object)
+    expected = boosted(jh.BinaryClassHead(), library, n_estimators=3).fit(x, y, where=there)
+    for nothing, dtype in ((None, object), (np.nan, object), (pd.NA, "string"), (None, "category")):
+        masked = pd.Series([label if known else nothing for label, known in zip(y, there, strict=True)], dtype=dtype)
+        model = boosted(jh.BinaryClassHead(), library, n_estimators=3).fit(x, masked, where=there)
+        np.testing.assert_array_equal(model.predict_logits(x), expected.predict_logits(x))
+        assert model.score(x, masked, where=there) == expected.score(x, y, where=there)
+    truth = [bool(late) if known else None for late, known in zip(s > 0, there, strict=True)]
+    model = boosted(jh.BinaryClassHead(), library, n_estimators=3).fit(x, truth, where=there)
+    np.testing.assert_array_equal(model.predict_logits(x), expected.predict_logits(x))
+    assert model.classes_.tolist() == [False, True]
 
 
 @both
@@ -706,6 +757,18 @@ def test_scores_leave_out_what_is_masked_and_count_shares(library):
     soft = boosted(jh.BinaryClassHead(), library, n_estimators=3).fit(x, share)
     expected = np.where(soft.predict(x) == 1, share, 1 - share).mean()
     np.testing.assert_allclose(soft.score(x, share), expected, rtol=1e-6)
+    for each_one, labels in ((model, y), (line, s)):
+        for nothing in ({"where": np.zeros(300, bool)}, {"sample_weight": np.zeros(300)}):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert np.isnan(each_one.score(x, s > 0 if each_one is model else labels, **nothing))
+    shares = np.stack([share, 1 - share], 1)
+    several = boosted(jh.MultiLabelHead(2), library, n_estimators=3).fit(x, shares)
+    decided = several.predict_logits(x) > 0
+    expected = np.where(decided, shares, 1 - shares).prod(1).mean()
+    np.testing.assert_allclose(several.score(x, shares), expected, rtol=1e-6)
+    expected = (decided == (shares > 0.5)).all(1).mean()
+    assert several.score(x, shares > 0.5) == expected
     two = jh.MultiHead([jh.BinaryClassHead(name="a"), jh.RegressionHead(name="b")])
     model = boosted(two, library, n_estimators=3).fit(x, {"a": s > 0, "b": s})
     masked = {"a": s > 0, "b": np.where(there, s, np.nan)}
@@ -787,7 +850,7 @@ def test_several_tasks_with_missing_labels(library, shared):
     where = {"b": ~np.isnan(y["b"])}
     extra = {"multi_strategy": "multi_output_tree", "tree_method": "hist"} if shared else {}
     model = boosted(head, library, n_estimators=30, **extra)
-    model.fit(x, y, where=where, eval_set=[(x, y)], eval_where=[where])
+    model.fit(x, y, where=where, eval_set=[(x, y)], eval_where=[where], eval_sample_weight=np.ones((1, 300)))
     predicted = model.predict(x)
     assert (predicted["a"] == y["a"]).mean() > 0.9
     assert r2_score(s[where["b"]], predicted["b"][where["b"]]) > 0.85
@@ -1027,6 +1090,14 @@ def test_what_an_estimator_refuses(library):
             f"{OTHERS[library]} is no parameter here.*of an array, name them in {OWN[library]}=",
         ),
         (boosted(jh.BinaryClassHead(), library), {"eval_set": (x, y)}, r"a list of pairs, \[\(X, y\)\].*ndarray"),
+        (
+            boosted(jh.BinaryClassHead(), library),
+            {"eval_set": [(x, y, y)]},
+            "with weights in eval_sample_weight.*tuple of 3",
+        ),
+        (boosted(jh.BinaryClassHead(), library), {"where": True}, r"one truth value a row, shape \(300,\).*shape \(\)"),
+        (boosted(jh.BinaryClassHead(), library), {"where": np.full(300, 2)}, r"where must hold truth values.*\[2\]"),
+        (boosted(jh.BinaryClassHead(), library, callbacks=[]), {}, "callbacks is no parameter here.*give them to fit"),
         (boosted(jh.BinaryClassHead(), library, n_estimators=0), {}, "n_estimators must be an integer"),
         (boosted(jh.BinaryClassHead(), library, init_score=[1, 2]), {}, "init_score must be None"),
         (boosted(jh.BinaryClassHead(), library, init_score=np.nan), {}, "init_score must be finite"),
@@ -1048,7 +1119,7 @@ def test_what_an_estimator_refuses(library):
             {},
             "trains no fields of its head.*lagrange_multipliers",
         ),
-        (boosted(jh.BinaryClassHead(), library), {"where": np.ones(200, bool)}, "inconsistent numbers of samples"),
+        (boosted(jh.BinaryClassHead(), library), {"where": np.ones(200, bool)}, r"where must be one.*shape \(200,\)"),
         (boosted(jh.BinaryClassHead(), library), {"sample_weight": np.ones((300, 2))}, r"shape \(300,\)"),
         (boosted(jh.BinaryClassHead(), library), {"sample_weight": -np.ones(300)}, "not negative"),
         (
@@ -1070,8 +1141,11 @@ def test_what_an_estimator_refuses(library):
     with pytest.raises(ValueError, match=r"no earlier round can be gone back to\. Given early_stopping_rounds=3"):
         boosted(jh.BinaryClassHead(), "lightgbm", boosting="dart", early_stopping_rounds=3).fit(x, y, eval_set=pairs)
     assert boosted(jh.BinaryClassHead(), "lightgbm", boosting="dart").fit(x, y).score(x, y) > 0.85
-    with pytest.raises(ValueError, match=r"categorical_feature must be a list of columns.*Given '0,1'"):
-        boosted(jh.BinaryClassHead(), "lightgbm", cat_feature="0,1").fit(x, y)
+    for columns, words in (("0,1", "Given '0,1'"), (0, "Given 0"), ([9], r"0 \.\.\. 3\. Given \[9\]"), (["a"], "'a'")):
+        with pytest.raises(ValueError, match=f"cat_feature must be a list of columns.*{words}"):
+            boosted(jh.BinaryClassHead(), "lightgbm", cat_feature=columns).fit(x, y)
+    with pytest.raises(ValueError, match="One list of columns"):
+        boosted(jh.BinaryClassHead(), "lightgbm", cat_feature=[0], categorical_feature=[1]).fit(x, y)
     with pytest.raises(ValueError, match="LightGBM grows a tree for each logit"):
         boosted(two, "lightgbm", multi_strategy="multi_output_tree").fit(x, labels)
 
@@ -1101,12 +1175,20 @@ def test_columns_of_codes_are_categories_by_name(library):
     town = rng.integers(0, 8, 400)
     y = np.isin(town, (0, 3, 5)).astype(int)
     x = np.stack([town, rng.normal(size=400)], 1)
-    named = {"xgboost": {"feature_types": ["c", "q"]}, "lightgbm": {"categorical_feature": [0]}}[library]
-    given = {"n_estimators": 3, "max_depth": 1, "learning_rate": 1.0}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model = boosted(jh.BinaryClassHead(), library, **given, **named).fit(x, y, eval_set=[(x, y)])
-    assert model.score(x, y) == 1 > boosted(jh.BinaryClassHead(), library, **given).fit(x, y).score(x, y)
+    frame, given = pd.DataFrame(x, columns=["town", "noise"]), {"n_estimators": 3, "max_depth": 1, "learning_rate": 1.0}
+    ways = {
+        "xgboost": [(x, "feature_types", ["c", "q"]), (x, "feature_types", ("c", "q"))],
+        "lightgbm": [
+            *((x, "categorical_feature", way) for way in ([0], (0,), np.array([0]))),
+            (frame, "cat_feature", ["town"]),
+        ],
+    }
+    for table, name, way in ways[library]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = boosted(jh.BinaryClassHead(), library, **given, **{name: way}).fit(table, y, eval_set=[(table, y)])
+        assert model.score(table, y) == 1
+    assert boosted(jh.BinaryClassHead(), library, **given).fit(x, y).score(x, y) < 1
 
 
 @both
@@ -1165,6 +1247,10 @@ def test_labels_are_looked_at_once_a_dataset(library, monkeypatch):
     many[0].set_weight(np.full(300, 2.0))
     np.testing.assert_allclose(f(z, many[0])[0], 2 * y - 1, atol=1e-6)
     assert len(calls) == 14
+    for _ in range(3):  # as scikit-learn's wrappers call it
+        for i in range(8):
+            f(np.roll(y, i), z)
+    assert len(calls) == 22
     assert len(f._cache._of_datasets) == 12
     many.clear()
     gc.collect()

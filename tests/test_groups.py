@@ -440,14 +440,6 @@ def test_sequences_have_slices_of_their_own_or_by_step():
     assert head.measure(labels, logits, features).by_slice()["count"].tolist() == [1, 3]
 
 
-def test_one_id_is_that_of_all_rows():
-    head = jh.BinaryClassHead(slices=jh.Slices("user", 2))
-    for update in (head.measure, jax.jit(head.measure)):
-        metrics = update(np.array([1, 0, 1]), np.ones((3, 1), np.float32), {"user": 1})
-        np.testing.assert_array_equal(metrics.by_slice()["count"], [0, 3])
-        np.testing.assert_allclose(metrics.by_slice()["recall"], [np.nan, 1])
-
-
 def test_a_spec_takes_a_key():
     head = jh.BinaryClassHead(bootstrap=jh.Bootstrap(4))
     spec = head.create_estimator_spec({}, "eval", [[1.0], [2.0]], [1, 0], key=jax.random.key(0))

@@ -196,7 +196,7 @@ def test_a_kernel_spread_over_classes(name, axes, micro_batches):
     assert sharding.spec == P(None, "model")  # the kernel was never gathered into the state
 
 
-# One id for all rows, as "error_rate" has it, is reduced by itself; ids of a column: test_group_constraints.py.
+# Ids that are constants, as those of "error_rate", are reduced by themselves; of a column: test_group_constraints.py.
 @pytest.mark.parametrize("entry", marked(entry for entry in ZOO if entry.name != "error_rate"))
 @pytest.mark.parametrize("axes", ["explicit", pytest.param("auto", marks=pytest.mark.slow)])
 def test_an_update_is_one_all_reduce(entry, axes):

@@ -80,10 +80,14 @@ def with_labels(dataset: Dataset, labels: Any, where: Any = None) -> Dataset:
     kind: Any = type(dataset)
     if not (hasattr(kind, "get_label") and (hasattr(kind, "subset") or hasattr(kind, "slice"))):
         raise ValueError(f"with_labels needs an xgboost.DMatrix or a lightgbm.Dataset. Given {dataset!r}.")
-    if not hasattr(dataset, ATTRIBUTE):
-        dataset.__class__ = _handing_on(kind)
     # What is prepared of them is kept over rounds: changes of the caller's arrays must not come half.
-    setattr(dataset, ATTRIBUTE, Attached(copy.deepcopy(labels), copy.deepcopy(where)))
+    return _attach(dataset, Attached(copy.deepcopy(labels), copy.deepcopy(where)))
+
+
+def _attach(dataset: Dataset, attached: Attached) -> Dataset:
+    if not hasattr(dataset, ATTRIBUTE):
+        dataset.__class__ = _handing_on(type(dataset))
+    setattr(dataset, ATTRIBUTE, attached)
     return dataset
 
 
@@ -97,7 +101,7 @@ def _handing_on(kind: Any) -> Any:
         # LightGBM's subset has its rows in order, however they are given.
         chosen = np.asarray(sorted(rows) if name == "subset" else rows)
         attached = getattr(self, ATTRIBUTE)
-        return with_labels(of_kind(self, rows, *args, **kwargs), *(_rows_of(x, chosen) for x in attached))
+        return _attach(of_kind(self, rows, *args, **kwargs), Attached(*(_rows_of(x, chosen) for x in attached)))
 
     def reduced(self: Any, protocol: Any) -> Any:
         # By the library's own class, which other processes can find.
@@ -142,7 +146,8 @@ def check_boosted(head: Any, params: Any, metrics: bool) -> None:
             )
         if inner.reads_features:
             raise ValueError(
-                f"A booster's dataset gives no features to a loss_fn. Given {inner!r}. Leave them out of it."
+                f"A booster's dataset gives no features, which a loss_fn or group_rate would read. Given {inner!r}. "
+                "Leave them out of it."
             )
         if metrics and (inner.slices is not None or inner.bootstrap is not None):
             raise ValueError(
@@ -173,9 +178,22 @@ def as_logits(head: Head, predicted: Any, what: str) -> np.ndarray:
 
 
 class _Kept(NamedTuple):
+    """Rows, and what they were prepared from."""
+
     labels: Any
     weights: Any
     rows: Rows
+
+    @classmethod
+    def of(cls, head: Head, labels: Any, weights: Any) -> "_Kept":
+        """Prepared now. What is kept is copied: the memory is the booster's or the caller's."""
+        rows = prepare(head, labels, weights)
+        own = labels if isinstance(labels, Attached) else np.array(labels)
+        return cls(own, None if weights is None else np.array(weights), rows)
+
+    def are_of(self, labels: Any, weights: Any) -> bool:
+        """Whether the values are the same."""
+        return _same(labels, self.labels) and _same(weights, self.weights)
 
 
 class RowsCache:
@@ -194,18 +212,15 @@ class RowsCache:
 
     def rows(self, head: Head, labels: Any, weights: Any, dataset: Any) -> Rows:
         """The rows of labels (an array, or `Attached`) under weights, which a dataset holds; or None does."""
-        known = self._of_arrays if dataset is None else filter(None, [self._of_datasets.get(dataset)])
-        found = next((kept for kept in known if _same(labels, kept.labels) and _same(weights, kept.weights)), None)
-        if found is None:
-            rows = prepare(head, labels, weights)
-            # Copies: the memory is the booster's or the caller's.
-            own = labels if isinstance(labels, Attached) else np.array(labels)
-            found = _Kept(own, None if weights is None else np.array(weights), rows)
-        if dataset is None:
-            self._of_arrays = [*[kept for kept in self._of_arrays if kept is not found][1 - KEPT :], found]
-        else:
-            self._of_datasets[dataset] = found
-        return found.rows
+        if dataset is not None:
+            kept = self._of_datasets.get(dataset)
+            if kept is None or not kept.are_of(labels, weights):
+                kept = self._of_datasets[dataset] = _Kept.of(head, labels, weights)
+            return kept.rows
+        known = [i for i, kept in enumerate(self._of_arrays) if kept.are_of(labels, weights)]
+        kept = self._of_arrays.pop(known[0]) if known else _Kept.of(head, labels, weights)
+        self._of_arrays = [*self._of_arrays[1 - KEPT :], kept]
+        return kept.rows
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -16,7 +16,7 @@ DECIDED = {
     "xgboost": ("objective", "eval_metric", "base_score", "num_class", "num_target", "disable_default_eval_metric"),
     "lightgbm": (
         *("objective", "objective_type", "app", "application", "loss", "metric", "metrics", "metric_types"),
-        *("num_class", "num_classes", "boost_from_average"),
+        *("num_class", "num_classes", "boost_from_average", "eval_metric"),
     ),
 }
 # Those of its own objectives, which would do nothing.
@@ -34,23 +34,25 @@ IDLE = {
 _CATEGORIES = "columns of dtype category of a frame are split on as such; of an array, name them in "
 _MISSING = "a missing value is NaN; put it there in X"
 _NATIVE = "parameters stand beside the head, BoostedHead(head, max_depth=3)"
-_IMPORTANCE = "feature_importances_ is the share in the gain; booster_ knows the others"
+_OURS = {
+    "importance_type": "feature_importances_ is the share in the gain; booster_ knows the others",
+    "params": _NATIVE,
+    "kwargs": _NATIVE,
+    "callbacks": "give them to fit",
+    "feature_names": "give X as a frame, whose columns have names",
+}
 ELSEWHERE = {
     "xgboost": {
         "missing": _MISSING,
         "enable_categorical": _CATEGORIES + 'feature_types=["c", "q", ...]',
         "categorical_feature": _CATEGORIES + 'feature_types=["c", "q", ...]',
         "feature_weights": "the booster knows them of a dataset alone; train it natively with xgboost_objective(head)",
-        "importance_type": _IMPORTANCE,
-        "params": _NATIVE,
-        "kwargs": _NATIVE,
+        **_OURS,
     },
     "lightgbm": {
         "missing": _MISSING,
-        "feature_types": _CATEGORIES + "categorical_feature=[0, ...]",
-        "importance_type": _IMPORTANCE,
-        "params": _NATIVE,
-        "kwargs": _NATIVE,
+        **dict.fromkeys(("feature_types", "enable_categorical"), _CATEGORIES + "categorical_feature=[0, ...]"),
+        **_OURS,
     },
 }
 CATEGORICAL = ("categorical_feature", "categorical_features", "cat_feature", "categorical_column", "cat_column")
@@ -238,10 +240,8 @@ class LightGBM:
         if (dimension := train.margins.shape[1]) > 1:
             params["num_class"] = dimension
         # It takes them of a dataset alone; of parameters it says that it ignores them.
-        named = [params.pop(alias) for alias in CATEGORICAL if alias in params]
-        categories = named[0] if named else "auto"
-        if isinstance(categories, str) and categories != "auto":
-            raise ValueError(f"categorical_feature must be a list of columns, by number or name. Given {categories!r}.")
+        named = {alias: params.pop(alias) for alias in CATEGORICAL if alias in params}
+        categories = _columns(named, train.x) if named else "auto"
         for_data = {**params, "objective": "none"}
         data = self._dataset(train, for_data, categories, None)
         log = Log(plan.metric, [self._dataset(part, for_data, "auto", data) for part in evaluated], plan.monitor)
@@ -297,6 +297,19 @@ class LightGBM:
     def gains(self, booster: Any) -> np.ndarray:
         """`gain`."""
         return np.asarray(booster.feature_importance(importance_type="gain"))
+
+
+def _columns(named: Mapping[str, Any], x: Any) -> list[int]:
+    """The numbers of the columns that are categories: LightGBM takes a list of plain integers, or nothing is said."""
+    (alias, given), *others = named.items()
+    if others:
+        raise ValueError(f"One list of columns says which are categories. Given {sorted(named)}.")
+    names = [str(name) for name in getattr(x, "columns", ())]
+    known = {**{i: i for i in range(x.shape[1])}, **{name: i for i, name in enumerate(names)}}
+    if not isinstance(given, (list, tuple, np.ndarray)) or not all(column in known for column in given):
+        legal = f"0 ... {x.shape[1] - 1}" + (f" or {names[:10]}" if names else "")
+        raise ValueError(f"{alias} must be a list of columns, of {legal}. Given {given!r}.")
+    return [known[column] for column in given]
 
 
 ENGINES: dict[str, Engine] = {"xgboost": XGBoost(), "lightgbm": LightGBM()}

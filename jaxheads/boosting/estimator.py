@@ -1,7 +1,7 @@
 """A head on gradient boosted trees, as a scikit-learn estimator."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from sklearn.base import BaseEstimator
@@ -37,8 +37,8 @@ class BoostedHead(BaseEstimator):
     A classifier, a regressor, or neither, as the head is. Labels of classifiers may be of any kind: ids 0 ... n - 1,
     names of the head's `label_vocabulary`, or others, which the head then has sorted; predictions are of the kind that
     was given to `fit`. Frames keep their categories, which the booster splits on (columns of arrays that hold codes are
-    named by its own `feature_types=["c", ...]` or `categorical_feature=[0]`); a missing value in `X`, NaN, is the
-    booster's.
+    named by its own `feature_types=["c", ...]` or `categorical_feature=[0]`). A missing value in `X`, NaN, is the
+    booster's; so is what a sparse matrix leaves out, to XGBoost a missing value and to LightGBM 0.
 
     Args:
         head: unbound, one row of logits an example, without a `weight_column`: the weights are `sample_weight`.
@@ -181,11 +181,10 @@ class BoostedHead(BaseEstimator):
         check_boosted(self.head, None, metrics=True)
         params, step = self._booster_params()
         x = self._table(X, reset=True)
-        self._learn_classes(y, where)
-        train = self._part(x, y, sample_weight, where)
-        rows = prepare(self.head, Attached(train.labels, train.where), train.weights)
-        self.init_logits_ = self._start(rows)
-        evaluated = self._evaluated(eval_set, eval_sample_weight, eval_where)
+        classes = targets.Classes.of(self.head, y, self._mask(x, y, where))
+        train = self._part(x, y, sample_weight, where, classes)
+        start = self._start(prepare(self.head, Attached(train.labels, train.where), train.weights))
+        evaluated = self._evaluated(eval_set, eval_sample_weight, eval_where, classes)
         keys = numbers(self.head)
         monitor = self._monitor(keys, bool(evaluated))
         if stopping := [c for c in callbacks if "EarlyStopping" in type(c).__name__]:
@@ -202,8 +201,12 @@ class BoostedHead(BaseEstimator):
             callbacks,
             verbose,
         )
-        parts = [self._started(part) for part in (train, *evaluated)]
+        parts = [part._replace(margins=np.tile(start, (len(part.margins), 1))) for part in (train, *evaluated)]
         self.booster_, self.evals_result_, self.best_iteration_ = engine.train(plan, parts[0], parts[1:])
+        self.init_logits_, self._classes = start, classes
+        vars(self).pop("classes_", None)  # another head's
+        if classes is not None:
+            self.classes_ = classes.sorted(self.head)
         return self
 
     def predict_logits(self, X: Any) -> np.ndarray:
@@ -215,21 +218,21 @@ class BoostedHead(BaseEstimator):
 
     def predict(self, X: Any) -> Any:
         """Classes `[n]`, the labels that are there `[n, classes]`, or numbers; of a `MultiHead` a dict by head."""
-        return targets.predicted(self.head, self.predict_logits(X), getattr(self, "_classes", None))
+        return targets.predicted(self.head, self.predict_logits(X), self._classes)
 
     @available_if(_has_probabilities)
     def predict_proba(self, X: Any) -> np.ndarray:
         """The head's `probabilities` `[n, classes]`, in the order of `classes_`."""
         found = np.asarray(self.head.predictions(self.predict_logits(X), "probabilities")["probabilities"])
-        return found[:, self._order]
+        return found if self._classes is None else found[:, self._classes.order]
 
     @available_if(_is_classifier)
     def decision_function(self, X: Any) -> np.ndarray:
         """The logits, in the order of `classes_`; of two classes `[n]`, those of the second."""
-        logits = self.predict_logits(X)
+        logits, classes = self.predict_logits(X), cast(targets.Classes, self._classes)
         if logits.shape[1] > 1:
-            return logits[:, self._order]
-        return logits[:, 0] if self._order[-1] == 1 else -logits[:, 0]
+            return logits[:, classes.order]
+        return logits[:, 0] if classes.order[-1] == 1 else -logits[:, 0]
 
     def predictions(self, X: Any, keys: Any = None) -> dict[str, Any]:
         """The head's own predictions by key, as NumPy arrays."""
@@ -238,18 +241,20 @@ class BoostedHead(BaseEstimator):
     def measure(self, X: Any, y: Any, sample_weight: Any = None, *, where: Any = None) -> Metrics:
         """The head's metrics of these rows."""
         logits = self.predict_logits(X)
-        part = self._part(logits, y, sample_weight, where)
-        return measured(self.head, None, prepare(self.head, Attached(part.labels, where), part.weights), logits)
+        part = self._part(logits, y, sample_weight, where, self._classes)
+        return measured(self.head, None, prepare(self.head, Attached(part.labels, part.where), part.weights), logits)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None, *, where: Any = None) -> float:
         """Accuracy of a classifier, R2 of a regressor; of other heads the loss of these rows, negative.
 
-        Of several labels an example is right where all are; a soft label is right by its share.
+        Of several labels an example is right where all are; a soft label is right by its share, of several by the
+        product. NaN where no row counts.
         """
-        part = self._part(self.predict_logits(X), y, sample_weight, where)
+        logits = self.predict_logits(X)
+        part = self._part(logits, y, sample_weight, where, self._classes)
         # A regressor's as they are: float32 is the head's.
         labels = np.asarray(y, np.float64) if targets.kind_of(self.head) == "regressor" else part.labels
-        return targets.score(self.head, part.x, labels, part.weights, where)
+        return targets.score(self.head, logits, labels, part.weights, part.where)
 
     @property
     def feature_importances_(self) -> np.ndarray:
@@ -274,6 +279,8 @@ class BoostedHead(BaseEstimator):
     def _booster_params(self) -> tuple[dict[str, Any], Any]:
         """The booster's parameters, and the step of Poisson objectives."""
         params = {key: value for key, value in self._params.items() if value is not None}
+        if isinstance(missing := params.get("missing"), float) and np.isnan(missing):
+            del params["missing"]
         if decided := [key for key in params if key in DECIDED[self.booster]]:
             raise ValueError(f"The head decides {decided}: leave them out, or choose another head.")
         if rounds := [key for key in params if key in ROUNDS]:
@@ -321,33 +328,21 @@ class BoostedHead(BaseEstimator):
             return validate_data(self, X, reset=reset, skip_check_array=True)
         return validate_data(self, X, reset=reset, accept_sparse="csr", ensure_all_finite="allow-nan", dtype="numeric")
 
-    def _learn_classes(self, y: Any, where: Any) -> None:
-        self._soft, head = False, targets.base_of(self.head)
-        for name in ("classes_", "_classes"):  # another head's
-            vars(self).pop(name, None)
-        if isinstance(head, targets.CLASS_HEADS) and y is not None:
-            self._classes, self._soft = targets.learn_classes(head, y, where)
-            # Scorers of scikit-learn take them to be sorted.
-            self._order = np.argsort(self._classes)
-            self.classes_ = self._classes[self._order]
-        elif isinstance(head, MultiLabelHead):
-            self.classes_ = np.asarray(head.label_vocabulary or np.arange(head.n_classes))
-            self._order = np.arange(head.n_classes)  # of the columns of y
+    def _mask(self, x: Any, y: Any, where: Any) -> Any:
+        """Which labels are there, after a look at their number."""
+        if y is not None and not isinstance(y, Mapping):
+            check_consistent_length(y, x)
+        return where if isinstance(where, Mapping) else targets.mask(where, int(x.shape[0]))
 
-    def _part(self, x: Any, y: Any, sample_weight: Any, where: Any) -> Part:
+    def _part(self, x: Any, y: Any, sample_weight: Any, where: Any, classes: targets.Classes | None) -> Part:
         """Rows with their labels encoded; their margins come later."""
-        labels = targets.encode(self.head, y, where, getattr(self, "_classes", None), self._soft)
+        where = self._mask(x, y, where)
+        labels = targets.encode(self.head, y, where, classes)
         weights = None if sample_weight is None else np.asarray(sample_weight, np.float32)
         n = int(x.shape[0])
-        if isinstance(labels, np.ndarray):
-            check_consistent_length(labels, x)
         if weights is not None and weights.shape != (n,):
             raise ValueError(f"sample_weight must be one number a row, shape {(n,)}. Given shape {weights.shape}.")
         return Part(x, labels, where, weights, np.zeros((n, 0), np.float32))
-
-    def _started(self, part: Part) -> Part:
-        margins = np.tile(self.init_logits_, (len(part.margins), 1))
-        return part._replace(margins=margins)
 
     def _start(self, rows: Any) -> np.ndarray:
         dimension = self.head.logits_dimension
@@ -364,18 +359,20 @@ class BoostedHead(BaseEstimator):
             raise ValueError(f"init_score must be finite. Given {self.init_score!r}.")
         return given
 
-    def _evaluated(self, pairs: Any, weights: Any, where: Any) -> list[Part]:
+    def _evaluated(self, pairs: Any, weights: Any, where: Any, classes: targets.Classes | None) -> list[Part]:
         pairs = list(() if pairs is None else pairs)
         if strange := [pair for pair in pairs if not (isinstance(pair, (tuple, list)) and len(pair) == 2)]:
+            parts = f" of {len(strange[0])}" if isinstance(strange[0], (tuple, list)) else ""
             raise ValueError(
-                f"eval_set must be a list of pairs, [(X, y)]. Given an entry of type {type(strange[0]).__name__}."
+                f"eval_set must be a list of pairs, [(X, y)], with weights in eval_sample_weight. Given an entry of "
+                f"type {type(strange[0]).__name__}{parts}."
             )
         for name, values in (("eval_sample_weight", weights), ("eval_where", where)):
             if values is not None and len(values) != len(pairs):
                 raise ValueError(f"{name} must have an entry for each of eval_set, {len(pairs)}. Given {len(values)}.")
-        weights, where = (values or [None] * len(pairs) for values in (weights, where))
+        weights, where = ([None] * len(pairs) if values is None else values for values in (weights, where))
         every = zip(pairs, weights, where, strict=True)
-        return [self._part(self._table(x, reset=False), y, w, there) for (x, y), w, there in every]
+        return [self._part(self._table(x, reset=False), y, w, there, classes) for (x, y), w, there in every]
 
     def _monitor(self, names: tuple[str, ...], is_evaluated: bool) -> Monitor | None:
         """The metric to stop by, one of these."""

@@ -124,14 +124,16 @@ def _over_workers(metrics: Metrics) -> Metrics:
 def logged(keys: Iterable[str]) -> dict[str, str]:
     """The metrics' names in XGBoost's log, which is printed and parsed again, at spaces and colons.
 
-    A name that another metric has already gets a `_` more.
+    A name that another metric has gets a `_` more.
     """
-    names: dict[str, str] = {}
-    for key in keys:
-        name = re.sub(r"[\s:]+", "_", key)
-        while name in names.values():
-            name += "_"
-        names[key] = name
+    names = {key: re.sub(r"[\s:]+", "_", key) for key in keys}
+    taken = {key for key, name in names.items() if key == name}
+    for key, name in names.items():
+        if key != name:
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            names[key] = name
     return names
 
 

@@ -2,14 +2,14 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.metrics import accuracy_score, r2_score
+from sklearn.metrics import r2_score
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import assert_all_finite, check_consistent_length, column_or_1d
+from sklearn.utils.validation import assert_all_finite, column_or_1d
 
 from jaxheads.compose import GlobalObjectiveHead, MultiHead
 from jaxheads.head import Head
@@ -39,34 +39,59 @@ def kind_of(head: Head) -> str | None:
     return "regressor" if "predictions" in keys_of(head) and isinstance(head.label_spec, LabelSpec) else None
 
 
-def learn_classes(head: ClassHead, y: Any, where: Any) -> tuple[np.ndarray, bool]:
-    """The classes behind a head's ids, and whether labels are given as shares (soft labels) rather than as classes.
+class Classes(NamedTuple):
+    """What a classifier learns of its labels.
 
-    0 ... n - 1, if labels are such ids; else those of the vocabulary, else the different labels in order.
+    Attributes:
+        names: of its classes, in the head's order; None where labels have columns.
+        order: the head's ids (or columns), in the order of `classes_`.
     """
-    n = len(head.class_names())
-    y = column_or_1d(y)
-    if where is not None:
-        check_consistent_length(y, where)
-        y = y[column_or_1d(where).astype(bool)]
+
+    names: np.ndarray | None
+    order: np.ndarray
+
+    @classmethod
+    def of(cls, head: Head, y: Any, where: Any) -> "Classes | None":
+        """Those of labels that are there; None of what is no classifier."""
+        head = base_of(head)
+        if isinstance(head, MultiLabelHead):
+            return cls(None, np.arange(head.n_classes))
+        if not isinstance(head, CLASS_HEADS) or y is None:
+            return None
+        names = _names(head, y, where)
+        # Scorers of scikit-learn take them to be sorted.
+        return cls(names, np.argsort(names))
+
+    def sorted(self, head: Head) -> np.ndarray:
+        """What scikit-learn calls `classes_`."""
+        if self.names is None:
+            return np.asarray(base_of(head).label_vocabulary or self.order)
+        return self.names[self.order]
+
+
+def _names(head: ClassHead, y: Any, where: Any) -> np.ndarray:
+    """The classes behind a head's ids.
+
+    0 ... n - 1, if labels are such ids (or shares); else those of the vocabulary, else the different labels in order.
+    """
+    n, y = len(head.class_names()), column_or_1d(y)
+    y = _plain(y if where is None else y[where])
     if y.dtype == np.bool_ and n == 2:
-        return np.array([False, True]), False
+        return np.array([False, True])
     if _are_ids(y, n):
         if y.min() > 0:
             warnings.warn(
                 f"Labels from {y.min()} to {y.max()} of {n} classes are taken for ids of 0 ... {n - 1}, the first of "
                 "which is not among these rows. If they are meant to count from 1, subtract 1.",
-                stacklevel=4,
+                stacklevel=5,
             )
-        return np.arange(n, dtype=y.dtype), False
-    is_soft = False
+        return np.arange(n, dtype=y.dtype)
     if y.dtype.kind == "f" and isinstance(head, BinaryClassHead):
         assert_all_finite(y, input_name="y")
-        is_soft = bool(y.size and y.min() >= 0 and y.max() <= 1)  # ids are gone by now
     if head.label_vocabulary is not None:
-        return np.asarray(head.label_vocabulary), is_soft
-    if is_soft:
-        return np.arange(2), True
+        return np.asarray(head.label_vocabulary)
+    if _are_shares(head, y):
+        return np.arange(2)
     check_classification_targets(y)
     classes = np.unique(y)
     if len(classes) != n:
@@ -76,7 +101,27 @@ def learn_classes(head: ClassHead, y: Any, where: Any) -> tuple[np.ndarray, bool
             f"{classes[:10].tolist()}. Build the head for as many; if some class is not among these rows, give it a "
             f"label_vocabulary, or the labels as ids 0 ... {n - 1}."
         )
-    return classes, False
+    return classes
+
+
+def mask(where: Any, n: int) -> np.ndarray | None:
+    """Which labels of one column are there, bool `[n]`."""
+    if where is None:
+        return None
+    given = np.asarray(where)
+    if given.shape not in ((n,), (n, 1)):
+        raise ValueError(f"where must be one truth value a row, shape {(n,)}. Given shape {given.shape}.")
+    if given.dtype != np.bool_ and not np.isin(given, (0, 1)).all():
+        raise ValueError(f"where must hold truth values. Given {given.dtype} with {np.unique(given)[:5].tolist()}.")
+    return given.reshape(n).astype(bool)
+
+
+def _plain(y: np.ndarray) -> np.ndarray:
+    """Objects that are all numbers or truth values, as an array of them."""
+    if y.dtype != object:
+        return y
+    found = np.array(y.tolist())
+    return found if found.dtype.kind in "biu" and found.shape == y.shape else y
 
 
 def _are_ids(y: np.ndarray, n: int) -> bool:
@@ -84,7 +129,14 @@ def _are_ids(y: np.ndarray, n: int) -> bool:
     return y.dtype.kind in "iuf" and y.size > 0 and bool(np.isin(y, np.arange(n)).all())
 
 
-def encode(head: Head, y: Any, where: Any, classes: np.ndarray | None, soft: bool) -> Any:
+def _are_shares(head: ClassHead, y: np.ndarray) -> bool:
+    """Whether labels are soft ones, shares of positives, of which some are no ids."""
+    if y.dtype.kind != "f" or not isinstance(head, BinaryClassHead) or not y.size or _are_ids(y, 2):
+        return False
+    return bool(((y >= 0) & (y <= 1)).all())
+
+
+def encode(head: Head, y: Any, where: Any, classes: Classes | None) -> Any:
     """Labels as the head takes them."""
     head = base_of(head)
     if y is None:
@@ -97,12 +149,38 @@ def encode(head: Head, y: Any, where: Any, classes: np.ndarray | None, soft: boo
             assert_all_finite(y, input_name="y")
         if y.dtype == object and not isinstance(head, CLASS_HEADS):
             y = _numbers(y)
-    if isinstance(head, CLASS_HEADS) and classes is not None and not soft:
-        # Names of a vocabulary are its own business, in fit or later.
-        by_name = any(x.dtype.kind in "USO" for x in (y, classes))
-        if head.label_vocabulary is None or not by_name:
-            return _class_ids(y, where, classes)
+    if isinstance(head, CLASS_HEADS) and classes is not None and classes.names is not None:
+        return _encoded(head, y, where, classes.names)
     return head.encode_labels(y, where)
+
+
+def _encoded(head: ClassHead, y: np.ndarray, where: Any, names: np.ndarray) -> np.ndarray:
+    """Ids of classes, or shares; of rows without a label 0."""
+    there = np.ones(len(y), bool) if where is None else where
+    known = _plain(y[there])
+    are_names = head.label_vocabulary is not None and names.dtype.kind == "U"
+    if _are_shares(head, known) and (are_names or names.dtype.kind == "b" or _are_ids(names, 2)):
+        return np.where(there, y, 0).astype(np.float32)
+    # Names of a vocabulary are its own business, in fit or later.
+    if head.label_vocabulary is not None and (are_names or known.dtype.kind in "USO"):
+        return head.encode_labels(y, where)
+    ids = np.zeros(len(y), np.int32)
+    ids[there] = _class_ids(known, names)
+    return ids
+
+
+def _class_ids(y: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    if (y.dtype.kind in "USO") != (classes.dtype.kind in "USO"):
+        ids, unknown = np.zeros(len(y), int), np.ones(len(y), bool)
+    else:
+        ids = np.clip(np.searchsorted(classes, y), 0, len(classes) - 1)
+        unknown = classes[ids] != y
+    if unknown.any():
+        strangers = list(dict.fromkeys(y[unknown].tolist()))[:10]
+        raise ValueError(
+            f"y holds classes that were not there in fit: {strangers}. The classes are {classes.tolist()}."
+        )
+    return ids
 
 
 def _numbers(y: np.ndarray) -> np.ndarray:
@@ -112,20 +190,7 @@ def _numbers(y: np.ndarray) -> np.ndarray:
         raise ValueError(f"Unknown label type: y must be numbers. Given objects such as {y[0]!r}.") from error
 
 
-def _class_ids(y: np.ndarray, where: Any, classes: np.ndarray) -> np.ndarray:
-    ids = np.clip(np.searchsorted(classes, y), 0, len(classes) - 1)
-    unknown = classes[ids] != y
-    if where is not None:
-        unknown &= np.asarray(where).reshape(unknown.shape).astype(bool)
-    if unknown.any():
-        strangers = np.unique(np.asarray(y)[unknown])[:10].tolist()
-        raise ValueError(
-            f"y holds classes that were not there in fit: {strangers}. The classes are {classes.tolist()}."
-        )
-    return ids.astype(np.int32)
-
-
-def predicted(head: Head, logits: np.ndarray, classes: np.ndarray | None) -> Any:
+def predicted(head: Head, logits: np.ndarray, classes: Classes | None) -> Any:
     """What a scikit-learn user calls the prediction: a class, labels that are there, a number; by head of several."""
     head = base_of(head)
     if isinstance(head, MultiHead):
@@ -139,9 +204,9 @@ def predicted(head: Head, logits: np.ndarray, classes: np.ndarray | None) -> Any
     values = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
     if key != "class_ids":
         return values
-    names = getattr(head, "label_vocabulary", None)
-    classes = np.asarray(names) if classes is None and names else classes
-    return values if classes is None else classes[values]
+    vocabulary = getattr(head, "label_vocabulary", None)
+    names = classes.names if classes is not None else np.asarray(vocabulary) if vocabulary else None
+    return values if names is None else names[values]
 
 
 def score(head: Head, logits: np.ndarray, labels: Any, weights: Any, where: Any) -> float:
@@ -149,16 +214,20 @@ def score(head: Head, logits: np.ndarray, labels: Any, weights: Any, where: Any)
     base, kind = base_of(head), kind_of(head)
     if kind is None:
         return -float(head.loss(labels, logits, weights=weights, where=where))
-    there = slice(None) if where is None else np.asarray(where).reshape(-1).astype(bool)
-    labels, logits, weights = np.asarray(labels)[there], logits[there], None if weights is None else weights[there]
-    if isinstance(base, CLASS_HEADS):
-        ids = np.asarray(base.predictions(logits, "class_ids")["class_ids"])[:, 0]
+    there = np.ones(len(logits), bool) if where is None else where
+    weights = np.ones(len(logits)) if weights is None else weights
+    if not weights[there].any():
+        return float("nan")
+    labels, logits, weights = np.asarray(labels)[there], logits[there], weights[there]
+    if kind == "regressor":
+        return float(r2_score(labels, predicted(head, logits, None), sample_weight=weights))
+    labels = labels.reshape(len(labels), -1)
+    if isinstance(base, MultiClassHead):
+        right = labels == np.asarray(base.predictions(logits, "class_ids")["class_ids"])
+    else:
         # A soft label is the share of positives.
-        labels = labels.reshape(ids.shape)
-        right = 1 - np.abs(labels - ids) if labels.dtype.kind == "f" else labels == ids
-        return float(np.average(right, weights=weights))
-    measure = accuracy_score if kind == "classifier" else r2_score
-    return float(measure(labels, predicted(head, logits, None), sample_weight=weights))
+        right = 1 - np.abs(labels.astype(np.float64) - (logits > 0))
+    return float(np.average(right.prod(-1), weights=weights))
 
 
 def on_host(predictions: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What the metrics of a rate under a constraint tell, from sums of errors by label and anchor."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -47,17 +46,16 @@ def errors_of_rate(rate: str | None, labels: jax.Array, logits: jax.Array) -> tu
     return support, masking.weighted(jax.nn.sigmoid(signed), support), masking.weighted(counted, support)
 
 
-def of_groups(sums: SumsView, labels: int, names: Sequence[str], tolerance: float) -> dict[str, Any]:
+def of_groups(sums: SumsView, labels: int, groups: int, tolerance: float) -> dict[str, Any]:
     """Violations of the worst group and label and of each group, and the largest multiplier.
 
     Args:
         sums: of ones and of `errors_of_rate`, `[..., labels]`; of the latter in each group, and of multipliers, `[...,
             labels * groups]`.
-        labels: how many.
-        names: of the groups.
+        labels, groups: how many.
         tolerance: what is allowed.
     """
-    xp, groups = sums.xp, len(names)
+    xp = sums.xp
     weight, support, soft, counted = (x[..., None] for x in sums.sums[:4])
     inside, soft_in, counted_in, multipliers = (x.reshape(*x.shape[:-1], labels, groups) for x in sums.sums[4:])
     # A group that is all there is, as in a slice of itself, has nothing to be compared with.
@@ -72,11 +70,10 @@ def of_groups(sums: SumsView, labels: int, names: Sequence[str], tolerance: floa
         return xp.where(there.any(axes), largest, xp.full_like(largest, sums.undefined))
 
     real = violations(counted, counted_in)
-    of_each = worst(real, -2)
     return {
         "group_violation": worst(real),
         "group_violation_surrogate": worst(violations(soft, soft_in)),
-        **{f"group_violation/{name}": of_each[..., i] for i, name in enumerate(names)},
+        "group_violations": worst(real, -2),
         "group_multiplier/max": sums.ratio(multipliers, weight * xp.ones_like(multipliers)).max((-2, -1)),
     }
 

@@ -86,9 +86,9 @@ class GlobalObjectiveHead(AbstractWrapperHead):
     `precision_at_recall_0.98` (with `_threshold` and `_logit`, as of `jh.metrics.PrecisionAtRecall`), and likewise for
     the others; of a `MultiLabelHead` for the classes that have metrics of their own, `precision_at_recall_0.98/CLASS`.
     With `group_rate` `group_violation` (by z > 0) and `group_violation_surrogate` (softly) of the worst group and
-    label, `group_violation/GROUP` of each group's worst label, and `group_multiplier/max`. In `metrics.by_slice()`
-    there is the recall of each group (false positive rates with `jh.metrics.Specificity`), but no violation of a slice
-    that is a group: it has nothing to be compared with.
+    label, `group_violations` `[groups]` of each group's worst label, and `group_multiplier/max`. In
+    `metrics.by_slice()` there is the recall of each group (false positive rates with `jh.metrics.Specificity`), but no
+    violation of a slice that is a group: it has nothing to be compared with.
 
     Args:
         base: a `BinaryClassHead` or a `MultiLabelHead` without a `loss_fn`.
@@ -311,11 +311,6 @@ class GlobalObjectiveHead(AbstractWrapperHead):
     def _n_groups(self) -> int:
         return self.base.slices.n  # pyright: ignore[reportOptionalMemberAccess]  # there are some: _check_groups
 
-    @property
-    def _group_names(self) -> tuple[str, ...]:
-        slices: Any = self.base.slices
-        return slices.names or tuple(map(str, range(slices.n)))
-
     def _first_group_multipliers(self) -> jax.Array | None:
         """One for each label and group, which holds nobody back before a violation."""
         return None if self.group_rate is None else jnp.zeros((self.logits_dimension, self._n_groups), jnp.float32)
@@ -377,11 +372,10 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         `features` hold the groups, as `loss` has looked them up. `weights` and `axis_name` are for pairs alone: what
         the other rows weigh, and on which devices there are more.
         """
-        if self.group_rate is not None and GROUPS not in (features or {}):
+        if self.group_rate is not None and (features is None or GROUPS not in features):
             raise ValueError(
-                "Losses under group_rate need the group of each row, which loss(labels, logits, features) looks up. "
-                f"Given features {None if features is None else sorted(features)}. Call loss, or take the losses of "
-                "head.base."
+                f"losses does not look up the group of a row, which group_rate needs. Given {self.group_rate!r}. Call "
+                "head.loss(labels, logits, features, reduction=...), or take the losses of head.base."
             )
         if not self.is_of_pairs:
             return self._lagrangians(labels, logits, features)
@@ -526,7 +520,7 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         if self._is_constrained:
             own |= _rates.of_constraint(seen[RATES], self._problem, self._shape, formulas.SCALE[self.surrogate])
         if self.group_rate is not None:
-            own |= _rates.of_groups(seen[GROUPS], self.logits_dimension, self._group_names, self.group_tolerance)
+            own |= _rates.of_groups(seen[GROUPS], self.logits_dimension, self._n_groups, self.group_tolerance)
         for key, value in {**own, **self._achieved(seen["scores"])}.items():
             if (key, self.suffix) in values and not (key not in own and self._watches_the_same):
                 raise ValueError(f"The base head has a metric {key!r}, which this one gives too. Name it otherwise.")

@@ -22,8 +22,7 @@ class Slices:
 
     The ids are a column of `features`: integers `[...]` or `[..., 1]` from 0 to n - 1, and -1 for no group; or, where
     groups overlap, a membership matrix `[..., n]` of bool or 0/1 (of one column: bool). With fewer leading axes than
-    labels have they hold for all that is inside, a single id for all; with as many they are ids. `metrics.by_slice()`
-    reads them.
+    labels have they hold for all that is inside; with as many they are ids. `metrics.by_slice()` reads them.
 
     Args:
         column: a key of `features`, or a function `features -> ids`.

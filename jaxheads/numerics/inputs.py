@@ -125,7 +125,7 @@ def as_where(x: Any, lead: tuple[int, ...], what: str = "where") -> Any:
     if dtype_kind(array) == "other":
         raise ValueError(f"{what} must be bool, or 0 and 1. Given dtype {array.dtype}.")
     shape = tuple(array.shape)
-    if len(shape) < len(lead) and shape == lead[: len(shape)]:
+    if shape and len(shape) < len(lead) and shape == lead[: len(shape)]:
         xp = np if isinstance(array, np.ndarray) else jnp
         array = xp.broadcast_to(array.reshape(shape + (1,) * (len(lead) - len(shape))), lead)
     return expand(array, lead, (1,), what)
@@ -148,7 +148,7 @@ def as_slices(x: Any, lead: tuple[int, ...], n: int) -> Any:
     if kind not in ("int", "bool"):
         raise ValueError(f"{what} must be integers or bool. Given dtype {array.dtype}.")
     xp = np if isinstance(array, np.ndarray) else jnp
-    if len(shape) < len(lead) and shape == lead[: len(shape)]:
+    if shape and len(shape) < len(lead) and shape == lead[: len(shape)]:
         array = xp.broadcast_to(array.reshape(shape + (1,) * (len(lead) - len(shape))), lead)
     is_matrix = tuple(array.shape) == (*lead, n) and (n > 1 or kind == "bool")
     if kind == "bool" and not is_matrix:
