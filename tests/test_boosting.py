@@ -1095,8 +1095,12 @@ def test_what_an_estimator_refuses(library):
             {"eval_set": [(x, y, y)]},
             "with weights in eval_sample_weight.*tuple of 3",
         ),
-        (boosted(jh.BinaryClassHead(), library), {"where": True}, r"one truth value a row, shape \(300,\).*shape \(\)"),
-        (boosted(jh.BinaryClassHead(), library), {"where": np.full(300, 2)}, r"where must hold truth values.*\[2\]"),
+        (boosted(jh.BinaryClassHead(), library), {"where": True}, r"where shape must be \(300,\).*where shape: \(\)"),
+        (
+            boosted(jh.BinaryClassHead(), library),
+            {"where": np.full(300, 2)},
+            "bool, or 0 and 1. Given other values, e.g. 2",
+        ),
         (boosted(jh.BinaryClassHead(), library, callbacks=[]), {}, "callbacks is no parameter here.*give them to fit"),
         (boosted(jh.BinaryClassHead(), library, n_estimators=0), {}, "n_estimators must be an integer"),
         (boosted(jh.BinaryClassHead(), library, init_score=[1, 2]), {}, "init_score must be None"),
@@ -1119,7 +1123,11 @@ def test_what_an_estimator_refuses(library):
             {},
             "trains no fields of its head.*lagrange_multipliers",
         ),
-        (boosted(jh.BinaryClassHead(), library), {"where": np.ones(200, bool)}, r"where must be one.*shape \(200,\)"),
+        (
+            boosted(jh.BinaryClassHead(), library),
+            {"where": np.ones(200, bool)},
+            r"where shape must be \(300,\).*where shape: \(200,\)",
+        ),
         (boosted(jh.BinaryClassHead(), library), {"sample_weight": np.ones((300, 2))}, r"shape \(300,\)"),
         (boosted(jh.BinaryClassHead(), library), {"sample_weight": -np.ones(300)}, "not negative"),
         (

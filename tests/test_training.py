@@ -113,8 +113,8 @@ def test_a_step_is_the_oracles(entry, micro_batches):
     close(state.head_params, head_after)
     assert state.step == 1
     logits = batch["features"]["x"].astype(np.float64) @ params["w"]
-    bound = {**entry.params()}
-    expected = entry.expected_metrics(batch["labels"], logits, batch["weights"], batch["where"], bound)
+    first = {**entry.head.init(jax.random.key(0)), **entry.head.init_state()}
+    expected = entry.expected_metrics(batch["labels"], logits, batch["weights"], batch["where"], first)
     values = out.metrics.compute()
     for key, value in expected.items():
         if "auc" not in key:

@@ -32,6 +32,7 @@ class Entry:
         parts: the entries of the heads of a `MultiHead`, in order.
         averaged: the oracle of `average_loss`, where that is not the mean of `losses`.
         whole: `(labels, logits, weights) -> float64`, the mean loss, where it is of pairs and `losses` says nothing.
+        multipliers: what learned fields hold in `params`, where their first values would hide what they do.
         counted: `(labels, weights) -> float64`, what a batch adds to running counts; positives and all, if it has any.
         slow: whether its laws are among the slow tests.
     """
@@ -47,6 +48,7 @@ class Entry:
     averaged: Callable[[Any, np.ndarray, Any], np.ndarray] | None = None
     whole: Callable[[Any, np.ndarray, np.ndarray], float] | None = None
     counted: Callable[[Any, np.ndarray], np.ndarray] = lambda y, w: np.stack([(w * y).sum(0), (w + 0 * y).sum(0)])
+    multipliers: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     slow: bool = False
 
     def optimizer(self, optimizer: Any, dual_optimizer: Any = None) -> Any:
@@ -56,7 +58,7 @@ class Entry:
 
     def params(self) -> dict[str, Any]:
         """Learned and running fields together, as `params=` takes them."""
-        return {**self.head.init(jax.random.key(0)), **self.head.init_state()}
+        return {**self.head.init(jax.random.key(0)), **self.head.init_state(), **self.multipliers}
 
     def logits(self, rng: np.random.Generator, lead: tuple[int, ...], scale: float = 2.0) -> np.ndarray:
         return (scale * rng.standard_normal((*lead, self.head.logits_dimension))).astype(np.float32)
@@ -747,6 +749,7 @@ ZOO += (
         group_metrics,
         illegal=2,
         averaged=cross_entropy,
+        multipliers={"group_lagrange_multipliers": jnp.array([[0.5, 1.5]])},
         counted=lambda y, w: w.sum() * np.array([1.0, 1, 1, 0]),  # all, of which the rate is, and in each group
         slow=True,
     ),

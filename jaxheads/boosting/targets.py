@@ -14,6 +14,7 @@ from sklearn.utils.validation import assert_all_finite, column_or_1d
 from jaxheads.compose import GlobalObjectiveHead, MultiHead
 from jaxheads.head import Head
 from jaxheads.heads import BinaryClassHead, MultiClassHead, MultiLabelHead
+from jaxheads.numerics import inputs
 from jaxheads.numerics.labels import LabelSpec
 
 ClassHead: TypeAlias = BinaryClassHead | MultiClassHead
@@ -108,12 +109,9 @@ def mask(where: Any, n: int) -> np.ndarray | None:
     """Which labels of one column are there, bool `[n]`."""
     if where is None:
         return None
-    given = np.asarray(where)
-    if given.shape not in ((n,), (n, 1)):
-        raise ValueError(f"where must be one truth value a row, shape {(n,)}. Given shape {given.shape}.")
-    if given.dtype != np.bool_ and not np.isin(given, (0, 1)).all():
-        raise ValueError(f"where must hold truth values. Given {given.dtype} with {np.unique(given)[:5].tolist()}.")
-    return given.reshape(n).astype(bool)
+    given = np.asarray(inputs.as_where(where, (n,)))
+    inputs.check_where(given, np.ones(given.shape, bool), "where")
+    return given[:, 0].astype(bool)
 
 
 def _plain(y: np.ndarray) -> np.ndarray:
