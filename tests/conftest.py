@@ -1,18 +1,42 @@
-"""The strictest JAX there is, on eight CPU devices."""
+"""The strictest JAX there is, on eight CPU devices. A test costs what it compiles: see `tests/README.md`."""
 
+import gc
+
+import chex
 import jax
+import programs
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)
+programs.start(devices=8)
+# Tracing makes many objects that live on; looking through all of them again and again took a tenth of the time.
+gc.set_threshold(50_000, 20, 50)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _clear_caches():
-    """Compiled programs of one file are of no use to the next, and they add up."""
-    yield
-    jax.clear_caches()
+def pytest_configure(config):
+    programs.keep(config)
+
+
+@pytest.hookimpl(optionalhook=True)  # where pytest-xdist is not installed, nobody asks
+def pytest_xdist_make_scheduler(config, log):
+    return programs.scheduler(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    programs.in_groups(items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    with programs.counted(item, nextitem):
+        return (yield)
+
+
+@pytest.fixture(autouse=True)
+def _count_traces_anew():
+    """`chex.assert_max_traces` counts by the place of a function: for every parameter of a test, the same."""
+    chex.clear_trace_counter()
 
 
 def pytest_terminal_summary(terminalreporter):

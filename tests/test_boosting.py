@@ -36,7 +36,7 @@ from sklearn.metrics import (
 )
 from sklearn.model_selection import GridSearchCV
 from xgboost.callback import EarlyStopping
-from zoo import ZOO, Entry
+from zoo import ZOO, Entry, marked
 
 import jaxheads as jh
 from jaxheads.boosting import evaluation
@@ -100,7 +100,7 @@ def second_differences(f: Any, z: np.ndarray, e: float = 1e-3) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("entry", [e for e in ZOO if e.name != "roc_auc"], ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", marked(e for e in ZOO if e.name != "roc_auc"))
 def test_exact_derivatives_are_the_oracles(entry: Entry):
     rng = np.random.default_rng(1)
     labels, logits = entry.labels(rng, (N,)), entry.logits(rng, (N,))
@@ -622,7 +622,7 @@ def test_scikit_learns_own_checks(library, head):
     assert set(ALWAYS) <= failed <= set(REASONS)
 
 
-@both
+@pytest.mark.parametrize("library", ["xgboost", pytest.param("lightgbm", marks=pytest.mark.slow)])
 def test_classes_of_any_kind(library):
     x, s = table()
     three = np.digitize(s, (-0.7, 0.7))

@@ -75,7 +75,8 @@ def test_counts_are_exact_to_2_48(ones):
 
 
 @pytest.mark.parametrize("way", ["jit", "shard_map"])
-def test_devices_count_alike_and_do_not_drift_apart(way):
+@pytest.mark.parametrize("many", [(8,), pytest.param((2, 4), marks=pytest.mark.slow)], ids=["eight", "fewer"])
+def test_devices_count_alike_and_do_not_drift_apart(way, many):
     """Counts bit by bit; means to 1e-7, after one batch and after three hundred."""
     n, steps = 1024, 300
     head = jh.BinaryClassHead(thresholds=(0.3,))
@@ -100,7 +101,7 @@ def test_devices_count_alike_and_do_not_drift_apart(way):
 
     for weighted in (False, True):
         alone = trained(1, weighted)
-        for devices in (2, 4, 8):
+        for devices in many:
             for one, spread in zip(alone, trained(devices, weighted), strict=True):
                 if not weighted:
                     counts = slice(5, None)  # behind the means of the loss and of the prediction: the histogram

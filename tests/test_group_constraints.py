@@ -169,7 +169,13 @@ def test_groups_are_counted_in_training_alone():
     )
 
 
-@pytest.mark.parametrize("way", ["auto", "explicit", "vma", "no_vma", "pmap", "micro_batches"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "vma",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("auto", "explicit", "no_vma", "pmap", "micro_batches")),
+    ],
+)
 def test_devices_and_parts_train_alike(way):
     """Three steps of unevenly spread rows: parameters, multipliers, counts, losses, metrics."""
     head = constrained("false_positive_rate", constraint="zero_one")

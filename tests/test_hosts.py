@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+import programs
 import pytest
 from zoo import bounds_of
 
@@ -46,7 +47,7 @@ def together(job: str, folder: pathlib.Path, fails: bool = False) -> tuple[list[
         for i, log in enumerate(logs):
             command = [sys.executable, str(TESTS / "host_worker.py"), job, str(i), str(port), str(folder)]
             with log.open("w") as out:
-                environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+                environment = {**os.environ, "JAX_PLATFORMS": "cpu", **programs.environment()}
                 running.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment))
         while any(process.poll() is None for process in running) and time.monotonic() < until:
             if any(process.poll() for process in running):
@@ -182,7 +183,7 @@ def test_both_killed_in_an_epoch_go_on(tmp_path):
 
 def test_a_parent_without_a_device_merges_what_processes_measured():
     command = [sys.executable, str(TESTS / "host_merge.py")]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **programs.environment()}
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
     told = json.loads(run.stdout)

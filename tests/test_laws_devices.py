@@ -35,14 +35,17 @@ from devices import (
     start,
 )
 from jax.sharding import AxisType, NamedSharding
-from zoo import ZOO, bounds_of, marked
+from zoo import ENGINE, ZOO, bounds_of, marked
 
 import jaxheads as jh
 from jaxheads.numerics import duals
 
 each = pytest.mark.parametrize("entry", marked(ZOO))
+engine = pytest.mark.parametrize("entry", marked(entry for entry in ZOO if entry.name in ENGINE))
+# The others are slow: what a head adds to the engine here are the shapes of what it learns and counts.
+engine_first = pytest.mark.parametrize("entry", marked(ZOO, quick=(*ENGINE, "ordinal")))
 few = pytest.mark.parametrize(
-    "entry", [entry for entry in ZOO if entry.name in ("binary", "ordinal", "running_prior")], ids=lambda e: e.name
+    "entry", marked((e for e in ZOO if e.name in ("binary", "ordinal", "running_prior")), quick=("ordinal",))
 )
 each_axes = pytest.mark.parametrize("axes", AXES)
 each_vma = pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
@@ -107,7 +110,7 @@ def advanced(entry, state, batch):
     return jax.tree.map(counted, state)
 
 
-@each
+@engine_first
 def test_one_device_is_the_oracle(entry):
     """What the other tests here compare with."""
     state, losses, metrics = alone(entry.name)
@@ -133,20 +136,47 @@ def test_one_device_is_the_oracle(entry):
     assert metrics.compute().keys() == measured.compute().keys()
 
 
-# One of each kind in the quick tests, the other layouts with the slow ones.
-quick = ("jit_explicit", "shard_map", "pmap")
+# The ways differ in where rows lie, not in the head: a head of rows, one that learns and counts, and several in one go
+# every way; pairs and groups too. Of other heads it is the mesh that `jax.make_mesh` makes. The quick tests have that
+# mesh for the heads of the engine, and the two mapped ways for the head that learns and counts.
+EVERY_WAY = ("binary", "nested", "multi_head", "roc_auc", "error_rate")
 
 
-@each
-@pytest.mark.parametrize("way", [way if way in quick else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
+def is_slow(entry, way):
+    if way == "jit_explicit":
+        return entry.slow or entry.name not in (*ENGINE, "ordinal")
+    return (entry.name, way) not in (("nested", "shard_map"), ("nested", "pmap"))
+
+
+def placed(ways, few):
+    """Entries and ways: every way of the heads in `EVERY_WAY`, a few of the others."""
+    for entry in ZOO:
+        for way in ways if entry.name in EVERY_WAY else few:
+            yield entry, way
+
+
+@pytest.mark.parametrize(
+    ("entry", "way"),
+    [
+        pytest.param(entry, way, id=f"{way}-{entry.name}", marks=[pytest.mark.slow] if is_slow(entry, way) else [])
+        for entry, way in placed(WAYS, ("jit_explicit",))
+    ],
+)
 def test_three_steps(entry, way):
     assert_same(WAYS[way](entry, 8), alone(entry.name))
 
 
+SPREADS = [(n, parts, way) for way in WAYS for n, parts in ((1, 1), (2, 1), (4, 2), (8, 2))]
+
+
 @pytest.mark.slow
-@each
-@each_way
-@pytest.mark.parametrize(("n", "micro_batches"), [(1, 1), (2, 1), (4, 2), (8, 2)])
+@pytest.mark.parametrize(
+    ("n", "micro_batches", "way", "entry"),
+    [
+        pytest.param(*spread, entry, id="-".join(map(str, (*spread, entry.name))))
+        for entry, spread in placed(SPREADS, ((4, 2, "jit_explicit"), (2, 1, "shard_map")))
+    ],
+)
 def test_three_steps_on_fewer_devices_and_in_micro_batches(entry, way, n, micro_batches):
     if entry.whole and micro_batches > 1:
         with pytest.raises(ValueError, match="pairs across the parts of a batch would be lost"):
@@ -162,9 +192,17 @@ SPREAD = {
 }
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@each_axes
-@pytest.mark.parametrize("name", SPREAD)
+@pytest.mark.parametrize(
+    ("name", "axes", "micro_batches"),
+    [
+        pytest.param(
+            name, axes, n, marks=[] if (name, axes, n) == ("multi_class", "explicit", 1) else [pytest.mark.slow]
+        )
+        for name in SPREAD
+        for axes in AXES
+        for n in (1, 2)
+    ],
+)
 def test_a_kernel_spread_over_classes(name, axes, micro_batches):
     """Rows over one axis of the mesh, classes over the other; by jit, which needs no axis name."""
     head, labels = SPREAD[name]
@@ -197,7 +235,7 @@ def test_a_kernel_spread_over_classes(name, axes, micro_batches):
 
 
 # Ids that are constants, as those of "error_rate", are reduced by themselves; of a column: test_group_constraints.py.
-@pytest.mark.parametrize("entry", marked(entry for entry in ZOO if entry.name != "error_rate"))
+@pytest.mark.parametrize("entry", marked((entry for entry in ZOO if entry.name != "error_rate"), quick=ENGINE))
 @pytest.mark.parametrize("axes", ["explicit", pytest.param("auto", marks=pytest.mark.slow)])
 def test_an_update_is_one_all_reduce(entry, axes):
     """On rows enough to be cut in tiles, were they on one device: slicing a sharded batch would gather it."""
@@ -229,7 +267,7 @@ def elements_added_up(entry, step, mesh=None):
         return sum(reduced(jax.jit(mapped).lower(first_state(entry), batch).compile().as_text()))
 
 
-@each
+@engine_first
 def test_a_step_adds_gradients_up_once(entry):
     """In the shape of their parameters: `grad` adds up over devices where a formula broadcasts what rows share."""
     step = jh.make_train_step(entry.head, network, optimizer(entry), axis_name="d", with_metrics=False)
@@ -268,7 +306,7 @@ def test_a_spec_adds_gradients_up_once(name):
     assert parameters <= elements_added_up(entry, step) <= parameters + 3
 
 
-@pytest.mark.parametrize("entry", [e for e in ZOO if e.name in ("binary", "multi_class")], ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", marked((e for e in ZOO if e.name in ("binary", "multi_class")), quick=("binary",)))
 def test_eager_calls_on_sharded_arrays(entry):
     """Without a jit of one's own, as in a notebook: on both kinds of mesh, the mesh set or not."""
     head, batch, params = entry.head, draw(entry), entry.params()
@@ -302,7 +340,7 @@ def softmax_step(labels, logits, where):
 
 
 @pytest.mark.parametrize("spec", [P(("a", "b")), P("a", "b"), P(None, "b")], ids=["rows", "both", "classes"])
-@each_axes
+@pytest.mark.parametrize("axes", ["explicit", pytest.param("auto", marks=pytest.mark.slow)])
 def test_meshes_of_two_axes(spec, axes):
     """Rows over both axes, or rows over one and the classes over the other; logits multiplied or not."""
     entry = dataclasses.replace(next(entry for entry in ZOO if entry.name == "multi_class"), head=SOFTMAX)
@@ -479,7 +517,7 @@ def test_one_sum_more_is_wrong():
         assert bias_gradient_by(wrong) == pytest.approx({"pmap": 8, "shard_map": 8, "shard_map_no_vma": 8}, rel=1e-5)
 
 
-@pytest.mark.parametrize("entry", marked(e for e in ZOO if e.illegal is not None))
+@pytest.mark.parametrize("entry", marked(e for e in ZOO if e.illegal is not None and e.name in ENGINE))
 def test_bad_input_is_seen_from_every_device(entry):
     """One illegal row on one device: the loss is NaN on all, and the metrics leave out and count that row."""
     batch = draw(entry)
@@ -519,7 +557,7 @@ def test_a_normalizer_is_global(check_vma):
 
 
 @pytest.mark.slow
-@each
+@engine
 def test_large_local_batches(entry):
     """Rows enough on each device to be cut in tiles."""
     n = 40_016

@@ -33,7 +33,7 @@ FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 SAME_UNIT = {"spec": "head"}
 
 TOP_LEVEL = {"pyproject.toml", "README.md", "BUILD_NOTES.md", "jaxheads", "tests", "examples"}
-TOP_LEVEL |= {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "docs"}
+TOP_LEVEL |= {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "docs", "findings"}
 
 DOCSTRING_PARTS = ("**Domain**", "**Link**", "**loss**", "**Predictions**", "**Metrics**")
 DOCSTRING_PARTS += ("\nRaises:\n", "ValueError:", "\nSource:", ">>> ")

@@ -93,7 +93,7 @@ def hinge(labels, logits):
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.05, 2.0])
-@pytest.mark.parametrize("rows", [1000, 2**20])
+@pytest.mark.parametrize("rows", [1000, pytest.param(2**20, marks=pytest.mark.slow)])
 def test_fractional_weights_in_few_buckets_do_not_drift(rows, spread):
     """A running float32 sum of a million weights of 0.1 is off by 1 %."""
     rng = np.random.default_rng(5)
@@ -131,7 +131,7 @@ def test_weights_of_any_size(weight):
 
 
 @pytest.mark.parametrize("bins", [jh.LogitGrid(), jh.LogitGrid(n=20_000), jh.ThresholdGrid(200)], ids=repr)
-@pytest.mark.parametrize("rows", [5, 100_000])
+@pytest.mark.parametrize("rows", [5, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_compute_inside_jit_is_compute_outside(rows, bins):
     rng = np.random.default_rng(6)
     head = jh.BinaryClassHead(bins=bins, thresholds=(0.1, 0.3, 0.5))

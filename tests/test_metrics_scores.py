@@ -269,11 +269,12 @@ def check_binned(values: dict[str, Any], key: str, truth: float) -> None:
 @pytest.mark.parametrize("bins", GRIDS, ids=repr)
 @pytest.mark.parametrize("kind", SCORES)
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize("seeds", [(0,), pytest.param((1, 2), marks=pytest.mark.slow)], ids=["first", "more"])
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")
 @pytest.mark.filterwarnings("ignore:A single label was found")
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
-def test_every_metric_is_that_of_the_scores_without_bins(bins, kind, soft):
-    for seed in range(3):
+def test_every_metric_is_that_of_the_scores_without_bins(bins, kind, soft, seeds):
+    for seed in seeds:
         labels, logits, weights = sampled(kind, soft, seed)
         rows = Rows.of(labels, logits, weights)
         values = binary(bins).measure(labels, logits, weights=weights[:, 0]).compute(bounds=True)
@@ -312,11 +313,12 @@ def viewed(rows: Rows, bins: Any) -> Any:
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["counts", "weights"])
-def test_bounds_hold_for_a_few_rows_in_any_order(weighted):
+@pytest.mark.parametrize("tables", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_bounds_hold_for_a_few_rows_in_any_order(weighted, tables):
     """Where anything can happen inside a bin: up to twelve rows, in two or three bins, most of them tied."""
     rng, bins = np.random.default_rng(17), jh.LogitGrid(-1, 1, 4)
     inside = np.zeros(2)
-    for _ in range(300):
+    for _ in range(tables):
         n = rng.integers(3, 13)
         y = np.concatenate([[0.0, 1.0], rng.integers(0, 2, n - 2)])
         z = rng.choice([-1.5, -0.5, 0.5, 1.5], n, p=[0.1, 0.4, 0.4, 0.1]) + rng.choice([0.0, 0.1, 0.2, 0.3], n)
@@ -327,7 +329,7 @@ def test_bounds_hold_for_a_few_rows_in_any_order(weighted):
             assert interval.lower - 1e-6 <= truth <= interval.upper + 1e-6, (cls, arguments, rows, interval, truth)
             inside += (interval.lower + 1e-6 < truth, truth < interval.upper - 1e-6)
     # Not because the bounds are 0 and 1.
-    assert inside.min() > 300
+    assert inside.min() > tables
 
 
 def test_bounds_are_reached():
@@ -425,7 +427,9 @@ def test_the_best_threshold_lies_in_the_middle_of_the_gap():
     assert 0 <= mixed["all_threshold"] < mixed["none_threshold"] <= 1
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.1, 1 / 3])
+@pytest.mark.parametrize(
+    "weight", [pytest.param(1.0, marks=pytest.mark.slow), 0.1, pytest.param(1 / 3, marks=pytest.mark.slow)]
+)
 def test_a_rate_that_is_just_reached_is_held(weight):
     """Nine of ten, in weights whose sums are rounded."""
     logits = np.linspace(-3, 3, 20).astype(np.float32)[:, None]
@@ -509,7 +513,11 @@ def one_of_each(average: Any, columns: int) -> Any:
 JITTED = [one_of_each("micro", 1), one_of_each("macro", 4), one_of_each(None, 4)]
 
 
-@pytest.mark.parametrize("head", JITTED, ids=["binary", "macro", "by_class"])
+@pytest.mark.parametrize(
+    "head",
+    [pytest.param(head, marks=pytest.mark.slow) for head in JITTED[:2]] + JITTED[2:],
+    ids=["binary", "macro", "by_class"],
+)
 def test_inside_jit_and_with_leading_axes(head):
     """Of ordinary states, with weights of any size, of one that has a NaN score, and of one that has seen nothing."""
     states = [head.metrics().state]

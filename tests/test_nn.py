@@ -570,8 +570,9 @@ class NormedNetwork(nnx.Module):
     """Batch norm and dropout before the head."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.norm = nnx.BatchNorm(3, momentum=0.75, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        # Both modes are said: flax announces that it will no longer have a default.
+        self.norm = nnx.BatchNorm(3, use_running_average=False, momentum=0.75, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, deterministic=False, rngs=rngs)
         self.top = jh.nn.NnxHead(jh.RegressionHead(), 3, rngs=rngs)
 
     def __call__(self, x):

@@ -235,9 +235,20 @@ def test_products_add_up_a_block_of_rows_at_most(rows, spread):
         assert not spread or blocks % 8 == 0  # none crosses devices
 
 
-@pytest.mark.parametrize("axes", devices.AXES)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["rows_by_column", "columns_share_a_row", "blocks", "blocks_of_columns", "more_axes"])
+SPREAD = ("rows_by_column", "columns_share_a_row", "blocks", "blocks_of_columns", "more_axes")
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "axes"),
+    [
+        pytest.param(
+            name, form, axes, marks=[] if axes == "explicit" and name in ("blocks", "more_axes") else pytest.mark.slow
+        )
+        for name in SPREAD
+        for form in FORMS
+        for axes in devices.AXES
+    ],
+)
 def test_histograms_of_spread_rows_are_one_all_reduce(name, form, axes):
     buckets, weights, n, columns, expected = histogram_case(name)
     call = jax.jit(lambda buckets, *weights: FORMS[form](buckets, weights, n, columns))

@@ -1,4 +1,4 @@
-"""The installed package: what its import costs, what it exports and ships."""
+"""The installed package: what its import costs, what it exports and ships, and whether its jax computes rightly."""
 
 import importlib.metadata
 import importlib.resources
@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import jaxheads as jh
@@ -70,3 +71,44 @@ def test_types_are_shipped():
 
 def test_version_is_that_of_the_installed_package():
     assert importlib.metadata.version("jaxheads") == jh.__version__
+
+
+# A network of one row at a time, in a process as users have it: tests are compiled otherwise.
+ROW_BY_ROW = """
+import json
+import jax, jax.numpy as jnp, numpy as np, optax
+import jaxheads as jh
+
+rng = np.random.default_rng(0)
+features, labels = rng.normal(size=(33_000, 3)).astype(np.float32), rng.integers(0, 2, 33_000)
+matrix = rng.normal(size=(2, 3)).astype(np.float32)
+
+def network(matrix, features):
+    return jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2, keepdims=True))(features)
+
+head, optimizer = jh.BinaryClassHead(), optax.sgd(1.0)
+step = jax.jit(jh.make_train_step(head, network, optimizer))
+state = jh.TrainState.create(params=matrix, optimizer=optimizer, head=head, key=jax.random.key(0))
+state, out = step(state, {"features": features, "labels": labels})
+predicted = jax.jit(network)(matrix, features)
+mean = out.metrics.compute()["prediction/mean"]
+found = {"logits": predicted, "loss": out.loss, "matrix": state.params, "mean": mean}
+print(json.dumps({key: np.asarray(value).tolist() for key, value in found.items()}))
+"""
+
+
+def test_a_network_of_one_row_at_a_time_is_right():
+    """jax 0.10.2, which is excluded, gives wrong logits from row 32,768 on: of three features, on CPUs, silently."""
+    run = subprocess.run([sys.executable, "-c", ROW_BY_ROW], capture_output=True, text=True, check=True)
+    found = json.loads(run.stdout)
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(33_000, 3)).astype(np.float32), rng.integers(0, 2, 33_000)
+    matrix, x = rng.normal(size=(2, 3)).astype(np.float32).astype(np.float64), features.astype(np.float64)
+    hidden = x @ matrix.T
+    z = (hidden**2).sum(-1)
+    p = 1 / (1 + np.exp(-z))
+    np.testing.assert_allclose(np.ravel(found["logits"]), z, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found["loss"], np.mean(np.logaddexp(0, z) - labels * z), rtol=1e-5)
+    np.testing.assert_allclose(found["mean"], p.mean(), rtol=1e-5)
+    slope = ((p - labels)[:, None] * 2 * hidden).T @ x / len(x)
+    np.testing.assert_allclose(found["matrix"], matrix - slope, rtol=1e-4, atol=1e-5)

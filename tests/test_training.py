@@ -14,14 +14,14 @@ import pytest
 from benchmarks.report import cost
 from benchmarks.train_step import by_hand
 from jax.sharding import NamedSharding, PartitionSpec
-from zoo import ZOO, Entry, OrdinalHead, PriorCorrectedHead, marked
+from zoo import ENGINE, ZOO, Entry, OrdinalHead, PriorCorrectedHead, marked
 
 import jaxheads as jh
 from jaxheads.numerics import duals
 
 N, INPUTS, RATE = 24, 3, 0.1
 KEY = jax.random.key(0)
-entries = pytest.mark.parametrize("entry", marked(ZOO))
+entries = pytest.mark.parametrize("entry", marked(ZOO, quick=(*ENGINE, "ordinal")))
 
 
 # Some of optax's own arithmetic mixes dtypes.

@@ -22,7 +22,7 @@ def temp_per_row(compiled) -> float:
     return report.cost(compiled).temp / ROWS
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("bins", BINS)
 def test_an_update_needs_little_memory_at_any_number_of_thresholds(bins, count, masked):

@@ -4,19 +4,27 @@ import math
 
 import jax
 import pytest
-from zoo import ZOO
+from zoo import ENGINE, ZOO
 
 from tpu_compile.programs import CHIPS, INPUTS, PROGRAMS, ROWS, analyzed, mapped_step, mesh_of
 
 pytestmark = pytest.mark.tpu
 # Of the objectives one: they differ by numbers alone. (Pairs gather rows, and anchors multiply them: other bounds.)
-each = pytest.mark.parametrize(
-    "entry", [e for e in ZOO if not e.slow or e.name == "precision_at_recall"], ids=lambda entry: entry.name
-)
+HEADS = [entry for entry in ZOO if not entry.slow or entry.name == "precision_at_recall"]
 # Large batches take a compiler five times as long: one generation compiles both.
+BATCHES = [*((chip, 2**13, chip) for chip in CHIPS), ("v6e", ROWS, "v6e_large")]
+# The heads of the engine for all generations, each further head for one.
+each = pytest.mark.parametrize(
+    ("entry", "chip", "rows"),
+    [
+        pytest.param(entry, chip, rows, id=f"{entry.name}-{name}")
+        for entry in HEADS
+        for chip, rows, name in BATCHES
+        if chip == "v6e" or entry.name in (*ENGINE, "precision_at_recall")
+    ],
+)
 each_chip = pytest.mark.parametrize(
-    ("chip", "rows"),
-    [*(pytest.param(chip, 2**13, id=chip) for chip in CHIPS), pytest.param("v6e", ROWS, id="v6e_large")],
+    ("chip", "rows"), [pytest.param(chip, rows, id=name) for chip, rows, name in BATCHES]
 )
 
 # Bytes for each row and each logit of it on a device: what a program reads and writes, as XLA counts them, and its
@@ -41,14 +49,12 @@ def check(entry, chip, rows, program):
     return found
 
 
-@each_chip
 @each
 def test_loss_and_gradient(entry, chip, rows):
     """Numerator and denominator cross the devices together; the gradient of a row stays where the row is."""
     assert len(check(entry, chip, rows, "loss_and_gradient").reduced) == 1
 
 
-@each_chip
 @each
 def test_an_update_of_metrics_is_one_all_reduce(entry, chip, rows):
     found = check(entry, chip, rows, "update_metrics")
@@ -59,7 +65,6 @@ def test_an_update_of_metrics_is_one_all_reduce(entry, chip, rows):
     assert (found.products > 0) == (slots > 100)
 
 
-@each_chip
 @each
 def test_a_train_step_adds_gradients_up_once(entry, chip, rows):
     found = check(entry, chip, rows, "train_step")

@@ -1,0 +1,152 @@
+"""Compiled programs, which are nearly all that a test costs: how they are compiled, kept, dealt out, and counted.
+
+* **Compiled** for speed of compiling: without most of LLVM's passes (but for the files of `ROUNDED`, which are about
+  what XLA rounds), and by XLA's older emitters where jaxlib still has them. `JAXHEADS_TEST_XLA=default` leaves all as
+  it is at a user's; CI runs the tests of `ROUNDED`, and those of one Python, so.
+* **Kept** in pytest's cache of the checkout: a second run finds them there. `--cache-clear` begins anew.
+* **Dealt out** to processes by head: two of them would compile the same programs twice.
+* **Counted** by head in the laws, against `BUDGET`: a new head must not bring back the quarter of an hour.
+"""
+
+import collections
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jaxlib
+import pytest
+
+# Programs that the laws may compile for a head: of `test_laws*.py` and `test_lowering.py`, in one process.
+BUDGET = {"a head": 110, "a head of ENGINE": 220}
+
+# Their tests are about the rounding of XLA's own code, or about what it makes of a program.
+ROUNDED = ("test_numerics.py", "test_counters.py")
+# Their tests compile by head, and share the programs of a head.
+LAWS = ("test_laws.py", "test_laws_engine.py", "test_laws_devices.py", "test_lowering.py")
+
+# A third of the time of the default for a program of the laws, as measured with jaxlib 0.10.1; a flag that jaxlib does
+# not know ends the process.
+FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_copy_insertion_use_region_analysis=false"
+FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
+AS_USERS = os.environ.get("JAXHEADS_TEST_XLA") == "default"
+
+# Dealt out first, for they take longest: what is left for the end is small.
+LONG = (
+    "test_goldens.py",
+    "test_boosting.py",
+    "test_groups.py",
+    "test_metrics_scores.py",
+    "test_numerics.py",
+    "doctests",
+)
+LONG += ("test_metrics_classes.py", "test_global_objectives.py", "test_group_constraints.py", "test_hosts.py")
+
+counts: collections.Counter[str] = collections.Counter()
+_compiled = 0
+
+
+def _listen(event: str, seconds: float, **_) -> None:
+    global _compiled
+    _compiled += event == "/jax/core/compile/backend_compile_duration"
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+def start(devices: int) -> None:
+    """Starts JAX on so many CPU devices. The flags are for this process alone: examples run as at a user's."""
+    jax.config.update("jax_num_cpu_devices", devices)
+    given = os.environ.get("XLA_FLAGS")
+    os.environ.update({key: value for key, value in environment().items() if key == "XLA_FLAGS"})
+    try:
+        jax.devices()
+    finally:
+        os.environ.pop("XLA_FLAGS", None)
+        if given is not None:
+            os.environ["XLA_FLAGS"] = given
+
+
+def environment() -> dict[str, str]:
+    """What makes another process compile fast: a worker of the tests, that is, not an example."""
+    if AS_USERS:
+        return {}
+    known = (
+        {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"} if jaxlib.version.__version_info__ < (0, 11) else {}
+    )
+    return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **known}
+
+
+def keep(config: pytest.Config) -> None:
+    """Keeps compiled programs of any size in the cache of the checkout, if there is one."""
+    if (cache := getattr(config, "cache", None)) is None:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("programs")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # A file that is cut short, by a run that was stopped, is compiled again.
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache:UserWarning")
+
+
+@functools.cache
+def _heads() -> frozenset[str]:
+    from zoo import ZOO  # which makes arrays: after `start`
+
+    return frozenset(entry.name for entry in ZOO)
+
+
+def group_of(nodeid: str) -> str:
+    """Whose programs a test compiles: those of a head, or of its file. All doctests of the package are one group."""
+    path, _, test = nodeid.partition("::")
+    file = path.rpartition("/")[2]
+    given = test.partition("[")[2].removesuffix("]").split("-") if file in LAWS else []
+    return next((part for part in given if part in _heads()), file if file.startswith("test_") else "doctests")
+
+
+def in_groups(items: list[pytest.Item]) -> None:
+    """Sorts tests by group, the count of a head's programs behind its laws."""
+    place = {group: i - len(LONG) for i, group in enumerate(LONG)}
+    for i, item in enumerate(items):
+        place.setdefault(group_of(item.nodeid), i)
+    items.sort(key=lambda item: (place[group_of(item.nodeid)], item.name.startswith("test_programs_are_within")))
+
+
+def scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deals groups to processes, whatever `--dist` says.
+
+    `--dist loadgroup` is for this, but pytest-xdist 3.8 finds no groups under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False  # in our own order, not by the number of tests
+    return ByGroup(config, log)
+
+
+@contextlib.contextmanager
+def counted(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Adds what a test compiles to its group's count; programs of one group are of no use to the next, and add up."""
+    as_users = AS_USERS or item.path.name in ROUNDED or item.path.parent.name == "tpu_compile"
+    jax.config.update("jax_disable_most_optimizations", not as_users)
+    before = _compiled
+    yield
+    group = group_of(item.nodeid)
+    counts[group] += _compiled - before
+    if nextitem is None or group_of(nextitem.nodeid) != group:
+        jax.clear_caches()
+
+
+def beyond(name: str, number: int, budget: int) -> str:
+    """What to say of a head that compiles too much; nothing of one that does not."""
+    if number <= budget:
+        return ""
+    return (
+        f"The laws of {name!r} compiled {number} programs, more than its budget of {budget} (tests/programs.py). Each "
+        "takes a fifth of a second: share the program of `laws.step`, keep to its shapes and dtypes, and see "
+        "tests/README.md."
+    )
