@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,11 +112,10 @@ def run(
     place: Callable[[Any], Any] = lambda batch: batch,
 ) -> Trained:
     """The three steps, one after the other, by one trace."""
-    traces = 0
+    chex.clear_trace_counter()  # it goes by the place of a function, and this one is made anew for every head
 
+    @chex.assert_max_traces(1)
     def traced(state, batch):
-        nonlocal traces
-        traces += 1
         # Some of optax's own arithmetic mixes dtypes.
         with jax.numpy_dtype_promotion("standard"):
             return step(state, batch)
@@ -126,7 +126,6 @@ def run(
         state, out = call(state, place(batch))
         metrics = metrics + out.metrics
         losses.append(np.asarray(out.loss))
-    assert traces == 1
     return Trained(state, np.stack(losses), metrics)
 
 

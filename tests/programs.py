@@ -2,7 +2,7 @@
 
 * **Compiled** for speed of compiling: without most of LLVM's passes (but for the files of `ROUNDED`, which are about
   what XLA rounds), and by XLA's older emitters where jaxlib still has them. `JAXHEADS_TEST_XLA=default` leaves all as
-  it is at a user's; CI runs the tests of `ROUNDED`, and those of one Python, so.
+  it is at a user's; CI runs the tests of `ROUNDED` once more so.
 * **Kept** in pytest's cache of the checkout: a second run finds them there. `--cache-clear` begins anew.
 * **Dealt out** to processes by head: two of them would compile the same programs twice.
 * **Counted** by head in the laws, against `BUDGET`: a new head must not bring back the quarter of an hour.
@@ -48,7 +48,7 @@ counts: collections.Counter[str] = collections.Counter()
 _compiled = 0
 
 
-def _listen(event: str, seconds: float, **_) -> None:
+def _listen(event: str, duration_secs: float, **_: str | int) -> None:
     global _compiled
     _compiled += event == "/jax/core/compile/backend_compile_duration"
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,7 +140,7 @@ def test_micro_batches_add_up_under_learned_weights():
         )
 
     for got, expected in zip(*(jax.value_and_grad(f)(VARIANCES) for f in (in_parts, whole)), strict=True):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, expected)
+        chex.assert_trees_all_close(got, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "mean"])

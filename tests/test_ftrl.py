@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -249,7 +250,7 @@ def test_wide_and_deep():
     path = list(walk(optimizer, params, gradients, jax.jit(optimizer.update)))
     assert_golden([params["wide"] for params in path], BY_L1)
     for got, expected in zip(path, walk(optax.adagrad(0.1), deep, tower), strict=True):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got["deep"], expected)
+        chex.assert_trees_all_close(got["deep"], expected, rtol=1e-6)
     state = optimizer.init(params)
     assert [leaf.shape for leaf in jax.tree.leaves(optax.tree.get(state, "linears"))] == [wide.shape]
 
@@ -327,7 +328,7 @@ def test_none_and_nothing():
     nowhere: Any = {"w": None, "static": None}
     updates, after = optimizer.update(nowhere, state, params)
     assert updates == nowhere
-    jax.tree.map(np.testing.assert_array_equal, after, state)
+    chex.assert_trees_all_equal(after, state)
 
     updates, _ = optimizer.update({}, optimizer.init({}), {})
     assert updates == {}

@@ -135,7 +135,7 @@ def test_weight_two_is_twice(entry):
     """Six rows, two of them of weight 2, are those six and the two again: in every metric, and in a sum and a mean."""
     labels, logits = draw(entry, 4)
     params, again = entry.params(), np.array([0, 1, 2, 3, 4, 5, 0, 3])
-    weights, there = np.float32([2, 1, 1, 2, 1, 1, 1, 1])[:, None], (np.arange(N) < 6)[:, None]
+    weights, there = f32([2, 1, 1, 2, 1, 1, 1, 1])[:, None], (np.arange(N) < 6)[:, None]
     more = jax.tree.map(lambda x: x[again], (labels, logits))
     weighted = reduced(entry.head)(labels, logits, weights, there, params)
     for reduction in ("sum", "mean"):

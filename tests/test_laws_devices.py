@@ -5,6 +5,7 @@ import functools
 import operator
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,9 +119,9 @@ def test_one_device_is_the_oracle(entry):
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     got = {**state.params, "head": state.head_params}
     assert jax.tree.structure(got) == jax.tree.structure(params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=5e-6), got, params)
+    chex.assert_trees_all_close(got, params, rtol=2e-5, atol=5e-6)
     sums = jax.tree.map(lambda x: np.asarray(x, np.float64).sum(-1), (state.head_state, running))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *sums)
+    chex.assert_trees_all_close(*sums, rtol=1e-6)
     assert state.step == STEPS
     # The metrics of the first step, before anything was trained; of all three there is no closed form here.
     batch, constants = batches_of(entry)[0], entry.params()
@@ -167,6 +168,7 @@ def test_three_steps(entry, way):
 
 
 SPREADS = [(n, parts, way) for way in WAYS for n, parts in ((1, 1), (2, 1), (4, 2), (8, 2))]
+FEWER = [(n, parts, way) for n, parts, way in SPREADS if (n, parts) in ((2, 1), (4, 2))]
 
 
 @pytest.mark.slow
@@ -175,6 +177,7 @@ SPREADS = [(n, parts, way) for way in WAYS for n, parts in ((1, 1), (2, 1), (4, 
     [
         pytest.param(*spread, entry, id="-".join(map(str, (*spread, entry.name))))
         for entry, spread in placed(SPREADS, ((4, 2, "jit_explicit"), (2, 1, "shard_map")))
+        if spread in FEWER or entry.name == "nested"
     ],
 )
 def test_three_steps_on_fewer_devices_and_in_micro_batches(entry, way, n, micro_batches):

@@ -837,8 +837,8 @@ def test_linear_logits_are_multiplied_logits(entry):
     np.testing.assert_allclose(gradient.bias, to_logits.sum(0), rtol=1e-4, atol=3e-6)
     assert_values(measured.compute(bounds=True), entry.expected_metrics(labels, exact, weights, where), rtol=5e-6)
     dense = exact.astype(np.float32)
-    both = (entry.head.predictions(z, params=params) for z in (lazy, dense))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), *both)
+    both = (dict(entry.head.predictions(z, params=params)) for z in (lazy, dense))
+    chex.assert_trees_all_close(*both, rtol=2e-5, atol=1e-6)
     without = jh.LinearLogits(lazy.hidden, lazy.kernel)
     plain = entry.head.loss(labels, without, params=params)
     np.testing.assert_allclose(plain, entry.expected_loss(labels, exact - lazy.bias), rtol=5e-6, atol=2e-6)
@@ -892,7 +892,7 @@ def test_a_head_beyond_the_budget_is_named():
         "The laws of 'new' compiled 61 programs, more than its budget of 60"
     )
     before = programs.counts["test_here.py"]
-    item = types.SimpleNamespace(path=pathlib.Path("test_here.py"), nodeid="tests/test_here.py::test")
+    item: Any = types.SimpleNamespace(path=pathlib.Path("test_here.py"), nodeid="tests/test_here.py::test")
     with programs.counted(item, item):
         jax.block_until_ready(jax.jit(lambda x: x * 3)(jnp.ones(5)))
     assert programs.counts["test_here.py"] > before

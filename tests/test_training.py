@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,7 @@ def created(entry_head: jh.Head, params: Any, optimizer: Any, **more: Any) -> jh
 
 def close(actual: Any, expected: Any, rtol: float = 2e-5, atol: float = 2e-6) -> None:
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, atol), actual, expected)
+    chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=atol)
 
 
 @entries
