@@ -1,8 +1,8 @@
 """Compiled programs, which are nearly all that a test costs: how they are compiled, kept, dealt out, and counted.
 
-* **Compiled** for speed of compiling: without most of LLVM's passes (but for the files of `ROUNDED`, which are about
-  what XLA rounds), and by XLA's older emitters where jaxlib still has them. `JAXHEADS_TEST_XLA=default` leaves all as
-  it is at a user's; CI runs the tests of `ROUNDED` once more so.
+* **Compiled** for speed of compiling: without most of LLVM's passes (but for tests marked `rounding`, which are about
+  what XLA rounds), and by XLA's older emitters where jaxlib still has them. `JAXHEADS_TEST_XLA=default` leaves all
+  as it is at a user's; CI runs the tests marked `rounding` once more so.
 * **Kept** in pytest's cache of the checkout: a second run finds them there. `--cache-clear` begins anew.
 * **Dealt out** to processes by head: two of them would compile the same programs twice.
 * **Counted** by head in the laws, against `BUDGET`: a new head must not bring back the quarter of an hour.
@@ -22,8 +22,6 @@ import pytest
 # Programs that the laws may compile for a head: of `test_laws*.py` and `test_lowering.py`, in one process.
 BUDGET = {"a head": 110, "a head of ENGINE": 220}
 
-# Their tests are about the rounding of XLA's own code, or about what it makes of a program.
-ROUNDED = ("test_numerics.py", "test_counters.py")
 # Their tests compile by head, and share the programs of a head.
 LAWS = ("test_laws.py", "test_laws_engine.py", "test_laws_devices.py", "test_lowering.py")
 
@@ -131,7 +129,7 @@ def scheduler(config: pytest.Config, log: Any) -> Any:
 @contextlib.contextmanager
 def counted(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     """Adds what a test compiles to its group's count; programs of one group are of no use to the next, and add up."""
-    as_users = AS_USERS or item.path.name in ROUNDED or item.path.parent.name == "tpu_compile"
+    as_users = AS_USERS or any(item.get_closest_marker(name) for name in ("rounding", "tpu"))
     jax.config.update("jax_disable_most_optimizations", not as_users)
     before = _compiled
     yield

@@ -13,6 +13,8 @@ from jax.sharding import NamedSharding
 import jaxheads as jh
 from jaxheads.numerics import pairs
 
+pytestmark = pytest.mark.rounding
+
 ROWS, TIMES = 2**16, 15_259  # a billion examples
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import io
-import pathlib
 import pickle
 import types
 import warnings
@@ -884,6 +883,7 @@ def test_large_batches_of_linear_logits(entry):
 def test_programs_are_within_the_budget(entry):
     """It runs behind the laws of its head; of a part of them it counts that part."""
     budget = programs.BUDGET["a head of ENGINE" if entry.name in ENGINE else "a head"]
+    budget *= 1 + entry.slow  # among the slow tests it trains on every way over devices
     assert not programs.beyond(entry.name, programs.counts[entry.name], budget)
 
 
@@ -892,7 +892,7 @@ def test_a_head_beyond_the_budget_is_named():
         "The laws of 'new' compiled 61 programs, more than its budget of 60"
     )
     before = programs.counts["test_here.py"]
-    item: Any = types.SimpleNamespace(path=pathlib.Path("test_here.py"), nodeid="tests/test_here.py::test")
+    item: Any = types.SimpleNamespace(nodeid="tests/test_here.py::test", get_closest_marker=lambda name: None)
     with programs.counted(item, item):
         jax.block_until_ready(jax.jit(lambda x: x * 3)(jnp.ones(5)))
     assert programs.counts["test_here.py"] > before

@@ -20,6 +20,8 @@ from jaxheads.numerics.edges import Edges, in_three
 from jaxheads.numerics.linear import LinearLogits
 from jaxheads.numerics.reduction import Reduction, divide
 
+pytestmark = pytest.mark.rounding
+
 few = settings(max_examples=30, deadline=None, derandomize=True)
 huge = float(np.float32(1e30))
 finite = st.floats(-huge, huge, width=32, allow_subnormal=False)
