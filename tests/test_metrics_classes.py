@@ -252,15 +252,16 @@ def test_masked_rows_are_absent(case):
 @pytest.mark.rounding
 @each_case
 def test_batches_add_up_and_any_leading_shape_is_one(case):
-    # Of half of the rows: by XLA's older emitters, sums of 7,680 numbers in two orders are apart by 1.7e-6.
-    half = {key: x[: N // 2] for key, x in case.data().items()}
-    whole, metrics = case.head.measure(**half).compute(bounds=True), case.head.metrics()
-    for start in range(0, N // 2, N // 8):
-        part = {key: x[start : start + N // 8] for key, x in half.items()}
+    whole, data = case.measure().compute(bounds=True), case.data()
+    metrics = case.head.metrics()
+    for start in range(0, N, N // 4):
+        part = {key: x[start : start + N // 4] for key, x in data.items()}
         metrics = case.head.update_metrics(metrics, None, part["logits"], part["labels"], weights=part["weights"])
     assert_same(metrics.compute(bounds=True), whole)
-    deep = {key: x.reshape(4, 6, N // 48, -1) for key, x in half.items()}
-    assert_same(case.head.measure(**deep).compute(bounds=True), whole)
+    # Of few rows: of four axes XLA adds numbers up one after the other, and 768 lose the last bits (BUILD_NOTES).
+    few = {key: x[:48] for key, x in data.items()}
+    flat = case.head.measure(**few).compute(bounds=True)
+    assert_same(case.head.measure(**{key: x.reshape(4, 6, 2, -1) for key, x in few.items()}).compute(bounds=True), flat)
 
 
 @each_case
