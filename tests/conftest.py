@@ -28,8 +28,8 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item, nextitem):
-    with programs.counted(item, nextitem):
+def pytest_runtest_protocol(item):
+    with programs.counted(item):
         return (yield)
 
 

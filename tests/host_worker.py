@@ -1,10 +1,12 @@
 """What `test_hosts.py` runs in each of two processes: `host_worker.py JOB PROCESS PORT FOLDER`.
 
 A job is `everything`, `whole`, `killed`, `resumed`, or names of heads, which are trained. Each process has two
-devices; what it found it writes to `FOLDER/JOB_PROCESS.pickle`, in NumPy.
+devices; what it found it writes to `FOLDER/JOB_PROCESS.pickle`, in NumPy. `everything` writes the metrics that a
+process has measured alone to `FOLDER/own_PROCESS.pickle`, too.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import pickle
@@ -69,11 +71,17 @@ def trained(name: str, axes: str) -> Any:
     return found._replace(state=plain(found.state))
 
 
+@functools.cache
+def evaluation(name: str) -> tuple[Any, Any]:
+    """A compiled step, and the state that it is given, over all devices."""
+    entry = devices.entry_of(name)
+    return jax.jit(jh.make_eval_step(entry.head, devices.network)), everywhere(devices.first_state(entry))
+
+
 def evaluated(name: str, counts: tuple[int, int], like: Any = None) -> Any:
     """The metrics of all rows, and how many steps it took, where processes have different numbers of batches."""
     entry, steps = devices.entry_of(name), 0
-    step = jax.jit(jh.make_eval_step(entry.head, devices.network))
-    state = everywhere(devices.first_state(entry))
+    step, state = evaluation(name)
 
     def given() -> Iterator[Any]:
         nonlocal steps
@@ -177,4 +185,6 @@ if __name__ == "__main__":
         found = fitted(folder / ("whole" if job == "whole" else "cut"), job == "killed")
     else:
         found = {name: trained(name, "auto") for name in job.split(",")}
-    (folder / f"{job}_{jax.process_index()}.pickle").write_bytes(pickle.dumps(found))
+    for name, content in {job: found, "own": found.get("own")}.items():
+        if content is not None:
+            (folder / f"{name}_{jax.process_index()}.pickle").write_bytes(pickle.dumps(content))

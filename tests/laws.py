@@ -17,15 +17,23 @@ import jaxheads as jh
 N = 8
 ONES, ALL = np.ones((N, 1), np.float32), np.ones((N, 1), bool)
 each = pytest.mark.parametrize("entry", marked(ZOO))
+
 each_refusing = pytest.mark.parametrize("entry", marked(entry for entry in ZOO if entry.illegal is not None))
 each_learning = pytest.mark.parametrize("entry", marked(entry for entry in ZOO if entry.params()))
 engine = pytest.mark.parametrize("entry", marked(entry for entry in ZOO if entry.name in ENGINE))
+
 many = hypothesis.settings(deadline=None, max_examples=12, derandomize=True, database=None)
+few = hypothesis.settings(many, max_examples=6)
 seeds = st.integers(0, 2**16)
 masks = st.integers(0, 2**N - 1).map(lambda bits: np.array([[bits >> i & 1] for i in range(N)], bool))
 multiplicities = st.lists(st.sampled_from([0.0, 0.25, 0.3, 1.0, 2.0, 7.5]), min_size=N, max_size=N).map(
     lambda values: np.array(values, np.float32)[:, None]
 )
+
+
+def engine_but(quick: tuple[str, ...]) -> pytest.MarkDecorator:
+    """As `engine`, all but a few of them slow: where a head costs more than it adds."""
+    return pytest.mark.parametrize("entry", marked((entry for entry in ZOO if entry.name in ENGINE), quick))
 
 
 def f32(values: Any) -> np.ndarray:

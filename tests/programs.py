@@ -127,16 +127,13 @@ def scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @contextlib.contextmanager
-def counted(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """Adds what a test compiles to its group's count; programs of one group are of no use to the next, and add up."""
+def counted(item: pytest.Item) -> Iterator[None]:
+    """Adds what a test compiles to its group's count."""
     as_users = AS_USERS or any(item.get_closest_marker(name) for name in ("rounding", "tpu"))
     jax.config.update("jax_disable_most_optimizations", not as_users)
     before = _compiled
     yield
-    group = group_of(item.nodeid)
-    counts[group] += _compiled - before
-    if nextitem is None or group_of(nextitem.nodeid) != group:
-        jax.clear_caches()
+    counts[group_of(item.nodeid)] += _compiled - before
 
 
 def beyond(name: str, number: int, budget: int) -> str:

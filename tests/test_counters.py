@@ -25,6 +25,12 @@ def batches(n, rows, weights=(0.1, 0.3, 1.0, 2.7)):
     return labels, logits, rng.choice(np.asarray(weights, np.float32), (n, rows, 1))
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def added_in_turns(state, states, times):
+    """The state, and so many others added to it, one after the other."""
+    return jax.lax.scan(lambda s, i: (pairs.add(s, states[i % len(states)]), None), state, jnp.arange(times))[0]
+
+
 def exactly(state):
     """The rational numbers that the pairs of a state stand for."""
     return [sum((Fraction(float(x)) for x in pair), Fraction(0)) for pair in np.asarray(state)]
@@ -37,14 +43,9 @@ def test_means_of_a_billion_examples_are_right_to_1e_12():
     """
     head = jh.RegressionHead()
     labels, logits, weights = batches(16, ROWS)
-    measured = [head.measure(*batch[:2], weights=batch[2]).state for batch in zip(labels, logits, weights, strict=True)]
-    stacked = jnp.stack(measured)
-
-    @jax.jit
-    def run(state):
-        return jax.lax.scan(lambda s, i: (pairs.add(s, stacked[i % 16]), None), state, jnp.arange(TIMES))[0]
-
-    state = run(head.metrics().state)
+    batch = zip(labels, logits, weights, strict=True)
+    measured = np.stack([head.measure(*rows, weights=weight).state for *rows, weight in batch])
+    state = added_in_turns(head.metrics().state, measured, TIMES)
     often = [TIMES // 16 + (i < TIMES % 16) for i in range(16)]
     exact = [
         sum((times * Fraction(float(one[slot, 0])) for times, one in zip(often, measured, strict=True)), Fraction(0))
@@ -57,57 +58,64 @@ def test_means_of_a_billion_examples_are_right_to_1e_12():
     mean = exact[3] / exact[4]
     assert abs(Fraction(float(metrics.compute()["prediction/mean"])) - mean) <= abs(mean) / 2**23
     # A float32 total would have lost more than that long ago.
-    plain = functools.reduce(lambda total, i: total + measured[i % 16][:, 0], range(TIMES), jnp.zeros(len(state)))
+    plain = functools.reduce(
+        lambda total, i: total + measured[i % 16, :, 0], range(TIMES), np.zeros(len(state), np.float32)
+    )
     assert max(abs(float(a) / float(b) - 1) for a, b in zip(plain, exact, strict=True) if b) > 1e-6
 
 
 @pytest.mark.parametrize("ones", [3, 2**24])
 def test_counts_are_exact_to_2_48(ones):
     """One more than a float32 can count, doubled until there are 2^47 and more of each; then one more still counts."""
-    head = jh.BinaryClassHead()
-    one = head.measure(labels=[1], logits=[[0.3]])
-    state, count = pairs.add(pairs.add(head.metrics().state, one.state * ones), one.state), ones + 1
+    head, add = jh.BinaryClassHead(), jax.jit(pairs.add)
+    one = np.asarray(head.measure(labels=[1], logits=[[0.3]]).state)
+    state, count = add(add(head.metrics().state, one * np.float32(ones)), one), ones + 1
     while count < 2**47:
-        state, count = pairs.add(state, state), 2 * count
-    state, count = pairs.add(state, one.state), count + 1
+        state, count = add(state, state), 2 * count
+    state, count = add(state, one), count + 1
     restored = np.asarray(state)  # as a checkpoint keeps it
-    slots = np.flatnonzero(np.asarray(one.state)[:, 0] == 1)
+    slots = np.flatnonzero(one[:, 0] == 1)
     assert len(slots) >= 2
     assert {exactly(restored)[slot] for slot in slots} == {count}
 
 
+COUNTED = jh.BinaryClassHead(thresholds=(0.3,))
+
+
+@functools.cache
+def measuring(way, devices):
+    """`(labels, logits, weights, where) -> metrics` over devices."""
+
+    def measure(labels, logits, weights, where):
+        found = COUNTED.measure(labels, logits, weights=weights, where=where)
+        return found.psum("d") if way == "shard_map" else found
+
+    if way == "jit":
+        return jax.jit(measure)
+    return jax.jit(jax.shard_map(measure, mesh=mesh_of(devices, "auto"), in_specs=P("d"), out_specs=P()))
+
+
+@functools.cache
+def trained(way, devices, weighted):
+    """The metrics of one batch, and of three hundred, on so many devices."""
+    labels, logits, weights = batches(8, 1024)
+    where = np.random.default_rng(1).random(labels.shape) < 0.9
+    weights = weights if weighted else np.ones_like(weights)
+    step, rows = measuring(way, devices), NamedSharding(mesh_of(devices, "auto"), P("d"))
+    found = [step(*jax.device_put(batch, rows)) for batch in zip(labels, logits, weights, where, strict=True)]
+    states = np.stack([each.state for each in found])
+    return found[0], jh.Metrics(added_in_turns(COUNTED.metrics().state, states, 300), COUNTED)
+
+
 @pytest.mark.parametrize("way", ["jit", "shard_map"])
-@pytest.mark.parametrize("many", [(8,), pytest.param((2, 4), marks=pytest.mark.slow)], ids=["eight", "fewer"])
-def test_devices_count_alike_and_do_not_drift_apart(way, many):
+@pytest.mark.parametrize("devices", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
+def test_devices_count_alike_and_do_not_drift_apart(way, devices):
     """Counts bit by bit; means to 1e-7, after one batch and after three hundred."""
-    n, steps = 1024, 300
-    head = jh.BinaryClassHead(thresholds=(0.3,))
-    labels, logits, weights = batches(8, n)
-    where = np.random.default_rng(1).random((8, n, 1)) < 0.9
-
-    def trained(devices, weighted):
-        mesh = mesh_of(devices, "auto")
-
-        def measure(labels, logits, weights, where):
-            found = head.measure(labels, logits, weights=weights if weighted else None, where=where)
-            return found.psum("d") if way == "shard_map" else found
-
-        step = measure
-        if way == "shard_map":
-            step = jax.shard_map(measure, mesh=mesh, in_specs=P("d"), out_specs=P())
-        step, rows = jax.jit(step), NamedSharding(mesh, P("d"))
-        found = [step(*jax.device_put((labels[i], logits[i], weights[i], where[i]), rows)) for i in range(8)]
-        states = jnp.stack([np.asarray(each.state) for each in found])
-        whole = jax.lax.scan(lambda s, i: (pairs.add(s, states[i % 8]), None), head.metrics().state, jnp.arange(steps))
-        return found[0], jh.Metrics(whole[0], head)
-
     for weighted in (False, True):
-        alone = trained(1, weighted)
-        for devices in many:
-            for one, spread in zip(alone, trained(devices, weighted), strict=True):
-                if not weighted:
-                    counts = slice(5, None)  # behind the means of the loss and of the prediction: the histogram
-                    np.testing.assert_array_equal(spread.state[counts], one.state[counts])
-                got, expected = spread.compute(), one.compute()
-                for key, value in expected.items():
-                    np.testing.assert_allclose(got[key], value, rtol=2e-7, atol=1e-7, err_msg=key)
+        for one, spread in zip(trained("jit", 1, weighted), trained(way, devices, weighted), strict=True):
+            if not weighted:
+                counts = slice(5, None)  # behind the means of the loss and of the prediction: the histogram
+                np.testing.assert_array_equal(np.asarray(spread.state)[counts], np.asarray(one.state)[counts])
+            got, expected = spread.compute(), one.compute()
+            for key, value in expected.items():
+                np.testing.assert_allclose(got[key], value, rtol=2e-7, atol=1e-7, err_msg=key)

@@ -45,7 +45,7 @@ def batches(epoch: int):
 
 
 def start() -> jh.TrainState:
-    params = {"w": jnp.zeros((3, 1))}
+    params = {"w": np.zeros((3, 1), np.float32)}
     return jh.TrainState.create(params=params, optimizer=OPTIMIZER, head=HEAD, key=jax.random.key(0))
 
 
@@ -82,7 +82,7 @@ def test_epochs_are_those_by_hand(capsys):
     writer = Writer()
     fitted = jh.fit(start(), STEP, batches, epochs=4, eval_step=EVALUATE, validation=VALIDATION, writer=writer)
     after = by_hand(4)
-    np.testing.assert_allclose(fitted.state.params["w"][:, 0], after[-1], rtol=1e-4)
+    np.testing.assert_allclose(np.ravel(fitted.state.params["w"]), after[-1], rtol=1e-4)
     losses = []
     for epoch, (w, line) in enumerate(zip(after, fitted.history, strict=True), start=1):
         z = X[64:].astype(np.float64) @ w
@@ -93,11 +93,11 @@ def test_epochs_are_those_by_hand(capsys):
         np.testing.assert_allclose(writer["validation/auc", 8 * epoch], roc_auc_score(LABELS[64:], z), atol=0.01)
     # It overshoots: the last epoch is not the best one, whichever way one looks.
     best = int(np.argmin(losses))
-    np.testing.assert_allclose(fitted.best.params["w"][:, 0], after[best], rtol=1e-4)
+    np.testing.assert_allclose(np.ravel(fitted.best.params["w"]), after[best], rtol=1e-4)
     worst = jh.fit(
         *(start(), STEP, batches), epochs=4, eval_step=EVALUATE, validation=VALIDATION, higher_is_better=True
     )
-    np.testing.assert_allclose(worst.best.params["w"][:, 0], after[int(np.argmax(losses))], rtol=1e-4)
+    np.testing.assert_allclose(np.ravel(worst.best.params["w"]), after[int(np.argmax(losses))], rtol=1e-4)
     assert best != int(np.argmax(losses))
     printed = capsys.readouterr().out
     assert printed.count("validation/average_loss") == 8
@@ -133,7 +133,7 @@ def test_without_validation_the_last_is_the_best():
     assert not any("validation" in key for key in fitted.history[0])
     before = start()
     jh.fit(before, STEP, list(batches(0)), progress=False)
-    assert (before.params["w"] == 0).all()
+    assert not np.any(before.params["w"])
 
 
 def test_evaluation_adds_up():
@@ -191,7 +191,7 @@ def test_state_and_metrics_are_plain_pytrees_to_orbax(tmp_path):
         went_on, again = step(went_on, batch)
         summed = summed + again.metrics
     same((went_on, summed), (state, metrics))
-    np.testing.assert_allclose(state.params["w"][:, 0], by_hand(1)[0], rtol=1e-4)
+    np.testing.assert_allclose(np.ravel(state.params["w"]), by_hand(1)[0], rtol=1e-4)
 
 
 SCRIPT = """
@@ -255,9 +255,9 @@ def test_going_on_in_one_process(tmp_path):
                 raise Stop
             yield batch
 
-    given: dict[str, Any] = {"epochs": 3, "eval_step": EVALUATE, "validation": VALIDATION, "progress": False}
+    given: dict[str, Any] = {"epochs": 2, "eval_step": EVALUATE, "validation": VALIDATION, "progress": False}
     whole = jh.fit(start(), STEP, batches, **given)
-    given |= {"directory": tmp_path, "checkpoint_every": 2}
+    given |= {"directory": tmp_path, "checkpoint_every": 4}
     with pytest.raises(Stop):
         jh.fit(start(), STEP, dying, **given)
     seen = []
@@ -270,7 +270,7 @@ def test_going_on_in_one_process(tmp_path):
         again = jh.fit(start(), STEP, counting, **given)
         same((again.state, again.best), (whole.state, whole.best))
         assert again.history == whole.history
-    assert seen == [1, 2]
+    assert seen == [1]
 
 
 def stopping_at(epoch: int, batch: int, stop: type[BaseException]):
@@ -314,7 +314,7 @@ def test_patience_begins_with_validation_and_a_nan_is_no_progress(tmp_path, caps
         progress=False,
     )
     assert [np.isnan(line["validation/auc"]) for line in lost.history] == [True] * 3
-    np.testing.assert_allclose(lost.best.params["w"][:, 0], by_hand(1)[0], rtol=1e-4)
+    np.testing.assert_allclose(np.ravel(lost.best.params["w"]), by_hand(1)[0], rtol=1e-4)
 
 
 def test_another_metric_begins_anew(tmp_path):
@@ -334,10 +334,10 @@ def test_a_lost_loss_is_in_no_checkpoint(tmp_path):
     for bad in (spoiled, batches):
         if bad is spoiled:
             with pytest.raises(ValueError, match=r"loss of epoch 1 is nan(.|\n)*No checkpoint holds it"):
-                jh.fit(start(), STEP, bad, directory=tmp_path, checkpoint_every=1, progress=False)
+                jh.fit(start(), STEP, bad, directory=tmp_path, checkpoint_every=2, progress=False)
         else:
-            ended = jh.fit(start(), STEP, bad, directory=tmp_path, checkpoint_every=1, progress=False)
-            np.testing.assert_allclose(ended.state.params["w"][:, 0], by_hand(1)[0], rtol=1e-4)
+            ended = jh.fit(start(), STEP, bad, directory=tmp_path, checkpoint_every=2, progress=False)
+            np.testing.assert_allclose(np.ravel(ended.state.params["w"]), by_hand(1)[0], rtol=1e-4)
 
 
 def test_without_tqdm_there_is_no_bar(monkeypatch):

@@ -16,7 +16,6 @@ from fractions import Fraction
 from typing import Any
 
 import devices
-import host_merge
 import host_worker
 import jax
 import jax.numpy as jnp
@@ -89,8 +88,13 @@ def check_trained(found: list[Any], names: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return together("everything", tmp_path_factory.mktemp("hosts"))[0]
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hosts")
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return together("everything", folder)[0]
 
 
 def test_two_processes_train_as_one(found):
@@ -103,16 +107,21 @@ def test_two_processes_train_other_heads_as_one(tmp_path):
     check_trained(together(",".join(names), tmp_path)[0], names)
 
 
+@functools.cache
+def evaluation(name: str) -> Any:
+    """What measures padded rows of one process, compiled once."""
+    entry = devices.entry_of(name)
+    step, state = jax.jit(jh.make_eval_step(entry.head, devices.network)), devices.first_state(entry)
+    return lambda part: step(state, jh.pad_batch(part, host_worker.SIZE)).metrics
+
+
 def measured(name: str, counts: tuple[int, int]) -> jh.Metrics:
     """The rows of both processes, in one."""
-    entry = devices.entry_of(name)
-    step, state = jh.make_eval_step(entry.head, devices.network), devices.first_state(entry)
-    parts = [
-        rows(batch, own)
+    return jh.Metrics.merge(
+        evaluation(name)(rows(batch, own))
         for own, n in zip(host_worker.OWN, counts, strict=True)
-        for batch in devices.batches_of(entry)[:n]
-    ]
-    return jh.Metrics.merge(step(state, part).metrics for part in parts)
+        for batch in devices.batches_of(devices.entry_of(name))[:n]
+    )
 
 
 @pytest.mark.parametrize(("case", "counts"), [("uneven", (3, 1)), ("none in one", (0, 2))])
@@ -181,18 +190,15 @@ def test_both_killed_in_an_epoch_go_on(tmp_path):
         same(one, other)
 
 
-def test_a_parent_without_a_device_merges_what_processes_measured():
-    command = [sys.executable, str(TESTS / "host_merge.py")]
+def test_a_process_without_a_device_merges_what_others_measured(found, folder):
+    """It gets the states as files, and starts no backend; its values are those of a merge here, to the last bit."""
+    command = [sys.executable, str(TESTS / "host_merge.py"), *map(str, sorted(folder.glob("own_*.pickle")))]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", **programs.environment()}
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
     told = json.loads(run.stdout)
     assert told["has_backend"] is False
-    drawn = [host_merge.draw(part) for part in range(host_merge.PARTS)]
-    every = {key: np.concatenate([part[key] for part in drawn]) for key in drawn[0]}
-    expected = devices.entry_of("binary").expected_metrics(**every)
-    merged = jh.Metrics.merge(host_merge.measure(part) for part in range(host_merge.PARTS))
-    check_values(merged, expected)
+    merged = jh.Metrics.merge(metrics for one in found for metrics in one["own"])
     assert told["values"] == {key: float(value) for key, value in merged.compute(bounds=True).items()}
 
 
@@ -286,7 +292,7 @@ def test_merge_refuses_what_does_not_add():
     with pytest.raises(ValueError, match="regularization"):
         jh.Metrics.merge([one, HEAD.metrics([])])
     with pytest.raises(ValueError, match=r"leading axes. Given \[\(\), \(3,\)\]"):
-        jh.Metrics.merge([one, dataclasses.replace(one, state=jnp.stack([one.state] * 3))])
+        jh.Metrics.merge([one, dataclasses.replace(one, state=np.stack([one.state] * 3))])
     with pytest.raises(ValueError, match="does not fit its head"):
         jh.Metrics.merge([one, dataclasses.replace(one, state=np.zeros((99, 2), np.float32))])
     with pytest.raises(ValueError, match="outside jit"):
@@ -302,7 +308,8 @@ def test_leading_axes_are_kept():
     ]
     merged = jh.Metrics.merge(parts)
     np.testing.assert_array_equal(total(merged), np.broadcast_to([[1], [5], [9]], (3, np.shape(zero.state)[0])))
-    measured = jax.vmap(lambda y: HEAD.measure(labels=y, logits=jnp.zeros((4, 1))))(jnp.arange(8.0).reshape(2, 4, 1))
+    labels, logits = np.arange(8, dtype=np.float32).reshape(2, 4, 1), np.zeros((4, 1), np.float32)
+    measured = jax.jit(jax.vmap(lambda y: HEAD.measure(labels=y, logits=logits)))(labels)
     got = jh.Metrics.merge([measured, measured]).compute()
     np.testing.assert_allclose(got["label/mean"], [1.5, 5.5])
 

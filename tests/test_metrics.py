@@ -56,17 +56,18 @@ def test_a_head_may_keep_two_histograms():
 
 
 def test_the_mend_is_for_the_histogram_that_is_too_coarse():
-    labels = np.array([[1, 1], [0, 0]])
-    logits = np.array([[1, 5.001], [-1, 5.002]], np.float32)
-    text = repr(TwoScoresHead().measure(labels, logits))
-    assert "auc/b in [0, 1]" in text
-    assert "auc/a in" not in text
+    labels = np.array([[1, 1], [0, 0]] * 2)
+    logits = np.array([[1, 5.001], [-1, 5.002]] * 2, np.float32)
+    text = repr(TwoScoresHead(name="t").measure(labels, logits))
+    assert "auc/b/t in [0, 1]" in text
+    assert "auc/a/t in" not in text
     grid = eval(text.partition("bins=")[2].partition(";")[0], {"jh": jh})
     assert 4.9 < grid.low < 5.001 < 5.002 < grid.high < 5.1
 
 
 def test_all_scores_equal_is_an_auc_of_one_half():
-    metrics = jh.BinaryClassHead().measure(labels=[0, 1, 1], logits=jnp.full((3, 1), 0.7))
+    logits = np.full((4, 1), 0.7, np.float32)
+    metrics = jh.BinaryClassHead().measure([0, 1, 1, 1], logits, weights=np.ones(4))
     assert metrics.compute()["auc"] == 0.5
     assert "equal no grid can tell apart" in repr(metrics)
 
@@ -92,6 +93,23 @@ def hinge(labels, logits):
     return jnp.maximum(0.0, 1.0 - (2.0 * labels - 1.0) * logits)
 
 
+@functools.cache
+def spread_over_devices(way):
+    """`(labels, logits, weights) -> metrics` of rows on eight devices, by `jit` or by `shard_map`."""
+    mesh, head = jax.make_mesh((8,), ("d",)), jh.BinaryClassHead()
+    rows = NamedSharding(mesh, PartitionSpec("d"))
+
+    def measure(y, z, w):
+        metrics = head.measure(y, z, weights=w)
+        return metrics if way == "jit" else metrics.psum("d")
+
+    step = measure
+    if way == "shard_map":
+        step = jax.shard_map(measure, mesh=mesh, in_specs=PartitionSpec("d"), out_specs=PartitionSpec())
+    step = jax.jit(step)
+    return lambda *batch: step(*jax.device_put(batch, rows))
+
+
 @pytest.mark.parametrize("spread", [0.0, 0.05, 2.0])
 @pytest.mark.parametrize("rows", [1000, pytest.param(2**20, marks=pytest.mark.slow)])
 def test_fractional_weights_in_few_buckets_do_not_drift(rows, spread):
@@ -102,19 +120,11 @@ def test_fractional_weights_in_few_buckets_do_not_drift(rows, spread):
     weights = np.where(rng.random((rows, 1)) < 0.5, np.float32(0.1), np.float32(0.3))
     expected = decided_by_hand(labels, logits, weights)
     area = roc_auc_score(labels[:, 0], logits[:, 0], sample_weight=weights[:, 0].astype(np.float64))
-    mesh = jax.make_mesh((8,), ("d",))
-    sharding = NamedSharding(mesh, PartitionSpec("d"))
-    sharded = jax.device_put((labels, logits, weights), sharding)
-    head, whole = jh.BinaryClassHead(), jh.BinaryClassHead(loss_fn=hinge)
-
-    def mapped(y, z, w):
-        return head.measure(y, z, weights=w).psum("d")
-
     for metrics in (
-        head.measure(labels, logits, weights=weights),
-        whole.measure(labels, logits, weights=weights),
-        jax.jit(lambda y, z, w: head.measure(y, z, weights=w))(*sharded),
-        jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=PartitionSpec("d"), out_specs=PartitionSpec()))(*sharded),
+        jh.BinaryClassHead().measure(labels, logits, weights=weights),
+        jh.BinaryClassHead(loss_fn=hinge).measure(labels, logits, weights=weights),
+        spread_over_devices("jit")(labels, logits, weights),
+        spread_over_devices("shard_map")(labels, logits, weights),
     ):
         values = metrics.compute(bounds=True)
         for key, value in expected.items():
@@ -130,17 +140,27 @@ def test_weights_of_any_size(weight):
     np.testing.assert_allclose([values["accuracy"], values["auc"]], [1.75 / 2.75, 1.0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("bins", [jh.LogitGrid(), jh.LogitGrid(n=20_000), jh.ThresholdGrid(200)], ids=repr)
+@pytest.mark.parametrize(
+    "bins",
+    [jh.LogitGrid(), pytest.param(jh.LogitGrid(n=20_000), marks=pytest.mark.slow), jh.ThresholdGrid(200)],
+    ids=repr,
+)
 @pytest.mark.parametrize("rows", [5, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_compute_inside_jit_is_compute_outside(rows, bins):
     rng = np.random.default_rng(6)
-    head = jh.BinaryClassHead(bins=bins, thresholds=(0.1, 0.3, 0.5))
+    head = jh.BinaryClassHead(bins=bins, thresholds=(0.1, 0.5))
     labels = rng.integers(0, 2, rows)
     logits = (2 * rng.standard_normal((rows, 1)) + labels[:, None]).astype(np.float32)
-    measured = head.measure(labels, logits, weights=rng.random(rows).astype(np.float32))
-    outside = (head.metrics() + measured).compute(bounds=True)
-    for metrics in (measured, head.metrics() + measured):
-        inside = jax.jit(lambda metrics: metrics.compute(bounds=True))(metrics)
+    weights = rng.random(rows).astype(np.float32)
+
+    @jax.jit
+    def measure(zero, weights):
+        measured = head.measure(labels, logits, weights=weights)
+        return measured, [metrics.compute(bounds=True) for metrics in (measured, zero + measured)]
+
+    measured, computed = jax.device_get(measure(head.metrics(), weights))
+    outside = measured.compute(bounds=True)
+    for inside in computed:
         assert set(inside) == set(outside)
         for key, value in outside.items():
             np.testing.assert_allclose(inside[key], value, atol=5e-7, err_msg=key)
@@ -217,8 +237,8 @@ def test_scores_without_a_summary_have_their_areas():
 
 def test_metrics_of_other_leading_axes_do_not_add():
     head = jh.RegressionHead()
-    one = head.measure([1.0], jnp.ones((1, 1)))
-    stacked = {n: dataclasses.replace(one, state=jnp.stack([one.state] * n)) for n in (1, 3)}
+    one = head.measure([1.0], np.ones((1, 1)))
+    stacked = {n: dataclasses.replace(one, state=np.stack([one.state] * n)) for n in (1, 3)}
     with pytest.raises(ValueError, match=r"\(3,\) and \(1,\)"):
         _ = stacked[3] + stacked[1]
     assert (head.metrics() + stacked[3]).compute()["average_loss"].shape == (3,)
@@ -252,10 +272,10 @@ class _named:
 
 def test_a_state_that_does_not_fit_its_head_is_refused():
     """A checkpoint that another configuration has written."""
-    labels, logits = [0, 1], jnp.array([[0.5], [1.0]])
+    labels, logits = [0, 1], np.array([[0.5], [1.0]], np.float32)
     head, other = jh.BinaryClassHead(), jh.BinaryClassHead(thresholds=(0.3,))
     for one, two in ((head, other), (other, head)):
-        wrong = dataclasses.replace(one.metrics(), state=two.measure(labels, logits).state)
+        wrong = dataclasses.replace(one.metrics(), state=two.metrics().state)
         for use in (
             wrong.compute,
             lambda wrong=wrong: wrong + wrong,
@@ -280,7 +300,7 @@ def test_metrics_of_more_than_one_value_are_printed():
         def summarize(self, seen):
             return {"each": seen["a"].xp.stack([seen["a"].mean, seen["b"].mean])}
 
-    metrics = PerTargetHead().measure(jnp.zeros((2, 2)), jnp.array([[1.0, 5.0], [1.0, 7.0]]))
+    metrics = PerTargetHead().measure(np.zeros((2, 2)), np.array([[1.0, 5.0], [1.0, 7.0]]))
     assert metrics.compute()["each"].tolist() == [1, 6]
     assert "each          [1. 6.]" in repr(metrics)
 
@@ -292,7 +312,7 @@ def test_metrics_of_any_number_of_rows_are_exported():
     (n,) = export.symbolic_shape("n")
     labels, logits = jax.ShapeDtypeStruct((n, 1), jnp.int32), jax.ShapeDtypeStruct((n, 1), jnp.float32)
     exported = export.export(jax.jit(lambda y, z: head.measure(y, z).state))(labels, logits)
-    labels, logits = jnp.array([[1], [0], [1]]), jnp.array([[1.0], [-1.0], [0.5]])
+    labels, logits = np.array([[1], [0], [1]], np.int32), np.array([[1.0], [-1.0], [0.5]], np.float32)
     np.testing.assert_array_equal(exported.call(labels, logits), head.measure(labels, logits).state)
 
 
@@ -316,7 +336,8 @@ def test_scores_next_to_zero_are_printed_and_the_mend_mends(bins, signs):
 
 def test_a_bad_label_beside_a_nan_logit_is_left_out():
     head = jh.BinaryClassHead()
-    labels, logits = jnp.array([1.0, 0.0, 7.0]), jnp.array([[1.0], [-1.0], [jnp.nan]])
+    labels, logits = np.array([1, 0, 7], np.float32), np.array([[1.0], [-1.0], [np.nan]], np.float32)
+    labels, logits = jax.device_put((labels, logits))  # on the device nothing is refused
     with jax.debug_nans(True):
         metrics = head.measure(labels, logits)
     with pytest.warns(jh.BadInputWarning, match="1 elements"):
@@ -325,15 +346,17 @@ def test_a_bad_label_beside_a_nan_logit_is_left_out():
 
 def test_metrics_pass_no_gradient_on():
     head = jh.BinaryClassHead()
-    labels = jnp.array([1.0, 0.0])
+    labels = np.array([1, 0], np.float32)
 
     def loss(logits):
         metrics = head.measure(labels, logits, weights=logits[:, 0] ** 2)
         return head.loss(labels, logits) + metrics.state.sum(), metrics
 
-    logits = jnp.array([[1.0], [-1.0]])
-    gradient, _ = jax.grad(loss, has_aux=True)(logits)
-    np.testing.assert_array_equal(gradient, jax.grad(lambda z: head.loss(labels, z))(logits))
+    @jax.jit
+    def gradients(logits):
+        return jax.grad(loss, has_aux=True)(logits)[0], jax.grad(lambda z: head.loss(labels, z))(logits)
+
+    np.testing.assert_array_equal(*gradients(np.array([[1.0], [-1.0]], np.float32)))
 
 
 class CountedHead(jh.Head):
@@ -354,13 +377,18 @@ def test_the_last_axis_may_be_sharded(axes):
     put = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("a", "b")))
     rows = jax.device_put(weights, NamedSharding(mesh, PartitionSpec("a")))
     squares, counts = (labels - logits).astype(np.float64) ** 2, np.where(labels > 0, 2.0, 1.0)
-    for head, expected in (
-        (jh.RegressionHead(8, loss_reduction="mean"), np.average(squares.mean(-1), weights=weights[:, 0])),
-        (CountedHead(loss_reduction="mean"), (weights * squares).sum() / (weights * counts).sum()),
-    ):
-        got = jax.jit(lambda y, z, w, head=head: head.measure(y, z, weights=w))(put(labels), put(logits), rows)
-        loss = jax.jit(lambda y, z, w, head=head: head.loss(y, z, weights=w))(put(labels), put(logits), rows)
-        np.testing.assert_allclose([got.compute()["average_loss"], loss], expected, rtol=1e-6)
+    heads = {
+        jh.RegressionHead(8, loss_reduction="mean"): np.average(squares.mean(-1), weights=weights[:, 0]),
+        CountedHead(loss_reduction="mean"): (weights * squares).sum() / (weights * counts).sum(),
+    }
+
+    @jax.jit
+    def measure(y, z, w):
+        return [(head.measure(y, z, weights=w), head.loss(y, z, weights=w)) for head in heads]
+
+    found = measure(put(labels), put(logits), rows)
+    for (metrics, loss), expected in zip(found, heads.values(), strict=True):
+        np.testing.assert_allclose([metrics.compute()["average_loss"], loss], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("range_", [(-3e38, 3e38), (0, np.inf), (1, 1), (2, 1), (np.nan, 1)])

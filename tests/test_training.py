@@ -166,7 +166,8 @@ def test_micro_batches_under_learned_weights():
     value, gradient = by_differences(loss, {"params": params, "head": head_params})
     optimizer = optax.sgd(RATE)
     for micro_batches in (1, 6):
-        step = jax.jit(jh.make_train_step(UNCERTAIN, linear, optimizer, micro_batches=micro_batches))
+        made = jh.make_train_step(UNCERTAIN, linear, optimizer, micro_batches=micro_batches, with_metrics=False)
+        step = jax.jit(made)
         state, out = step(created(UNCERTAIN, params, optimizer), batch)
         np.testing.assert_allclose(out.loss, value, rtol=2e-5)
         close(state.params["w"], params["w"] - RATE * gradient["params"]["w"])
@@ -211,15 +212,17 @@ def test_running_state_moves_with_every_batch():
     rng = np.random.default_rng(2)
     x, labels = rng.normal(size=(N, INPUTS)).astype(np.float32), rng.integers(0, 2, N)
     where = np.arange(N) >= 5
+    evaluate = jax.jit(jh.make_eval_step(head, linear))
     for micro_batches in (1, 3):
-        step = jax.jit(jh.make_train_step(head, linear, optimizer, micro_batches=micro_batches))
+        made = jh.make_train_step(head, linear, optimizer, micro_batches=micro_batches, with_metrics=False)
+        step = jax.jit(made)
         state = created(head, {"w": np.zeros((INPUTS, 1), np.float32)}, optimizer)
         for _ in range(2):
             state, _ = step(state, {"features": {"x": x}, "labels": labels, "where": where})
         positives, seen = np.asarray(state.head_state["counts"], np.float64).sum(-1)
         assert (positives, seen) == (1 + 2 * labels[5:].sum(), 2 + 2 * (N - 5))
         # Evaluation reads it and leaves it alone.
-        out = jax.jit(jh.make_eval_step(head, linear))(state, {"features": {"x": x}, "labels": labels})
+        out = evaluate(state, {"features": {"x": x}, "labels": labels})
         z = x.astype(np.float64) @ np.asarray(state.params["w"], np.float64) + np.log(positives / (seen - positives))
         np.testing.assert_allclose(out.loss, (np.logaddexp(0, z[:, 0]) - labels * z[:, 0]).mean(), rtol=1e-5)
 
@@ -240,8 +243,13 @@ def network_apply(params, features, *, train, model_state, rngs):
     return Network().apply(variables, features["x"], train=True, mutable=list(model_state), rngs=rngs)
 
 
+@functools.cache
+def network_variables() -> Any:
+    return jax.jit(lambda: Network().init(jax.random.key(1), jnp.zeros((1, INPUTS)), train=False))()
+
+
 def network_state(optimizer: Any) -> jh.TrainState:
-    variables = Network().init(jax.random.key(1), jnp.zeros((1, INPUTS)), train=False)
+    variables = network_variables()
     statistics = {"batch_stats": variables["batch_stats"]}
     return created(jh.RegressionHead(), variables["params"], optimizer, model_state=statistics)
 
@@ -251,23 +259,23 @@ def test_batch_statistics_and_dropout_are_carried():
     rng = np.random.default_rng(3)
     x, labels = rng.normal(2, 3, size=(N, INPUTS)).astype(np.float32), rng.normal(size=N).astype(np.float32)
     batch = {"features": {"x": x}, "labels": labels}
-    step: Any = jax.jit(jh.make_train_step(head, network_apply, optimizer))
+    step: Any = jax.jit(jh.make_train_step(head, network_apply, optimizer, with_metrics=False))
     first, out = step(network_state(optimizer), batch)
     statistics: Any = first.model_state["batch_stats"]["BatchNorm_0"]
     np.testing.assert_allclose(statistics["mean"], 0.25 * x.mean(0), rtol=1e-5)
     np.testing.assert_allclose(statistics["var"], 0.75 + 0.25 * x.astype(np.float64).var(0), rtol=1e-5)
     second, again = step(first, batch)
     # Nothing was learned: only another dropout makes another loss; and the same state makes the same one.
-    assert out.loss != again.loss
-    assert step(network_state(optimizer), batch)[1].loss == out.loss
+    losses = [float(each.loss) for each in (out, again, step(network_state(optimizer), batch)[1])]
+    assert losses[0] == losses[2] != losses[1]
     assert step._cache_size() == 1
     kernel, bias = (np.asarray(second.params["Dense_0"][k], np.float64) for k in ("kernel", "bias"))
     mean, var = (np.asarray(second.model_state["batch_stats"]["BatchNorm_0"][k], np.float64) for k in ("mean", "var"))
-    predicted = jh.make_predict_step(head, network_apply)(second, {"features": {"x": x}})["predictions"]
+    predict, evaluate = jh.make_predict_step(head, network_apply), jh.make_eval_step(head, network_apply)
+    predictions, evaluated = jax.jit(lambda state: (predict(state, batch), evaluate(state, batch).loss))(second)
     expected = (x - mean) / np.sqrt(var + 1e-5) @ kernel + bias
-    np.testing.assert_allclose(predicted, expected, rtol=1e-4, atol=1e-5)
-    evaluated = jh.make_eval_step(head, network_apply)(second, batch)
-    np.testing.assert_allclose(evaluated.loss, ((expected[:, 0] - labels) ** 2).mean(), rtol=1e-4)
+    np.testing.assert_allclose(predictions["predictions"], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(evaluated, ((expected[:, 0] - labels) ** 2).mean(), rtol=1e-4)
 
 
 def test_devices_average_statistics_and_drop_apart():
@@ -275,30 +283,30 @@ def test_devices_average_statistics_and_drop_apart():
     rng = np.random.default_rng(4)
     x = np.tile(rng.normal(size=(4, INPUTS)).astype(np.float32), (8, 1))
     batch = {"features": {"x": x}, "labels": np.zeros(32, np.float32)}
-    step = jh.make_train_step(head, network_apply, optimizer, axis_name="d")
+    step = jh.make_train_step(head, network_apply, optimizer, axis_name="d", with_metrics=False)
     mesh, specs = jax.make_mesh((8,), ("d",)), PartitionSpec()
     mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(specs, PartitionSpec("d")), out_specs=specs))
     there = jax.device_put(network_state(optimizer), NamedSharding(mesh, specs))
     state, out = mapped(there, jax.device_put(batch, NamedSharding(mesh, PartitionSpec("d"))))
     np.testing.assert_allclose(state.model_state["batch_stats"]["BatchNorm_0"]["mean"], 0.25 * x.mean(0), rtol=1e-5)
     # The same four rows on each device: with the same dropout the loss would be that of one device.
-    alone = jax.jit(jh.make_train_step(head, network_apply, optimizer))
+    alone = jax.jit(jh.make_train_step(head, network_apply, optimizer, with_metrics=False))
     small = {"features": {"x": x[:4]}, "labels": np.zeros(4, np.float32)}
-    assert out.loss != alone(network_state(optimizer), small)[1].loss
+    assert float(out.loss) != float(alone(network_state(optimizer), small)[1].loss)
 
 
 HEAD = jh.RegressionHead()
 
 
 def steps_of(optimizer: Any, n: int = 1, **more: Any) -> list[tuple[jh.TrainState, Any]]:
-    head = jh.RegressionHead()
-    step = jax.jit(jh.make_train_step(head, more.pop("apply", linear), optimizer, **more))
-    state, done = created(head, {"w": np.full((INPUTS, 1), 0.5, np.float32)}, optimizer), []
+    """States and what was told, as NumPy; without metrics, if they are not asked for."""
+    step = jax.jit(jh.make_train_step(HEAD, more.pop("apply", linear), optimizer, **{"with_metrics": False, **more}))
+    state, done = created(HEAD, {"w": np.full((INPUTS, 1), 0.5, np.float32)}, optimizer), []
     x = np.eye(INPUTS, dtype=np.float32)
     for _ in range(n):
         state, out = step(state, {"features": {"x": x}, "labels": np.array([1.0, 2.0, 3.0], np.float32)})
         done.append((state, out))
-    return done
+    return jax.device_get(done)
 
 
 # Of x = the identity and labels (1, 2, 3) at w = 0.5: the gradient of the mean of (w - y)^2.
@@ -315,24 +323,19 @@ def test_optimizers_get_what_they_want():
     with mixed_dtypes():
         assert [float(state.opt_state[1].scale) for state, _ in steps_of(plateau, 4)] == [1.0, 1.0, 0.5, 0.5]
 
-    seen = {}
+    def update(updates, state, params=None, **seen):
+        return updates, seen
 
-    def update(updates, state, params=None, **extra):
-        seen.update(extra)
-        return updates, state
-
-    optimizer = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-    with jax.disable_jit():
-        steps_of(optimizer)
-    np.testing.assert_allclose(seen["value"], ((0.5 - np.array([1, 2, 3])) ** 2).mean(), rtol=1e-6)
-    np.testing.assert_allclose(seen["grad"]["w"], GRADIENT, rtol=1e-6)
+    optimizer = optax.GradientTransformationExtraArgs(lambda params: {"value": np.float32(0), "grad": params}, update)
+    ((state, _),) = steps_of(optimizer)
+    np.testing.assert_allclose(state.opt_state["value"], ((0.5 - np.array([1, 2, 3])) ** 2).mean(), rtol=1e-6)
+    np.testing.assert_allclose(state.opt_state["grad"]["w"], GRADIENT, rtol=1e-6)
 
 
 def test_regularization_is_added_once():
     for micro_batches in (1, 3):
-        ((state, out),) = steps_of(
-            optax.sgd(RATE), micro_batches=micro_batches, regularization_fn=lambda p: 0.1 * jnp.sum(p["w"] ** 2)
-        )
+        given = {"micro_batches": micro_batches, "regularization_fn": lambda p: 0.1 * jnp.sum(p["w"] ** 2)}
+        ((state, out),) = steps_of(optax.sgd(RATE), with_metrics=True, **given)
         np.testing.assert_allclose(out.loss, ((0.5 - np.array([1, 2, 3])) ** 2).mean() + 0.1 * 0.75, rtol=1e-6)
         np.testing.assert_allclose(state.params["w"], 0.5 - RATE * (GRADIENT + 0.1), rtol=1e-6)
         np.testing.assert_allclose(out.metrics.compute()["regularization_loss"], 0.075, rtol=1e-6)
@@ -370,7 +373,8 @@ class ConstantHead(jh.Head):
 
 
 def test_what_a_head_makes_is_copied_too():
-    step = jax.jit(jh.make_train_step(ConstantHead(), linear, optax.sgd(RATE)), donate_argnums=0)
+    made = jh.make_train_step(ConstantHead(), linear, optax.sgd(RATE), with_metrics=False)
+    step = jax.jit(made, donate_argnums=0)
     state = created(ConstantHead(), {"w": np.ones((INPUTS, 1), np.float32)}, optax.sgd(RATE))
     state, _ = step(state, {"features": {"x": np.eye(INPUTS, dtype=np.float32)}, "labels": np.zeros(INPUTS)})
     assert CONSTANT[0] == 1
@@ -382,11 +386,11 @@ def test_many_micro_batches_of_bfloat16_parameters_add_up():
     """512 gradients of 1 / 512 each, that bfloat16 would add up to 1 / 2."""
     n = 512
     batch = {"features": {"x": np.ones((n, 1), jnp.bfloat16)}, "labels": np.full(n, -0.5, np.float32)}
-    step = jax.jit(jh.make_train_step(HEAD, linear, optax.sgd(1.0), micro_batches=n))
+    step = jax.jit(jh.make_train_step(HEAD, linear, optax.sgd(1.0), micro_batches=n, with_metrics=False))
     with mixed_dtypes():
-        state, _ = step(created(HEAD, {"w": jnp.zeros((1, 1), jnp.bfloat16)}, optax.sgd(1.0)), batch)
+        state, _ = step(created(HEAD, {"w": np.zeros((1, 1), jnp.bfloat16)}, optax.sgd(1.0)), batch)
     assert state.params["w"].dtype == jnp.bfloat16
-    assert float(state.params["w"][0, 0]) == -1.0
+    assert state.params["w"].tolist() == [[-1.0]]
 
 
 def test_keys_are_there_in_micro_batches_too():
@@ -414,28 +418,34 @@ def test_a_state_of_its_own_arrays():
     """Optimizers that keep the parameters share their buffers, which could not be donated twice."""
     mine = {"w": jnp.full((INPUTS, 1), 0.5)}
     optimizer, head = optax.GradientTransformation(lambda params: params, keep_parameters), HEAD
-    step = jax.jit(jh.make_train_step(head, linear, optimizer), donate_argnums=0)
+    step = jax.jit(jh.make_train_step(head, linear, optimizer, with_metrics=False), donate_argnums=0)
     state = created(head, mine, optimizer)
     state, _ = step(state, {"features": {"x": np.eye(INPUTS, dtype=np.float32)}, "labels": np.ones(INPUTS)})
-    assert (mine["w"] == 0.5).all()
+    np.testing.assert_array_equal(mine["w"], np.full((INPUTS, 1), 0.5))
     weak = created(head, {"w": 0.5, "b": jnp.full((), 0.5)}, optax.sgd(RATE))
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(weak.params))
 
 
-@pytest.mark.parametrize("lead", [(), (4,)])
-def test_padded_rows_do_not_exist(lead):
-    for name in ("binary", "survival", "multi_head", "sequential"):
-        entry = next(entry for entry in ZOO if entry.name == name)
-        rng = np.random.default_rng(5)
-        x = rng.normal(size=(5, *lead, INPUTS)).astype(np.float32)
-        w = rng.normal(size=(INPUTS, entry.head.logits_dimension)).astype(np.float32)
-        labels = entry.labels(rng, (5, *lead))
-        padded = jh.pad_batch({"features": {"x": x}, "labels": labels}, 8)
-        assert padded["where"].shape == (8,)
-        state = created(entry.head, {"w": w}, optax.sgd(RATE))
-        out = jax.jit(jh.make_eval_step(entry.head, linear))(state, padded)
-        expected = entry.expected_loss(labels, x.astype(np.float64) @ w)
-        np.testing.assert_allclose(out.loss, expected, rtol=2e-5)
+@pytest.mark.parametrize(
+    ("name", "lead"),
+    [
+        pytest.param(name, lead, marks=[] if quick == bool(lead) else pytest.mark.slow)
+        for name, quick in (("binary", False), ("survival", False), ("multi_head", True), ("sequential", True))
+        for lead in ((), (4,))
+    ],
+)
+def test_padded_rows_do_not_exist(name, lead):
+    entry = next(entry for entry in ZOO if entry.name == name)
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(5, *lead, INPUTS)).astype(np.float32)
+    w = rng.normal(size=(INPUTS, entry.head.logits_dimension)).astype(np.float32)
+    labels = entry.labels(rng, (5, *lead))
+    padded = jh.pad_batch({"features": {"x": x}, "labels": labels}, 8)
+    assert padded["where"].shape == (8,)
+    state = created(entry.head, {"w": w}, optax.sgd(RATE))
+    out = jax.jit(jh.make_eval_step(entry.head, linear))(state, padded)
+    expected = entry.expected_loss(labels, x.astype(np.float64) @ w)
+    np.testing.assert_allclose(out.loss, expected, rtol=2e-5)
 
 
 def test_padding_keeps_masks_and_refuses_what_does_not_fit():
@@ -476,7 +486,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"micro_batches.*Given 0"):
         make(linear, optimizer, micro_batches=0)
     with pytest.raises(ValueError, match=r"micro_batches=3 must divide(.|\n)*\(4, 3\)|\(4,\)"):
-        make(linear, optimizer, micro_batches=3)(state, good)
+        jax.eval_shape(make(linear, optimizer, micro_batches=3), state, good)
     for batch, match in (
         ({"features": x}, r"keys \['features', 'labels'\]"),
         ({**good, "w": x}, r"none but.*'w'"),
@@ -485,22 +495,22 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ValueError, match=match):
             make(linear, optimizer)(state, batch)  # pyright: ignore[reportArgumentType]  # what is tested
     with pytest.raises(ValueError, match="provide labels"):
-        make(linear, optimizer)(state, {**good, "labels": None})
-    with_state = dataclasses.replace(state, model_state={"mean": jnp.zeros(2)})
+        jax.eval_shape(make(linear, optimizer), state, {**good, "labels": None})
+    with_state = dataclasses.replace(state, model_state={"mean": np.zeros(2, np.float32)})
     with pytest.raises(ValueError, match="no argument of that name"):
-        make(linear, optimizer)(with_state, good)
+        jax.eval_shape(make(linear, optimizer), with_state, good)
+    wider = make(lambda params, features, model_state: (linear(params, features), {"mean": jnp.zeros(3)}), optimizer)
     for given in (state, with_state):
         with pytest.raises(ValueError, match=r"same structure(.|\n)*float32\[3\]"):
-            make(lambda params, features, model_state: (linear(params, features), {"mean": jnp.zeros(3)}), optimizer)(
-                given, good
-            )
+            jax.eval_shape(wider, given, good)
+    without = make(lambda params, features, model_state: linear(params, features), optimizer)
     with pytest.raises(ValueError, match=r"must return \(logits, model_state\)(.|\n)*would be lost"):
-        make(lambda params, features, model_state: linear(params, features), optimizer)(with_state, good)
+        jax.eval_shape(without, with_state, good)
     for owned in ({"top": {"learned": {"cuts": np.zeros(3)}}}, {"learned": {"cuts": {"value": np.zeros(3)}}}):
         with pytest.raises(ValueError, match="owns_head=False"):
             created(OrdinalHead(4), owned, optimizer)
     with pytest.raises(ValueError, match="Given 3 values"):
-        make(lambda params, features: (1, 2, 3), optimizer)(state, good)
+        jax.eval_shape(make(lambda params, features: (1, 2, 3), optimizer), state, good)
     with pytest.raises(ValueError, match=r"params must be a pytree of arrays. Given a str at \['w'\]"):
         created(head, {"w": "x"}, optimizer)
 
@@ -514,12 +524,14 @@ def test_a_head_that_learns_shares_the_optimizer():
     batch, params = draw(next(entry for entry in ZOO if entry.name == "ordinal"))
     state = created(head, params, optimizer)
     assert jax.tree.structure(state.trainable) == jax.tree.structure({"params": {"w": 0}, "head": {"cuts": 0}})
-    after, _ = jax.jit(jh.make_train_step(head, linear, optimizer))(state, batch)
+    after, _ = jax.jit(jh.make_train_step(head, linear, optimizer, with_metrics=False))(state, batch)
     close(after.head_params, head.init(jax.random.split(KEY)[0]), rtol=0, atol=0)
-    assert (after.params["w"] != params["w"]).all()
+    assert (np.asarray(after.params["w"]) != params["w"]).all()
 
 
-@pytest.mark.parametrize("name", ["binary", "multi_class", "multi_head"])
+@pytest.mark.parametrize(
+    "name", ["multi_class", *(pytest.param(name, marks=pytest.mark.slow) for name in ("binary", "multi_head"))]
+)
 def test_a_step_costs_what_one_by_hand_costs(name):
     entry = next(entry for entry in ZOO if entry.name == name)
     batch, params = draw(entry, 64)

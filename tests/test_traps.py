@@ -1,7 +1,6 @@
 """Traps measured in other libraries, each with the answer that is right. The trap is the test's name."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ def f32(values: Any) -> np.ndarray:
 
 def average(values: Any, **kwargs) -> jh.Metrics:
     """The metrics whose `label/mean` is the mean of some values."""
-    return MSE.measure(labels=values, logits=jnp.zeros(values.shape), **kwargs)
+    return MSE.measure(labels=values, logits=np.zeros(values.shape, np.float32), **kwargs)
 
 
 def test_half_weights_are_not_cast_to_int():
@@ -34,11 +33,11 @@ def test_half_weights_are_not_cast_to_int():
     head = jh.BinaryClassHead()
     right = head.measure(labels=[1, 1], logits=column(2, 2), weights=[0.5, 0.5])
     assert right.compute()["accuracy"] == 1.0
-    wrong = head.measure(labels=[1], logits=column(-2), weights=[1.0])
+    wrong = head.measure(labels=[1, 1], logits=column(-2, 2), weights=[1.0, 0.0])
     assert (right + wrong).compute()["accuracy"] == 0.5
     classes = jh.MultiClassHead(3)
     right = classes.measure(labels=[1, 1], logits=np.eye(3, dtype=np.float32)[[1, 1]], weights=[0.5, 0.5])
-    wrong = classes.measure(labels=[0], logits=np.eye(3, dtype=np.float32)[[1]])
+    wrong = classes.measure(labels=[0, 1], logits=np.eye(3, dtype=np.float32)[[1, 1]], weights=[1.0, 0.0])
     assert (right + wrong).compute()["accuracy"] == 0.5
 
 
@@ -82,15 +81,20 @@ def test_metrics_are_scan_carries():
     """metrax's `Average`, `Accuracy` and `AUCPR` change dtype or shape when merged."""
     heads = (MSE, jh.BinaryClassHead(thresholds=(0.5,)), jh.MultiClassHead(3))
     batches = ((column(1, 2), column(0, 0)), ([1, 0], column(1, 2)), ([1, 2], np.zeros((2, 3), np.float32)))
-    for head, (labels, logits) in zip(heads, batches, strict=True):
 
-        def body(metrics, _, head=head, labels=labels, logits=logits):
-            return metrics + head.measure(labels, logits), None
+    @jax.jit
+    def run():
+        ones = [head.measure(*batch) for head, batch in zip(heads, batches, strict=True)]
 
-        scanned, _ = jax.lax.scan(body, head.metrics(), length=3)
-        one = head.measure(labels, logits).compute()
+        def body(metrics, _):
+            return [a + b for a, b in zip(metrics, ones, strict=True)], None
+
+        return ones, jax.lax.scan(body, [head.metrics() for head in heads], length=3)[0]
+
+    for one, scanned in zip(*run(), strict=True):
+        expected = one.compute()
         for key, value in scanned.compute().items():
-            np.testing.assert_allclose(value, one[key], rtol=1e-6)
+            np.testing.assert_allclose(value, expected[key], rtol=1e-6)
 
 
 def test_two_metrics_live_beside_each_other_and_a_loss():
@@ -100,15 +104,15 @@ def test_two_metrics_live_beside_each_other_and_a_loss():
     @jax.jit
     def step(collection, loss):
         new = {
-            "a": auc.measure(jnp.array([1, 0]), jnp.array([[2.0], [1.0]])),
-            "c": classes.measure(jnp.array([2, 0]), jnp.eye(3)[:2]),
+            "a": auc.measure([1, 0], column(2, 1)),
+            "c": classes.measure([2, 0], np.eye(3, dtype=np.float32)[:2]),
             "loss": average(loss),
         }
         return {key: collection[key] + value for key, value in new.items()}
 
     collection = {"a": auc.metrics(), "c": classes.metrics(), "loss": MSE.metrics()}
     for loss in (1.0, 3.0):
-        collection = step(collection, jnp.array([[loss]]))
+        collection = step(collection, column(loss))
     values = {key: value for metrics in collection.values() for key, value in metrics.compute().items()}
     assert (values["auc/a"], values["accuracy/c"], values["label/mean"]) == (1.0, 0.0, 2.0)
 
@@ -119,9 +123,8 @@ def test_nan_in_a_masked_slot_is_dropped():
     for mask in masks:
         values = average(column(1, np.nan), **mask).compute()
         assert values["label/mean"] == values["average_loss"] == 1.0
-        loss, gradient = jax.value_and_grad(lambda z, mask=mask: MSE.loss(column(1, np.nan), z, **mask))(
-            column(0, np.nan)
-        )
+        step = jax.jit(jax.value_and_grad(lambda z, mask=mask: MSE.loss(column(1, np.nan), z, **mask)))
+        loss, gradient = step(column(0, np.nan))
         assert np.isfinite(loss)
         np.testing.assert_array_equal(np.isfinite(gradient), True)
         assert gradient[1] == 0
@@ -148,16 +151,16 @@ def test_rank_one_labels_never_make_a_matrix():
 
 def test_label_minus_one_is_not_the_last_class():
     """`optax.softmax_cross_entropy_with_integer_labels` takes it as such."""
-    head, logits = jh.MultiClassHead(3), f32([[0.0, 1.0, 2.0]])
+    head, logits, label = jh.MultiClassHead(3), f32([[0.0, 1.0, 2.0]]), jax.device_put(np.array([-1], np.int32))
     with pytest.raises(ValueError, match="-1"):
         head.loss([-1], logits)
     with pytest.raises(ValueError, match="-1"):
-        head.loss(jnp.array([-1]), logits, check=True)
-    loss, gradient = jax.jit(jax.value_and_grad(lambda z: head.loss(jnp.array([-1]), z)))(logits)
+        head.loss(label, logits, check=True)
+    loss, gradient = jax.jit(jax.value_and_grad(lambda z: head.loss(label, z)))(logits)
     assert np.isnan(loss)
     assert np.isnan(gradient).all()
     with pytest.warns(jh.BadInputWarning, match=r"\b1 element"):
-        assert np.isnan(head.measure(jnp.array([-1]), logits).compute()["accuracy"])
+        assert np.isnan(head.measure(label, logits).compute()["accuracy"])
 
 
 def test_swapped_labels_and_logits_are_refused():
@@ -181,22 +184,24 @@ def test_loss_and_average_loss_of_a_padded_batch_agree():
     labels, logits = rng.integers(0, 2, 8), rng.normal(size=(8, 1)).astype(np.float32)
     there = np.arange(8) < 3
     exact = (np.logaddexp(0, logits[:, 0].astype(np.float64)) - labels * logits[:, 0])[there].mean()
-    head = jh.BinaryClassHead()
-    np.testing.assert_allclose(head.loss(labels, logits, where=there), exact, rtol=1e-6)
-    np.testing.assert_allclose(head.measure(labels, logits, where=there).compute()["average_loss"], exact, rtol=1e-6)
     # With weights for a mask, the reduction that divides by them agrees too.
-    by_weight = dataclasses.replace(head, loss_reduction="mean")
-    weights = there.astype(np.float32)
-    np.testing.assert_allclose(by_weight.loss(labels, logits, weights=weights), exact, rtol=1e-6)
-    values = by_weight.measure(labels, logits, weights=weights).compute()
-    np.testing.assert_allclose(values["average_loss"], exact, rtol=1e-6)
+    head = jh.LogisticRegressionHead()
+    weights, by_weight = there.astype(np.float32), dataclasses.replace(head, loss_reduction="mean")
+
+    @jax.jit
+    def both(head, hiding):
+        return head.loss(labels, logits, **hiding), head.measure(labels, logits, **hiding)
+
+    for loss, measured in (both(head, {"where": there}), both(by_weight, {"weights": weights})):
+        np.testing.assert_allclose([loss, measured.compute()["average_loss"]], exact, rtol=1e-6)
 
 
 def test_a_float32_counter_does_not_stop():
     """2^24 - 3, and ten ones more, are 2^24 in plain float32."""
     assert np.float32(2**24) + np.float32(1) == np.float32(2**24)
     one = average(column(1))
-    metrics = dataclasses.replace(MSE.metrics(), state=MSE.metrics().state.at[:, 0].set(one.state[:, 0] * (2**24 - 3)))
+    state = np.asarray(one.state) * np.float32([2**24 - 3, 0])
+    metrics = dataclasses.replace(one, state=state)
     for _ in range(10):
         metrics = metrics + one
     # The weights of the mean of ones: as float32 the true number, 2^24 + 7, is 2^24 + 8.
@@ -209,13 +214,18 @@ def test_a_float32_counter_does_not_stop():
 
 def test_bfloat16_rows_are_counted_in_float32():
     """301 is not a bfloat16: ones that are counted in it are 300, or 302, or stop at 256."""
-    ones = jnp.ones((301, 1), jnp.bfloat16)
-    assert jnp.sum(ones, dtype=jnp.bfloat16) != 301
+    ones, zeros = np.ones((301, 1), jnp.bfloat16), np.zeros((301, 1), jnp.bfloat16)
     summed = dataclasses.replace(MSE, loss_reduction="sum")
-    assert summed.loss(jnp.zeros((301, 1), jnp.bfloat16), ones) == 301
-    assert summed.loss(jnp.zeros((301, 1), jnp.bfloat16), ones, weights=ones) == 301
     own = jh.RegressionHead(loss_fn=lambda labels, logits: jnp.ones_like(logits, jnp.bfloat16), loss_reduction="sum")
-    assert own.loss(jnp.zeros((301, 1)), ones) == 301
+
+    @jax.jit
+    def run(zeros, ones):
+        plain = jnp.sum(ones, dtype=jnp.bfloat16)
+        return plain, summed.loss(zeros, ones), summed.loss(zeros, ones, weights=ones), own.loss(zeros, ones)
+
+    plain, *losses = run(zeros, ones)
+    assert plain != 301
+    np.testing.assert_array_equal(losses, 301)
     metrics = average(ones, weights=ones)
     assert np.asarray(metrics.state).max() == 301
     assert metrics.compute()["label/mean"] == 1.0
@@ -230,23 +240,26 @@ def test_a_mean_per_device_then_a_mean_over_devices(way):
     w = np.ones((1, 1), np.float32)
     exact = 2 * np.where(where, (x.astype(np.float64) * w - y) * x, 0).sum() / where.sum()
 
-    def gradient(w, x, y, where, axis_name):
-        return jax.lax.pmean(jax.grad(lambda w: MSE.loss(y, x @ w, where=where, axis_name=axis_name))(w), "d")
+    def gradients(w, x, y, where):
+        losses = [
+            lambda w, axis_name=axis_name: MSE.loss(y, x @ w, where=where, axis_name=axis_name)
+            for axis_name in ("d", None)
+        ]
+        return [jax.lax.pmean(jax.grad(loss)(w), "d") for loss in losses]
 
-    def run(axis_name):
-        local = functools.partial(gradient, axis_name=axis_name)
-        if way == "pmap":
-            split = (value.reshape(4, 4, 1) for value in (x, y, where))
-            mapped = jax.pmap(local, "d", in_axes=(None, 0, 0, 0), devices=jax.devices()[:4])
-            return mapped(w, *split)[0]
+    if way == "pmap":
+        split = (value.reshape(4, 4, 1) for value in (x, y, where))
+        mapped = jax.pmap(gradients, "d", in_axes=(None, 0, 0, 0), devices=jax.devices()[:4])
+        right, wrong = (np.asarray(each)[0] for each in mapped(w, *split))
+    else:
         mesh = jax.make_mesh((4,), ("d",), (AxisType.Auto,), devices=jax.devices()[:4])
         rows = PartitionSpec("d")
         specs = (PartitionSpec(), rows, rows, rows)
-        mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
-        return jax.jit(mapped)(w, x, y, where)
+        mapped = jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+        right, wrong = map(np.asarray, jax.jit(mapped)(w, x, y, where))
 
-    np.testing.assert_allclose(run("d")[0, 0], exact, rtol=1e-6)
-    assert abs(run(None)[0, 0] / exact - 1) > 0.1
+    np.testing.assert_allclose(right[0, 0], exact, rtol=1e-6)
+    assert abs(wrong[0, 0] / exact - 1) > 0.1
 
 
 def test_micro_batches_with_unequal_masks():
@@ -254,21 +267,21 @@ def test_micro_batches_with_unequal_masks():
     rng = np.random.default_rng(2)
     x, y = rng.normal(size=(2, 4, 4, 1)).astype(np.float32)
     where = np.arange(4)[None, :, None] < np.array([4, 1, 2, 1])[:, None, None]
-    w = jnp.ones((1, 1))
+    w = np.ones((1, 1), np.float32)
     exact = 2 * np.where(where, (x.astype(np.float64) - y) * x, 0).sum() / where.sum()
 
     def moved(normalizer):
         optimizer = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=4)
-        state = optimizer.init(w)
-        params: Any = w
-        for xs, ys, mask in zip(x, y, where, strict=True):
-            gradient = jax.grad(
-                lambda w, xs=xs, ys=ys, mask=mask: MSE.loss(ys, xs @ w, where=mask, normalizer=normalizer)
-            )
-            with jax.numpy_dtype_promotion("standard"):
-                updates, state = optimizer.update(gradient(params), state, params)
-            params = optax.apply_updates(params, updates)
-        return float((w - params)[0, 0])
+
+        def step(carry, batch):
+            (params, state), (xs, ys, mask) = carry, batch
+            gradient = jax.grad(lambda w: MSE.loss(ys, xs @ w, where=mask, normalizer=normalizer))(params)
+            updates, state = optimizer.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        with jax.numpy_dtype_promotion("standard"):
+            (params, _), _ = jax.jit(lambda: jax.lax.scan(step, (w, optimizer.init(w)), (x, y, where)))()
+        return (w - np.asarray(params)).item()
 
     # MultiSteps takes the mean of four gradients: a quarter of the rows that exist divides each.
     np.testing.assert_allclose(moved(where.sum() / 4), exact, rtol=1e-5)

@@ -451,7 +451,7 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         inside = jnp.nan_to_num(self._inside(elements.features, elements.logits))
         support = _rates.errors_of_rate(self.group_rate, elements.labels, elements.logits)[0][..., None]
         columns = jnp.concatenate([masking.ones_like(support), support, support * inside], axis=-1)
-        seen = psum(jnp.sum(masking.weighted(columns, weights[..., None]), axis=tuple(range(columns.ndim - 2))))
+        seen = psum(masking.column_totals(masking.weighted(columns, weights[..., None]), kept=2))
         return {**new, "group_counts": pairs.add(self.group_counts, seen[..., None])}
 
     # Predictions.

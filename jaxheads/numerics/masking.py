@@ -3,6 +3,7 @@
 Masking the result alone is not enough: `where(mask, f(nan), 0)` has a NaN gradient.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -52,9 +53,27 @@ def weighted(values: jax.Array, weights: jax.Array) -> jax.Array:
 
 def total(x: jax.Array) -> jax.Array:
     """The sum of all of `x`. A last axis of size 1 is dropped first: with it XLA's CPU code is 20 times slower."""
-    return jnp.sum(x[..., 0] if x.ndim > 1 and x.shape[-1] == 1 else x)
+    return _sum_in_steps(x[..., 0] if x.ndim > 1 and x.shape[-1] == 1 else x, 0)
 
 
-def column_totals(x: jax.Array) -> jax.Array:
-    """The sums over all but the last axis: `[d]`."""
-    return jnp.sum(x, axis=tuple(range(x.ndim - 1)))
+def column_totals(x: jax.Array, kept: int = 1) -> jax.Array:
+    """The sums over all but the last `kept` axes: of one, `[d]`."""
+    return _sum_in_steps(x, kept)
+
+
+# How many float32 numbers may be added one after the other: their sum is right to a few in 1e7.
+_IN_A_ROW = 256
+
+
+def _sum_in_steps(x: jax.Array, kept: int) -> jax.Array:
+    """The sum over all but the last `kept` axes, axis by axis where one step would not be exact.
+
+    XLA adds up blocks, of at most 32 along each axis, and a block's numbers one after the other. Over three axes or
+    more that is too many, for columns over two: with jaxlib 0.10 on CPUs the sum of `[64, 33, 100]` is off by 6e-6,
+    that of `[30, 30, 30, 30]` by 1.5e-4. Without the barriers XLA makes one step of several again.
+    """
+    axes = x.shape[: x.ndim - kept]
+    if len(axes) + min(kept, 1) > 2 and math.prod(min(size, 32) for size in axes) > _IN_A_ROW:
+        for axis in reversed(range(1, len(axes))):
+            x = jax.lax.optimization_barrier(jnp.sum(x, axis=axis))
+    return jnp.sum(x, axis=tuple(range(x.ndim - kept)))

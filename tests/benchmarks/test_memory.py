@@ -23,8 +23,14 @@ def temp_per_row(compiled) -> float:
 
 
 @pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("bins", BINS)
+@pytest.mark.parametrize(
+    ("bins", "count"),
+    [
+        pytest.param(bins, count, marks=[] if count == max(COUNTS) else [pytest.mark.slow])
+        for bins in BINS
+        for count in COUNTS
+    ],
+)
 def test_an_update_needs_little_memory_at_any_number_of_thresholds(bins, count, masked):
     head = BINS[bins](count)
     found = temp_per_row(report.compiled_update(head, report.batch_of(head, ROWS, masked)))
@@ -52,7 +58,11 @@ def test_the_report_runs(capsys):
     assert len([line for line in lines if line.startswith("| ")]) == len(report.HEADS) + 2
 
 
-@pytest.mark.parametrize("head", [jh.BinaryClassHead(), jh.RegressionHead()], ids=lambda head: type(head).__name__)
+@pytest.mark.parametrize(
+    "head",
+    [jh.BinaryClassHead(), pytest.param(jh.RegressionHead(), marks=pytest.mark.slow)],
+    ids=lambda head: type(head).__name__,
+)
 def test_exact_counters_cost_little(head):
     """Of the bytes and operations of an update, what the pairs add to plain float32 sums."""
     batch = report.batch_of(head, ROWS)

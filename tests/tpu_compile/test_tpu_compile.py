@@ -13,14 +13,16 @@ pytestmark = pytest.mark.tpu
 HEADS = [entry for entry in ZOO if not entry.slow or entry.name == "precision_at_recall"]
 # Large batches take a compiler five times as long: one generation compiles both.
 BATCHES = [*((chip, 2**13, chip) for chip in CHIPS), ("v6e", ROWS, "v6e_large")]
-# The heads of the engine for all generations, each further head for one.
+# Every head for one generation, two for all (histograms; several heads), those of the engine in large batches.
+ACROSS = ("binary", "multi_head")
+LARGE = (*ENGINE, "precision_at_recall")
 each = pytest.mark.parametrize(
     ("entry", "chip", "rows"),
     [
         pytest.param(entry, chip, rows, id=f"{entry.name}-{name}")
         for entry in HEADS
         for chip, rows, name in BATCHES
-        if chip == "v6e" or entry.name in (*ENGINE, "precision_at_recall")
+        if name == "v6e" or entry.name in (LARGE if name == "v6e_large" else ACROSS)
     ],
 )
 each_chip = pytest.mark.parametrize(
