@@ -19,14 +19,14 @@ import jax
 import jaxlib
 import pytest
 
-# Programs that the laws may compile for a head: of `test_laws*.py` and `test_lowering.py`, in one process.
+# How many programs the laws of one head may compile: `test_laws*.py` and `test_lowering.py`, in one process.
 BUDGET = {"a head": 110, "a head of ENGINE": 220}
 
 # Their tests compile by head, and share the programs of a head.
 LAWS = ("test_laws.py", "test_laws_engine.py", "test_laws_devices.py", "test_lowering.py")
 
-# A third of the time of the default for a program of the laws, as measured with jaxlib 0.10.1; a flag that jaxlib does
-# not know ends the process.
+# With these flags jaxlib 0.10.1 compiles a program of the laws in a third of the time. A flag that jaxlib does not know
+# ends the process.
 FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_copy_insertion_use_region_analysis=false"
 FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
 AS_USERS = os.environ.get("JAXHEADS_TEST_XLA") == "default"
@@ -42,7 +42,8 @@ LONG = (
 )
 LONG += ("test_metrics_classes.py", "test_global_objectives.py", "test_group_constraints.py", "test_hosts.py")
 
-counts: collections.Counter[str] = collections.Counter()
+# By group, slow tests apart: those of a head that is quick go further ways over devices.
+counts: collections.Counter[tuple[str, bool]] = collections.Counter()
 _compiled = 0
 
 
@@ -68,7 +69,7 @@ def start(devices: int) -> None:
 
 
 def environment() -> dict[str, str]:
-    """What makes another process compile fast: a worker of the tests, that is, not an example."""
+    """Variables that make another process of the tests compile fast. Examples are started without them."""
     if AS_USERS:
         return {}
     known = (
@@ -78,14 +79,20 @@ def environment() -> dict[str, str]:
 
 
 def keep(config: pytest.Config) -> None:
-    """Keeps compiled programs of any size in the cache of the checkout, if there is one."""
+    """Keeps compiled programs of any size in the cache of the checkout, if it has one that can be written."""
     if (cache := getattr(config, "cache", None)) is None:
         return
-    jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("programs")))
+    try:
+        folder = cache.mkdir("programs")
+    except OSError:  # of a read-only checkout: each run compiles all
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # A file that is cut short, by a run that was stopped, is compiled again.
+    # A run that was stopped may leave a file that is cut short. JAX compiles its program again in each run, until
+    # `--cache-clear`.
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache:UserWarning")
+    config.addinivalue_line("filterwarnings", "ignore:Error writing persistent compilation cache:UserWarning")
 
 
 @functools.cache
@@ -104,18 +111,36 @@ def group_of(nodeid: str) -> str:
 
 
 def in_groups(items: list[pytest.Item]) -> None:
-    """Sorts tests by group, the count of a head's programs behind its laws."""
+    """Sorts tests by group: in a group by how they are compiled, the count of a head's programs behind its laws."""
     place = {group: i - len(LONG) for i, group in enumerate(LONG)}
     for i, item in enumerate(items):
         place.setdefault(group_of(item.nodeid), i)
-    items.sort(key=lambda item: (place[group_of(item.nodeid)], item.name.startswith("test_programs_are_within")))
+
+    def key(item: pytest.Item) -> tuple[int, bool, bool]:
+        return place[group_of(item.nodeid)], as_users(item), item.name.startswith("test_programs_are_within")
+
+    items.sort(key=key)
+
+
+@functools.lru_cache(maxsize=1)  # nothing to do, as long as nothing changes
+def compile_as_users(whether: bool) -> None:
+    """With all of XLA's passes or few; a function that is compiled already would stay as it is."""
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", not whether)
+
+
+def as_users(item: pytest.Item) -> bool:
+    """Whether a test is about what XLA's passes do, and is compiled with all of them."""
+    return AS_USERS or any(item.get_closest_marker(name) for name in ("rounding", "tpu"))
 
 
 def scheduler(config: pytest.Config, log: Any) -> Any:
-    """Deals groups to processes, whatever `--dist` says.
+    """Deals groups to processes, unless a `--dist` of the user's own says otherwise.
 
     `--dist loadgroup` is for this, but pytest-xdist 3.8 finds no groups under pytest 9.2.
     """
+    if config.option.dist not in ("load", "loadgroup"):
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class ByGroup(LoadScopeScheduling):
@@ -128,12 +153,11 @@ def scheduler(config: pytest.Config, log: Any) -> Any:
 
 @contextlib.contextmanager
 def counted(item: pytest.Item) -> Iterator[None]:
-    """Adds what a test compiles to its group's count."""
-    as_users = AS_USERS or any(item.get_closest_marker(name) for name in ("rounding", "tpu"))
-    jax.config.update("jax_disable_most_optimizations", not as_users)
+    """Adds what a test compiles to the count of its group."""
+    compile_as_users(as_users(item))
     before = _compiled
     yield
-    counts[group_of(item.nodeid)] += _compiled - before
+    counts[group_of(item.nodeid), item.get_closest_marker("slow") is not None] += _compiled - before
 
 
 def beyond(name: str, number: int, budget: int) -> str:

@@ -429,7 +429,7 @@ def test_an_objective_takes_the_values_of_learned_fields(library):
     g, _ = objective(library, head, params={"cuts": cuts.astype(np.float32)})(np.array([0, 1, 3]), z)
     # The slopes of -ln F(c0 - z), -ln(F(c1 - z) - F(c0 - z)) and -ln(1 - F(c2 - z)) at 0, F the logistic function.
     f = expit(cuts)
-    np.testing.assert_allclose(g, [1 - f[0], 1 - f[0] - f[1], -f[2]], rtol=1e-5)
+    np.testing.assert_allclose(g, [1 - f[0], 1 - f[0] - f[1], -f[2]], rtol=1e-6)
 
 
 # Metrics

@@ -119,12 +119,10 @@ def test_a_table_larger_than_a_tile_is_made_once():
     np.testing.assert_allclose(metrics.compute()["confusion_matrix"], table(weights), rtol=1e-6)
     for i in range(N):
         np.testing.assert_allclose(metrics.by_slice()["confusion_matrix"][i], table(weights * (origin == i)), rtol=1e-6)
-    # The replicas themselves: an interval of each of 16,900 numbers would take seconds.
-    replicas = metrics._values(np.nan, (slice(1, None), 0))[0]["confusion_matrix", None]
-    totals = replicas.sum((-2, -1))
-    # Within five standard deviations of a Poisson sum.
-    assert (np.abs(totals - weights.sum()) < 5 * np.sqrt((weights**2).sum())).all()
-    assert len({weights.sum(), *totals}) == 3
+    ends = metrics.compute(confidence=1 - 1e-9)
+    spread = (ends["confusion_matrix/ci_upper"] + ends["confusion_matrix/ci_lower"]).sum() / 2
+    # The totals of two replicas: within five standard deviations of a Poisson sum.
+    assert 0 < abs(spread - weights.sum()) < 5 * np.sqrt((weights**2).sum() / 2)
 
 
 @few

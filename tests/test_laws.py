@@ -365,9 +365,8 @@ def test_nan_logits_are_visible(entry):
 # Law 9: one trace, one answer
 
 
-@each
-def test_one_trace_for_many_steps(entry, monkeypatch):
-    """Of heads that are equal and built anew, in a step of one's own and in eager calls: nothing need be compiled."""
+def count_calls_of_losses(entry, monkeypatch):
+    """A list that grows whenever a head of the entry is asked for its losses: once a trace."""
     head = getattr(entry.head, "static_head", entry.head)
     # In metrics, it is the base head of an objective whose losses are averaged.
     heads = [head.heads[0]] if isinstance(head, jh.MultiHead) else [head]
@@ -387,14 +386,22 @@ def test_one_trace_for_many_steps(entry, monkeypatch):
 
     for cls in {type(head) for head in heads}:
         count_calls(cls)
-    optimizer = optax.sgd(0.1)
-    rows = 7  # a shape that no other test traces
+    return traces
 
-    def again():
-        # Of a MultiHead, labels go by the names.
-        return dataclasses.replace(entry.head) if entry.parts else changed(entry.head, name="traced")
 
-    params = entry.params()
+def again(entry):
+    """An equal head, built anew. Of a MultiHead, labels go by the names."""
+    return dataclasses.replace(entry.head) if entry.parts else changed(entry.head, name="traced")
+
+
+TRACED = 7  # rows: a shape that no other test traces
+
+
+@each
+def test_one_trace_for_many_steps(entry, monkeypatch):
+    """Of heads that are equal and built anew, in a step of one's own: nothing need be compiled to see it."""
+    traces = count_calls_of_losses(entry, monkeypatch)
+    optimizer, params = optax.sgd(0.1), entry.params()
 
     @jax.jit
     @chex.assert_max_traces(1)
@@ -406,19 +413,31 @@ def test_one_trace_for_many_steps(entry, monkeypatch):
     bias = jnp.float32(0)
     arguments = bias, optimizer.init(bias)
     for seed in range(3):
-        arguments = jax.eval_shape(train, again(), *arguments, *draw(entry, seed, (rows,)))
+        arguments = jax.eval_shape(train, again(entry), *arguments, *draw(entry, seed, (TRACED,)))
     assert traces == [1]
 
-    def update(metrics, labels, logits):
-        return again().update_metrics(metrics, None, logits, labels, params=params)
 
-    for call in (update, lambda _, labels, logits: again().measure(labels, logits, params=params)):
+# Eager calls run functions that are compiled once. Which head it is changes nothing: a plain one, and one of several.
+@pytest.mark.parametrize("entry", marked(ZOO, quick=("logistic", "multi_head")))
+def test_one_trace_for_many_eager_calls(entry, monkeypatch):
+    traces, params = count_calls_of_losses(entry, monkeypatch), entry.params()
+
+    def loss(_, labels, logits):
+        return again(entry).loss(labels, logits, params=params)
+
+    def measure(_, labels, logits):
+        return again(entry).measure(labels, logits, params=params)
+
+    def update(metrics, labels, logits):
+        return again(entry).update_metrics(metrics, None, logits, labels, params=params)
+
+    for call in (loss, measure, update):
         traces.clear()
-        jax.eval_shape(call, again().metrics(), *draw(entry, 0, (rows,)))
+        call(again(entry).metrics(), *draw(entry, 0, (TRACED,)))
         once = len(traces)
         assert once >= 1
         for seed in (1, 2):
-            jax.eval_shape(call, again().metrics(), *draw(entry, seed, (rows,)))
+            call(again(entry).metrics(), *draw(entry, seed, (TRACED,)))
         assert len(traces) == once
 
 
@@ -436,7 +455,12 @@ def test_eager_equals_jit(entry):
     predictions = head.predictions(logits, params=params)
     compiled = jax.jit(lambda head, z, params: head.predictions(z, params=params))(head, logits, params)
     chex.assert_trees_all_close(dict(predictions), dict(compiled), rtol=1e-6, atol=1e-7)
-    # The values of metrics inside jit are tested on the engine's heads; every head's are traced.
+
+
+@each
+def test_metrics_inside_jit_have_the_shapes_outside(entry):
+    """Their values are tested on the heads of the engine."""
+    measured = step(entry.head)(*draw(entry, 21), ONES, ALL, entry.params())[-1]
     inside = jax.eval_shape(lambda metrics: metrics.compute(bounds=True), measured)
     chex.assert_trees_all_equal_shapes_and_dtypes(dict(inside), measured.compute(bounds=True))
 

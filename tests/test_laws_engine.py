@@ -175,7 +175,7 @@ def test_soft_labels_are_split_weights():
 
 
 # What a head adds to it is tested without dropping: `..._are_the_oracles_of_the_rows_that_are_there`, on every head.
-@engine_but(quick=("binary", "nested", "survival"))
+@engine_but(quick=("binary", "nested", "survival", "sequential"))
 def test_where_equals_dropping_the_rows(entry):
     """To the number of rows that is left: to none, too."""
     labels, logits = draw(entry, 1)
@@ -355,7 +355,7 @@ def test_a_thousand_wrong_answers_after_sixteen_million_right_ones(head):
 # Law 6: float32 reductions
 
 
-@engine_but(quick=("regression_3_exp", "binary", "survival"))
+@engine_but(quick=("regression_3_exp", "binary", "survival", "sequential"))
 def test_input_dtypes(entry):
     labels, logits = draw(entry, 10)
     head, rest = entry.head, {"params": entry.params(), "weights": ONES, "where": ALL}
@@ -378,7 +378,7 @@ def test_input_dtypes(entry):
         np.testing.assert_allclose(np.asarray(gradient, np.float32), expected, rtol=0.01, atol=1e-3)
 
 
-@engine_but(quick=("regression_3_exp", "binary", "survival"))
+@engine_but(quick=("regression_3_exp", "binary", "survival", "multi_head"))
 def test_low_precision_weights_count_exactly(entry):
     """301 is not a bfloat16."""
     labels, logits = draw(entry, 11, (301,))
@@ -853,7 +853,7 @@ def lazy_logits(entry: Entry, n: int, seed: int = 33) -> tuple[jh.LinearLogits, 
     return lazy, factors[0].astype(np.float64) @ lazy.kernel + lazy.bias
 
 
-@engine_but(quick=("regression_3_exp", "binary", "nested", "survival"))
+@engine_but(quick=("regression_3_exp", "binary", "nested", "survival", "sequential"))
 def test_linear_logits_are_multiplied_logits(entry):
     lazy, exact = lazy_logits(entry, N)
     labels, _ = draw(entry, 34)
@@ -925,15 +925,15 @@ def test_programs_are_within_the_budget(entry):
     """It runs behind the laws of its head; of a part of them it counts that part."""
     budget = programs.BUDGET["a head of ENGINE" if entry.name in ENGINE else "a head"]
     budget *= 1 + entry.slow  # among the slow tests it trains on every way over devices
-    assert not programs.beyond(entry.name, programs.counts[entry.name], budget)
+    assert not programs.beyond(entry.name, programs.counts[entry.name, entry.slow], budget)
 
 
 def test_a_head_beyond_the_budget_is_named():
     assert programs.beyond("new", 61, 60).startswith(
         "The laws of 'new' compiled 61 programs, more than its budget of 60"
     )
-    before = programs.counts["test_here.py"]
+    before = programs.counts["test_here.py", False]
     item: Any = types.SimpleNamespace(nodeid="tests/test_here.py::test", get_closest_marker=lambda name: None)
     with programs.counted(item):
         jax.block_until_ready(jax.jit(lambda x: x * 3)(ONES))
-    assert programs.counts["test_here.py"] > before
+    assert programs.counts["test_here.py", False] > before

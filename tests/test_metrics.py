@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -305,15 +306,25 @@ def test_metrics_of_more_than_one_value_are_printed():
     assert "each          [1. 6.]" in repr(metrics)
 
 
-def test_metrics_of_any_number_of_rows_are_exported():
+@pytest.mark.parametrize(("axes", "lead"), [("n", (3,)), ("b, s, t", (2, 1, 3))])
+def test_metrics_and_losses_of_any_number_of_rows_are_exported(axes, lead):
     from jax import export
 
-    head = jh.BinaryClassHead()
-    (n,) = export.symbolic_shape("n")
-    labels, logits = jax.ShapeDtypeStruct((n, 1), jnp.int32), jax.ShapeDtypeStruct((n, 1), jnp.float32)
-    exported = export.export(jax.jit(lambda y, z: head.measure(y, z).state))(labels, logits)
-    labels, logits = np.array([[1], [0], [1]], np.int32), np.array([[1.0], [-1.0], [0.5]], np.float32)
-    np.testing.assert_array_equal(exported.call(labels, logits), head.measure(labels, logits).state)
+    heads = {1: jh.BinaryClassHead(), 3: jh.RegressionHead(3)}
+    sizes = export.symbolic_shape(axes)
+
+    def one(n, labels, logits):
+        return jax.grad(heads[n].loss, argnums=1)(labels, logits), heads[n].measure(labels, logits).state
+
+    def run(each):
+        return {n: one(n, *rows) for n, rows in each.items()}
+
+    rng, given = np.random.default_rng(0), {}
+    for n in heads:
+        given[n] = rng.integers(0, 2, (*lead, n)).astype(np.float32), rng.normal(size=(*lead, n)).astype(np.float32)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*sizes, x.shape[-1]), x.dtype), given)
+    exported = export.export(jax.jit(run))(shapes)
+    chex.assert_trees_all_close(exported.call(given), jax.jit(run)(given), rtol=1e-6)
 
 
 def test_a_donated_state_says_so():

@@ -764,12 +764,17 @@ ZOO += (
 )
 
 
-# The heads on which the laws of the engine are proved in full: one for each way through it. Logits of a row that weigh
-# apart; a histogram of scores; parameters and running state, and heads inside; a dict of labels and counts of its own;
-# the two composites of several and of sequences; and, among the slow tests, rates of several labels, pairs of rows, and
-# groups. A head that goes a way of its own is added here; any other runs `test_laws.py` alone.
+# The heads on which the laws of the engine are proved in full, one for each way through the engine: weights of single
+# logits (`regression_3_exp`); a histogram of scores (`binary`); parameters, running state and a head inside
+# (`nested`); a dict of labels, and counts of its own (`survival`); several heads; sequences of classes. Among the slow
+# tests: rates of several labels, pairs of rows, groups. A head that goes a way of its own is added here; others run
+# `test_laws.py`.
 ENGINE = ("regression_3_exp", "binary", "nested", "survival", "multi_head", "sequential")
 ENGINE += ("recall_at_precision", "roc_auc", "error_rate")
+
+
+# Ids of tests are split at "-", and a test belongs to the head that its id names: see `programs.group_of`.
+assert not any("-" in entry.name for entry in ZOO)
 
 
 def marked(entries: Any = ZOO, quick: Any = None) -> list[Any]:
