@@ -329,6 +329,22 @@ def step_losses():
     return np.logaddexp(0, z) - STEPS * z
 
 
+def test_a_mask_of_steps_hides_all_places_of_a_step():
+    """Logits may have more axes than batch and steps."""
+    logits = np.random.default_rng(1).normal(size=(4, T, 3, 1)).astype(np.float32)
+    loss = jh.SequentialHeadWrapper(jh.RegressionHead(), "mask").loss(
+        np.zeros_like(logits), np.where(MASK[..., None, None], logits, np.nan), features={"mask": MASK}
+    )
+    np.testing.assert_allclose(loss, (logits[MASK].astype(np.float64) ** 2).mean(), rtol=1e-6)
+
+
+def test_sequences_without_a_mask_are_served_as_they_are():
+    head = jh.SequentialHeadWrapper(jh.RegressionHead(), None)
+    spec = head.create_estimator_spec({}, "infer", SEQUENCES)
+    np.testing.assert_array_equal(spec.predictions["predictions"], SEQUENCES)
+    assert spec.predictions.keys() == {"predictions"}
+
+
 @pytest.mark.parametrize("form", ["holes", "lengths", "where", "traced", pytest.param("mask", marks=pytest.mark.slow)])
 def test_steps_that_are_not_there_are_absent(form):
     mask = MASK if form != "holes" else MASK & (RNG.random((4, T)) < 0.7)

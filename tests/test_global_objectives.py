@@ -268,6 +268,15 @@ def test_memory_of_pairs_is_linear_in_the_batch():
     assert four < 400e6
 
 
+def test_the_divisor_of_rates_is_that_of_the_base_head():
+    base = jh.BinaryClassHead(loss_reduction="mean")
+    head = jh.GlobalObjectiveHead(base, "precision_at_recall", target=0.5)
+    rows = np.array([[1], [0], [1]], np.int32), np.array([[1.0], [2.0], [-1.0]], np.float32)
+    weights, where = np.array([[1], [2.5], [7]], np.float32), np.array([[1], [1], [0]], bool)
+    params = {**head.init(jax.random.key(0)), **head.init_state()}
+    assert head.divisor(*rows, weights=weights, where=where, params=params) == 3.5
+
+
 def test_pairs_across_micro_batches_are_not_lost_in_silence():
     head = jh.GlobalObjectiveHead(BINARY, "roc_auc")
     both = jh.MultiHead([jh.GlobalObjectiveHead(jh.BinaryClassHead(name="a"), "roc_auc"), jh.RegressionHead(name="r")])

@@ -134,6 +134,15 @@ def test_slices_may_overlap(name):
     assert_slices(found, expected)
 
 
+def test_confusion_of_slices_that_overlap_is_that_of_their_rows():
+    head = jh.MultiClassHead(3, slices=jh.Slices("origin", 2)).with_metrics(jh.metrics.ConfusionMatrix())
+    labels, predicted = np.array([0, 1, 1, 2]), np.array([0, 0, 1, 1])
+    inside = np.array([[1, 1], [1, 0], [0, 1], [1, 1]], bool)
+    found = head.measure(labels, np.eye(3, dtype=np.float32)[predicted], {"origin": inside}).by_slice()
+    expected = [[[1, 0, 0], [1, 0, 0], [0, 1, 0]], [[1, 0, 0], [0, 1, 0], [0, 1, 0]]]  # labels by predictions
+    np.testing.assert_array_equal(found["confusion_matrix"], expected)
+
+
 def test_membership_may_be_told_in_numbers():
     (batch, origin), head = draw("regression"), jh.RegressionHead(2, slices=SLICES)
     matrix = np.concatenate([origin == 0, origin >= 0, origin <= 1], axis=-1)
