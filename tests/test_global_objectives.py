@@ -274,7 +274,8 @@ def test_the_divisor_of_rates_is_that_of_the_base_head():
     rows = np.array([[1], [0], [1]], np.int32), np.array([[1.0], [2.0], [-1.0]], np.float32)
     weights, where = np.array([[1], [2.5], [7]], np.float32), np.array([[1], [1], [0]], bool)
     params = {**head.init(jax.random.key(0)), **head.init_state()}
-    assert head.divisor(*rows, weights=weights, where=where, params=params) == 3.5
+    found = head.divisor(*rows, weights=weights, where=where, params=params)
+    assert (found.value, found.live) == (3.5, 2)
 
 
 def test_pairs_across_micro_batches_are_not_lost_in_silence():
