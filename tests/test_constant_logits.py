@@ -78,7 +78,7 @@ def test_constant_logits_of_heads_inside():
     np.testing.assert_allclose(got, [np.log(3)], rtol=1e-6)
 
 
-def repeated(rows: list) -> np.ndarray:
+def repeated(rows: list | np.ndarray) -> np.ndarray:
     return np.resize(rows, (ROWS, *np.shape(rows)[1:]))
 
 

@@ -52,7 +52,7 @@ def softplus(z):
     return np.logaddexp(0, z)
 
 
-def cross_entropy(labels=LABELS, logits=LOGITS):
+def cross_entropy(labels: Any = LABELS, logits: Any = LOGITS) -> Any:
     z = logits.astype(np.float64)
     return (labels * softplus(-z) + (1 - labels) * softplus(z)).mean()
 
@@ -438,10 +438,10 @@ def multipliers_by(optimizer, steps=5):
     def step(carry, _):
         params, state = carry
         updates, state = optimizer.update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
+        params: Any = optax.apply_updates(params, updates)
         return (params, state), params["lagrange_multipliers"]
 
-    params = {"w": jnp.float32(0), "lagrange_multipliers": jnp.float32(1)}
+    params: Any = {"w": jnp.float32(0), "lagrange_multipliers": jnp.float32(1)}
     return jax.lax.scan(step, (params, optimizer.init(params)), length=steps)[1]
 
 
@@ -774,8 +774,9 @@ def test_objectives_go_where_heads_go():
 
     @jax.jit
     def run(variables):
-        given = {"params": lambda v: v["head"]}
-        spec = both.create_estimator_spec({}, "train", network, labels, optimizer, variables, **given)
+        spec = both.create_estimator_spec(
+            {}, "train", network, labels, optimizer, variables, params=lambda v: v["head"]
+        )
         of_steps = steps.loss(*shaped, params=steps.init(jax.random.key(0)))
         return spec.train_op.params, spec.metrics, of_steps, pairs.loss(*shaped)
 

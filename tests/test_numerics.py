@@ -1,6 +1,7 @@
 """Floor 0 against float64 NumPy, exact rationals and, for the edges, a plain search."""
 
 from fractions import Fraction
+from typing import Any
 
 import devices
 import jax
@@ -300,7 +301,7 @@ def test_sums_are_exact_whatever_the_axes(shape):
 
 
 def test_infinite_and_nan_weights_show_in_their_row():
-    buckets = np.array([[0, 1], [2, 3]], np.int32)
+    buckets: Any = np.array([[0, 1], [2, 3]], np.int32)
     sums = jax.jit(lambda weights: [form(buckets, (weights,), 4, (0, 1)) for form in FORMS.values()])
     for bad in (np.nan, np.inf):
         for found in jax.device_get(sums(np.array([[1, bad], [2, 3]], np.float32))):
@@ -422,7 +423,8 @@ def test_sigmoid_cross_entropy_is_the_formula(label):
 
 def test_labels_of_the_sigmoid_loss_may_be_learned():
     """A teacher trained with its student: labels move alone, or with the logits. By hand in float64, and by optax."""
-    z, y = np.array([-3.0, 0.5, 7.0], np.float32), np.array([0.2, 0.5, 0.9], np.float32)
+    z: Any = np.array([-3.0, 0.5, 7.0], np.float32)
+    y: Any = np.array([0.2, 0.5, 0.9], np.float32)
 
     @jax.jit
     def slopes(w):

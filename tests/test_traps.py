@@ -200,7 +200,7 @@ def test_a_float32_counter_does_not_stop():
     """2^24 - 3, and ten ones more, are 2^24 in plain float32."""
     assert np.float32(2**24) + np.float32(1) == np.float32(2**24)
     one = average(column(1))
-    state = np.asarray(one.state) * np.float32([2**24 - 3, 0])
+    state = np.asarray(one.state) * np.array([2**24 - 3, 0], np.float32)
     metrics = dataclasses.replace(one, state=state)
     for _ in range(10):
         metrics = metrics + one

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @jax.tree_util.register_dataclass
@@ -26,9 +27,9 @@ class LinearLogits:
     True
     """
 
-    hidden: jax.Array
-    kernel: jax.Array
-    bias: jax.Array | None = None
+    hidden: jax.Array | np.ndarray
+    kernel: jax.Array | np.ndarray
+    bias: jax.Array | np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
