@@ -923,8 +923,7 @@ def test_large_batches_of_linear_logits(entry):
 @each
 def test_programs_are_within_the_budget(entry):
     """It runs behind the laws of its head; of a part of them it counts that part."""
-    budget = programs.BUDGET["a head of ENGINE" if entry.name in ENGINE else "a head"]
-    budget *= 1 + entry.slow  # among the slow tests it trains on every way over devices
+    budget = programs.BUDGET[f"a {'slow ' if entry.slow else ''}head{' of ENGINE' if entry.name in ENGINE else ''}"]
     assert not programs.beyond(entry.name, programs.counts[entry.name, entry.slow], budget)
 
 
