@@ -168,8 +168,8 @@ def test_three_steps(entry, way):
     assert_same(WAYS[way](entry, 8), alone(entry.name))
 
 
-# The head that learns and counts is spread in full; the others of `EVERY_WAY` over half of the devices in parts, every
-# way; further heads so on the mesh that `jax.make_mesh` makes.
+# The head that learns and counts trains on every number of devices, in every number of parts. The others of `EVERY_WAY`
+# train on four devices in two parts. How a batch is spread and parted is the engine's: further heads need not.
 SPREADS = [(n, parts, way) for way in WAYS for n, parts in ((4, 2), (1, 1), (2, 1), (8, 2))]
 
 
@@ -178,7 +178,7 @@ SPREADS = [(n, parts, way) for way in WAYS for n, parts in ((4, 2), (1, 1), (2, 
     ("n", "micro_batches", "way", "entry"),
     [
         pytest.param(*spread, entry, id="-".join(map(str, (*spread, entry.name))))
-        for entry, spread in placed(SPREADS, ((4, 2, "jit_explicit"),))
+        for entry, spread in placed(SPREADS, ())
         if spread[:2] == (4, 2) or entry.name == "nested"
     ],
 )
@@ -244,9 +244,14 @@ def test_a_kernel_spread_over_classes(name, axes, micro_batches):
 
 # Ids that are constants, as those of "error_rate", are reduced by themselves; of a column: test_group_constraints.py.
 @pytest.mark.parametrize(
-    "entry", marked((entry for entry in ZOO if entry.name != "error_rate"), quick=("nested", "multi_head"))
+    ("axes", "entry"),
+    [
+        pytest.param(axes, *each.values, id=f"{axes}-{each.id}", marks=each.marks if axes == "explicit" else slow)
+        for axes, slow in (("explicit", []), ("auto", pytest.mark.slow))
+        for each in marked((entry for entry in ZOO if entry.name != "error_rate"), quick=("nested", "multi_head"))
+        if axes == "explicit" or each.id in ENGINE
+    ],
 )
-@pytest.mark.parametrize("axes", ["explicit", pytest.param("auto", marks=pytest.mark.slow)])
 def test_an_update_is_one_all_reduce(entry, axes):
     """On rows enough to be cut in tiles, were they on one device: slicing a sharded batch would gather it."""
     head, params = entry.head, entry.params()
