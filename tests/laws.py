@@ -20,7 +20,6 @@ each = pytest.mark.parametrize("entry", marked(ZOO))
 
 each_refusing = pytest.mark.parametrize("entry", marked(entry for entry in ZOO if entry.illegal is not None))
 each_learning = pytest.mark.parametrize("entry", marked(entry for entry in ZOO if entry.params()))
-engine = pytest.mark.parametrize("entry", marked(entry for entry in ZOO if entry.name in ENGINE))
 
 many = hypothesis.settings(deadline=None, max_examples=12, derandomize=True, database=None)
 few = hypothesis.settings(many, max_examples=6)
@@ -31,9 +30,12 @@ multiplicities = st.lists(st.sampled_from([0.0, 0.25, 0.3, 1.0, 2.0, 7.5]), min_
 )
 
 
-def engine_but(quick: tuple[str, ...]) -> pytest.MarkDecorator:
-    """As `engine`, all but a few of them slow: where a head costs more than it adds."""
+def engine_but(quick: tuple[str, ...] | None) -> pytest.MarkDecorator:
+    """The heads of the engine, all but the `quick` ones slow: where a head costs more than it adds."""
     return pytest.mark.parametrize("entry", marked((entry for entry in ZOO if entry.name in ENGINE), quick))
+
+
+engine = engine_but(quick=None)
 
 
 def f32(values: Any) -> np.ndarray:

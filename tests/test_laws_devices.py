@@ -35,13 +35,13 @@ from devices import (
     start,
 )
 from jax.sharding import AxisType, NamedSharding
+from laws import engine
 from zoo import ENGINE, ZOO, bounds_of, marked
 
 import jaxheads as jh
 from jaxheads.numerics import duals
 
 each = pytest.mark.parametrize("entry", marked(ZOO))
-engine = pytest.mark.parametrize("entry", marked(entry for entry in ZOO if entry.name in ENGINE))
 # The others are slow: what a head adds to the engine here are the shapes of what it learns and counts. A histogram, and
 # a head that learns, are inside "multi_head".
 FIRST = ("regression_3_exp", "nested", "survival", "multi_head")
