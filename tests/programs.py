@@ -1,8 +1,8 @@
 """Compiled programs, which are nearly all that a test costs: how they are compiled, kept, dealt out, and counted.
 
 * **Compiled** for speed of compiling: without most of LLVM's passes (but for tests marked `rounding`, which are about
-  what XLA rounds), and by XLA's older emitters where jaxlib still has them. `JAXHEADS_TEST_XLA=default` leaves all
-  as it is at a user's; CI runs the tests marked `rounding` once more so.
+  what XLA rounds, and `runs_long`), and by XLA's older emitters where jaxlib still has them.
+  `JAXHEADS_TEST_XLA=default` leaves all as it is at a user's; CI runs the laws once more so.
 * **Kept** in pytest's cache of the checkout: a second run finds them there. `--cache-clear` begins anew.
 * **Dealt out** to processes by head: two of them would compile the same programs twice.
 * **Counted** by head in the laws, against `BUDGET`: a new head must not bring back the quarter of an hour.
@@ -57,7 +57,7 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def start(devices: int) -> None:
-    """Starts JAX on so many CPU devices. The flags are for this process alone: examples run as at a user's."""
+    """Starts JAX on so many CPU devices. The flags are for this process alone: others ask for `environment`."""
     jax.config.update("jax_num_cpu_devices", devices)
     given = os.environ.get("XLA_FLAGS")
     os.environ.update({key: value for key, value in environment().items() if key == "XLA_FLAGS"})
@@ -70,7 +70,7 @@ def start(devices: int) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Variables that make another process of the tests compile fast. Examples are started without them."""
+    """Variables that make another process of the tests compile fast."""
     if AS_USERS:
         return {}
     known = (
@@ -131,8 +131,8 @@ def compile_as_users(whether: bool) -> None:
 
 
 def as_users(item: pytest.Item) -> bool:
-    """Whether a test is about what XLA's passes do, and is compiled with all of them."""
-    return AS_USERS or any(item.get_closest_marker(name) for name in ("rounding", "tpu"))
+    """Whether a test is compiled with all of XLA's passes: it is about them, or runs for longer than it compiles."""
+    return AS_USERS or any(item.get_closest_marker(name) for name in ("rounding", "runs_long", "tpu"))
 
 
 def scheduler(config: pytest.Config, log: Any) -> Any:

@@ -1,11 +1,16 @@
-"""Examples in a small form, as users start them. `flight_delays.py` is the README's main command: CI runs that."""
+"""Examples in a small form, in processes of their own: on one device, and without the strictness that tests set.
+
+They compile as fast as the tests do. CI runs the README's main command, which is `flight_delays.py`, as users do.
+"""
 
 import csv
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
+import programs
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
@@ -16,11 +21,7 @@ LOSSES = {"late": "log loss", "minutes": "absolute error, minutes", "departure":
 def multi_task(tmp_path_factory):
     """What the run printed, and the folder that it wrote."""
     out = tmp_path_factory.mktemp("multi_task")
-    # In a process of its own: on one device and without the strictness that tests set, as at a user's.
-    command = [sys.executable, str(EXAMPLES / "multi_task_flights.py"), "--rows", "20000", "--out", str(out)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out, timeout=600)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return run.stdout, out
+    return run_example("multi_task_flights.py", out, "--rows", "20000")[0], out
 
 
 @pytest.mark.slow
@@ -66,10 +67,11 @@ def test_the_one_network_is_smaller_and_learns_its_weights(multi_task):
     assert (out / "multi_task_flights.png").read_bytes().startswith(b"\x89PNG")
 
 
-def run_example(name, out, *arguments):
+def run_example(name, out, *arguments, runs_long=False):
     """What an example printed, and its `metrics.json`, in a process of its own."""
     command = [sys.executable, str(EXAMPLES / name), *arguments, "--out", str(out)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out, timeout=600)
+    environment = {**os.environ, **({} if runs_long else programs.environment())}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out, timeout=600, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
     return run.stdout, json.loads((out / "metrics.json").read_text())
 
@@ -225,7 +227,7 @@ def test_a_network_prices_diamonds(tmp_path):
 
 @pytest.mark.slow
 def test_a_recurrent_network_tags_programs(tmp_path):
-    printed, results = run_example("sequence_tagger.py", tmp_path, "--files", "20", "--epochs", "1")
+    printed, results = run_example("sequence_tagger.py", tmp_path, "--files", "20", "--epochs", "1", runs_long=True)
     assert results["files"] == {"train": 16, "validation": 2, "test": 2}
     constant, character, network = results["test"].values()
     assert [*results["test"]] == ["most frequent tag", "character alone", "network"]

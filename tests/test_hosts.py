@@ -415,7 +415,10 @@ def test_lockstep_takes_none_for_no_end():
 def test_the_example_goes_on_and_gets_the_same(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, str(EXAMPLES / "two_processes.py"), "--epochs", "2", "--out", str(out)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=2 * SECONDS)
+    environment = {**os.environ, **programs.environment()}
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=2 * SECONDS, env=environment
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     results = json.loads((out / "metrics.json").read_text())
     # 15 batches in an epoch, of which one process has 7 with rows; a checkpoint after every 5; the epoch is read anew.
