@@ -136,17 +136,32 @@ def as_users(item: pytest.Item) -> bool:
 
 
 def scheduler(config: pytest.Config, log: Any) -> Any:
-    """Deals groups to processes, unless a `--dist` of the user's own says otherwise.
+    """Deals groups to processes, unless a `--dist` of the user's own says otherwise; to the same ones in every run.
 
+    What JAX calls functions inside a program depends on what was traced before, and so does whether a kept program is
+    found: dealt out otherwise, a tenth of the second run's programs were compiled again.
     `--dist loadgroup` is for this, but pytest-xdist 3.8 finds no groups under pytest 9.2.
     """
     if config.option.dist not in ("load", "loadgroup"):
         return None
     from xdist.scheduler import LoadScopeScheduling
 
+    cache, where = getattr(config, "cache", None), f"programs/dealt to {config.option.numprocesses}"
+    dealt: dict[str, str] = {} if cache is None else cache.get(where, {})
+
     class ByGroup(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             return group_of(nodeid)
+
+        def _assign_work_unit(self, node: Any) -> None:
+            own = [group for group in self.workqueue if dealt.get(group, node.gateway.id) == node.gateway.id]
+            # Who has done all of its own takes from the end of another's.
+            group = own[0] if own else next(reversed(self.workqueue))
+            self.workqueue.move_to_end(group, last=False)
+            if group not in dealt and cache is not None:
+                dealt[group] = node.gateway.id
+                cache.set(where, dealt)
+            super()._assign_work_unit(node)
 
     config.option.loadscopereorder = False  # in our own order, not by the number of tests
     return ByGroup(config, log)

@@ -107,7 +107,7 @@ def trained(way, devices, weighted):
     return found[0], jh.Metrics(added_in_turns(COUNTED.metrics().state, states, 300), COUNTED)
 
 
-@pytest.mark.parametrize("way", ["jit", "shard_map"])
+@pytest.mark.parametrize("way", ["jit", pytest.param("shard_map", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("devices", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_devices_count_alike_and_do_not_drift_apart(way, devices):
     """Counts bit by bit; means to 1e-7, after one batch and after three hundred."""

@@ -298,7 +298,9 @@ def test_slices_are_read_inside_jit():
             np.testing.assert_allclose(value, expected[key], rtol=2e-5, atol=2e-6)
 
 
-@few
+@pytest.mark.parametrize(
+    "name", [name if name == "binary" else pytest.param(name, marks=pytest.mark.slow) for name in HEADS]
+)
 def test_a_replica_is_the_metrics_under_its_weights(name):
     (batch, origin), head = draw(name), sliced(name, bootstrap=jh.Bootstrap(2))
     key = jax.random.key(7)

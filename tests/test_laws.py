@@ -443,7 +443,7 @@ def test_one_trace_for_many_eager_calls(entry, monkeypatch):
         assert len(traces) == once
 
 
-@pytest.mark.parametrize("entry", marked(ZOO, quick=ENGINE))
+@pytest.mark.parametrize("entry", marked(ZOO, quick=[name for name in ENGINE if name != "multi_head"]))
 def test_eager_equals_jit(entry):
     labels, logits = draw(entry, 21)
     head, params = entry.head, entry.params()

@@ -819,7 +819,7 @@ def test_large_batches(entry):
 
 
 @pytest.mark.parametrize(
-    "entry", marked((entry for entry in ZOO if entry.name in ("binary", "multi_head")), quick=("multi_head",))
+    "entry", marked((entry for entry in ZOO if entry.name in ("binary", "multi_head")), quick=("binary",))
 )
 def test_large_batches_are_accumulated(entry):
     labels, logits = draw(entry, 31, (LARGE,))

@@ -143,7 +143,11 @@ def test_weights_of_any_size(weight):
 
 @pytest.mark.parametrize(
     "bins",
-    [jh.LogitGrid(), pytest.param(jh.LogitGrid(n=20_000), marks=pytest.mark.slow), jh.ThresholdGrid(200)],
+    [
+        jh.LogitGrid(),
+        pytest.param(jh.LogitGrid(n=20_000), marks=pytest.mark.slow),
+        pytest.param(jh.ThresholdGrid(200), marks=pytest.mark.slow),
+    ],
     ids=repr,
 )
 @pytest.mark.parametrize("rows", [5, pytest.param(100_000, marks=pytest.mark.slow)])

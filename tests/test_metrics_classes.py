@@ -194,10 +194,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 # Quick for classes and for several targets: other heads keep the same moments.
 few_cases = pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, id=case.name, marks=[] if case.name in ("classes", "targets") else [pytest.mark.slow])
-        for case in CASES
-    ],
+    [pytest.param(case, id=case.name, marks=[] if case.name == "classes" else [pytest.mark.slow]) for case in CASES],
 )
 
 

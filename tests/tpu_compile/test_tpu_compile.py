@@ -13,18 +13,26 @@ pytestmark = pytest.mark.tpu
 HEADS = [entry for entry in ZOO if not entry.slow or entry.name == "precision_at_recall"]
 # Large batches take a compiler five times as long: one generation compiles both.
 BATCHES = [*((chip, 2**13, chip) for chip in CHIPS), ("v6e", ROWS, "v6e_large")]
-# Every head for one generation, two for all (histograms; several heads), those of the engine in large batches.
+# Every head for one generation, two for all (histograms; several heads), those of the engine in large batches; a whole
+# step, of which the head is a part, the two alone.
 ACROSS = ("binary", "multi_head")
 LARGE = (*ENGINE, "precision_at_recall")
-each = pytest.mark.parametrize(
-    ("entry", "chip", "rows"),
-    [
-        pytest.param(entry, chip, rows, id=f"{entry.name}-{name}")
-        for entry in HEADS
-        for chip, rows, name in BATCHES
-        if name == "v6e" or entry.name in (LARGE if name == "v6e_large" else ACROSS)
-    ],
-)
+
+
+def placed(large):
+    """Heads, generations and batches: with these heads in large ones."""
+    return pytest.mark.parametrize(
+        ("entry", "chip", "rows"),
+        [
+            pytest.param(entry, chip, rows, id=f"{entry.name}-{name}")
+            for entry in HEADS
+            for chip, rows, name in BATCHES
+            if name == "v6e" or entry.name in (large if name == "v6e_large" else ACROSS)
+        ],
+    )
+
+
+each = placed(LARGE)
 each_chip = pytest.mark.parametrize(
     ("chip", "rows"), [pytest.param(chip, rows, id=name) for chip, rows, name in BATCHES]
 )
@@ -67,7 +75,7 @@ def test_an_update_of_metrics_is_one_all_reduce(entry, chip, rows):
     assert (found.products > 0) == (slots > 100)
 
 
-@each
+@placed(ACROSS)
 def test_a_train_step_adds_gradients_up_once(entry, chip, rows):
     found = check(entry, chip, rows, "train_step")
     gradient = INPUTS * entry.head.logits_dimension
