@@ -253,6 +253,7 @@ def test_the_loss_of_pairs_over_all_data_is_the_mean_over_labels():
     assert np.isnan(unnamed)
 
 
+@pytest.mark.slow
 def test_memory_of_pairs_is_linear_in_the_batch():
     head = jh.GlobalObjectiveHead(BINARY, "roc_auc")
 
@@ -289,7 +290,8 @@ def test_pairs_across_micro_batches_are_not_lost_in_silence():
             jax.eval_shape(refused.divisor, labels, logits)
 
 
-@pytest.mark.parametrize("how", ["vma", *(pytest.param(x, marks=pytest.mark.slow) for x in ("jit", "no_vma", "pmap"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["vma", "jit", "no_vma", "pmap"])
 def test_pairs_of_several_heads_meet_across_devices(how):
     """Inside a `MultiHead` too, each with rows of its own."""
     rng = np.random.default_rng(3)

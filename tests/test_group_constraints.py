@@ -190,13 +190,8 @@ def test_groups_are_counted_in_training():
     )
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        "vma",
-        *(pytest.param(x, marks=pytest.mark.slow) for x in ("auto", "explicit", "no_vma", "pmap", "micro_batches")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["vma", "auto", "explicit", "no_vma", "pmap", "micro_batches"])
 def test_devices_and_parts_train_alike(way):
     """Three steps of unevenly spread rows: parameters, multipliers, counts, losses, metrics."""
     head = constrained("false_positive_rate", constraint="zero_one")
@@ -317,6 +312,7 @@ def test_losses_alone_know_no_groups():
             bound.losses(Y, Z, *given)
 
 
+@pytest.mark.slow
 def test_large_batches_are_measured_as_small_ones():
     head, n = constrained("positive_rate"), 40_000
     rng, params = np.random.default_rng(2), params_of(constrained("positive_rate"))
@@ -362,6 +358,7 @@ def test_masked_rows_say_nothing_to_multipliers(n):
     np.testing.assert_allclose(gradient(slice(None), where), gradient(where, None), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_weights_are_rows_counted_again():
     """In the loss under its mean, in metrics, and in what is counted of groups; and bfloat16 logits are no others."""
     base = jh.BinaryClassHead(slices=jh.Slices("group", GROUPS), loss_reduction="mean")
@@ -480,7 +477,8 @@ def recalls_held_out(seed, **given):
     return recall_score(y_unseen, decided), *by_group, (decided == y_unseen).mean()
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
 def test_a_group_is_found_as_often_as_all_where_cross_entropy_misses_it(seed):
     whole, _, small, accuracy = recalls_held_out(seed)
     assert whole - small > 0.3

@@ -101,6 +101,7 @@ def test_a_slice_is_the_metrics_of_its_rows(name, n):
     assert metrics.by_slice()["count"].tolist() == [np.sum(live & (origin == i)) for i in range(N)]
 
 
+@pytest.mark.slow
 def test_a_table_larger_than_a_tile_is_made_once():
     """Of slices and replicas too."""
     n, classes, key = 6000, 130, jax.random.key(5)
@@ -333,6 +334,7 @@ def test_draws_are_poisson():
     np.testing.assert_allclose([draws.mean(), draws.var()], 1, atol=0.01)
 
 
+@pytest.mark.slow
 def test_tiles_draw_apart():
     """Were every tile drawn alike, the spread of a mean over all rows would be that over one tile."""
     n = 2**15

@@ -418,9 +418,7 @@ def test_one_trace_for_many_steps(entry, monkeypatch):
 
 
 # Eager calls run functions that are compiled once. Which head it is changes nothing: a plain one, and one of several.
-@pytest.mark.parametrize(
-    "entry", marked((e for e in ZOO if e.name in (*ENGINE, "logistic")), quick=("logistic", "multi_head"))
-)
+@pytest.mark.parametrize("entry", marked((e for e in ZOO if e.name in (*ENGINE, "logistic")), quick=("logistic",)))
 def test_one_trace_for_many_eager_calls(entry, monkeypatch):
     traces, params = count_calls_of_losses(entry, monkeypatch), entry.params()
 
@@ -443,7 +441,7 @@ def test_one_trace_for_many_eager_calls(entry, monkeypatch):
         assert len(traces) == once
 
 
-@pytest.mark.parametrize("entry", marked(ZOO, quick=[name for name in ENGINE if name != "multi_head"]))
+@pytest.mark.parametrize("entry", marked(ZOO, quick=("regression_3_exp", "binary", "nested", "sequential")))
 def test_eager_equals_jit(entry):
     labels, logits = draw(entry, 21)
     head, params = entry.head, entry.params()
@@ -467,7 +465,7 @@ def test_metrics_inside_jit_have_the_shapes_outside(entry):
     chex.assert_trees_all_equal_shapes_and_dtypes(dict(inside), measured.compute(bounds=True))
 
 
-@each
+@pytest.mark.parametrize("entry", marked(ZOO, quick=ENGINE))
 def test_leading_shapes_do_not_matter(entry):
     """Nor does it matter whether labels, weights and masks keep a last axis of size 1."""
     labels, logits = draw(entry, 22)

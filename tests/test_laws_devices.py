@@ -44,7 +44,7 @@ from jaxheads.numerics import duals
 each = pytest.mark.parametrize("entry", marked(ZOO))
 # The others are slow: what a head adds to the engine here are the shapes of what it learns and counts. A histogram, and
 # a head that learns, are inside "multi_head".
-FIRST = ("regression_3_exp", "nested", "survival")
+FIRST = ("nested", "survival")
 engine_first = pytest.mark.parametrize("entry", marked(ZOO, quick=FIRST))
 few = pytest.mark.parametrize(
     "entry", marked((e for e in ZOO if e.name in ("binary", "ordinal", "running_prior")), quick=("ordinal",))

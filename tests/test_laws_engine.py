@@ -59,7 +59,7 @@ def by_reduction(head: jh.Head):
     return jax.jit(run)
 
 
-@engine_but(quick=("regression_3_exp", "binary", "nested", "survival", "sequential"))
+@engine_but(quick=("nested", "survival"))
 def test_reductions_divide_values_and_gradients_alike(entry):
     labels, logits = draw(entry)
     weights = np.array([0.5, 2, 1, 0, 0.3, 1, 4, 0], np.float32)[:, None]
@@ -175,7 +175,7 @@ def test_soft_labels_are_split_weights():
 
 
 # What a head adds to it is tested without dropping: `..._are_the_oracles_of_the_rows_that_are_there`, on every head.
-@engine_but(quick=("binary", "nested", "survival", "sequential"))
+@engine_but(quick=("nested", "survival"))
 def test_where_equals_dropping_the_rows(entry):
     """To the number of rows that is left: to none, too."""
     labels, logits = draw(entry, 1)
@@ -302,9 +302,7 @@ def test_no_regularization_losses_are_zero():
 # Law 4: counters do not stop
 
 
-@pytest.mark.parametrize(
-    "entry", marked((e for e in ZOO if e.name in ENGINE), quick=("binary", "survival", "multi_head"))
-)
+@pytest.mark.parametrize("entry", marked((e for e in ZOO if e.name in ENGINE), quick=("binary", "survival")))
 def test_counters_go_on(entry):
     """After 2^24 and after 2^31 rows, a thousand more, one at a time."""
     labels, logits = draw(entry, 9)
@@ -355,7 +353,7 @@ def test_a_thousand_wrong_answers_after_sixteen_million_right_ones(head):
 # Law 6: float32 reductions
 
 
-@engine_but(quick=("regression_3_exp", "binary", "survival", "sequential"))
+@engine_but(quick=("regression_3_exp", "survival"))
 def test_input_dtypes(entry):
     labels, logits = draw(entry, 10)
     head, rest = entry.head, {"params": entry.params(), "weights": ONES, "where": ALL}
@@ -378,7 +376,7 @@ def test_input_dtypes(entry):
         np.testing.assert_allclose(np.asarray(gradient, np.float32), expected, rtol=0.01, atol=1e-3)
 
 
-@engine_but(quick=("regression_3_exp", "binary", "survival", "multi_head"))
+@engine_but(quick=("binary", "survival"))
 def test_low_precision_weights_count_exactly(entry):
     """301 is not a bfloat16."""
     labels, logits = draw(entry, 11, (301,))
@@ -396,7 +394,7 @@ def test_low_precision_weights_count_exactly(entry):
     assert_values(measured.compute(bounds=True), entry.expected_metrics(labels, exact))
 
 
-@engine_but(quick=("regression_3_exp", "binary", "nested", "survival"))
+@engine_but(quick=("nested", "survival"))
 def test_float64_mode(entry):
     labels, logits = draw(entry, 12)
     head, params = entry.head, entry.params()
@@ -585,7 +583,7 @@ def test_checkify_gives_the_message(entry):
 # Law 9: one trace, one answer
 
 
-@engine_but(quick=("regression_3_exp", "binary", "nested", "survival"))
+@engine_but(quick=("nested", "survival"))
 def test_vmap_over_examples_is_a_loop(entry):
     labels, logits = draw(entry, 23)
     head, params = entry.head, entry.params()
@@ -777,7 +775,7 @@ def test_strings_are_labels_where_there_is_a_vocabulary():
     "entry",
     marked(
         (entry for entry in ZOO if entry.name in (*ENGINE, "multi_label", "ordinal")),
-        quick=("regression_3_exp", "binary", "nested", "survival", "sequential"),
+        quick=("regression_3_exp", "nested", "sequential"),
     ),
 )
 def test_large_batches(entry):
@@ -853,7 +851,7 @@ def lazy_logits(entry: Entry, n: int, seed: int = 33) -> tuple[jh.LinearLogits, 
     return lazy, factors[0].astype(np.float64) @ lazy.kernel + lazy.bias
 
 
-@engine_but(quick=("regression_3_exp", "binary", "nested", "survival", "sequential"))
+@engine_but(quick=("regression_3_exp", "nested", "sequential"))
 def test_linear_logits_are_multiplied_logits(entry):
     lazy, exact = lazy_logits(entry, N)
     labels, _ = draw(entry, 34)

@@ -9,8 +9,8 @@ from zoo import ZOO, marked
 
 import jaxheads as jh
 
-# Quick: histograms over either kind of bins, ids of classes, several labels; learned and running fields; heads inside.
-QUICK = ("binary_soft_grid", "multi_class", "multi_label", "nested", "multi_head")
+# Quick: a histogram, ids of classes, learned and running fields.
+QUICK = ("binary_soft_grid", "multi_class", "nested")
 each = pytest.mark.parametrize("entry", marked(ZOO, quick=QUICK))
 
 

@@ -310,7 +310,7 @@ def test_metrics_of_more_than_one_value_are_printed():
     assert "each          [1. 6.]" in repr(metrics)
 
 
-@pytest.mark.parametrize(("axes", "lead"), [("n", (3,)), ("b, s, t", (2, 1, 3))])
+@pytest.mark.parametrize(("axes", "lead"), [pytest.param("n", (3,), marks=pytest.mark.slow), ("b, s, t", (2, 1, 3))])
 def test_metrics_and_losses_of_any_number_of_rows_are_exported(axes, lead):
     from jax import export
 

@@ -376,7 +376,10 @@ def entry_named(name: str):
 
 
 @BOTH
-@pytest.mark.parametrize(("name", "lazy"), [("multi_class", False), ("nested", False), ("multi_head", True)])
+@pytest.mark.parametrize(
+    ("name", "lazy"),
+    [("multi_class", False), ("nested", False), pytest.param("multi_head", True, marks=pytest.mark.slow)],
+)
 def test_loss_and_metrics_are_those_of_the_formula(kind, name, lazy):
     rng, entry = np.random.default_rng(1), entry_named(name)
     case = Case(kind, entry.head, 4, lazy=lazy, bias_init=drawn)

@@ -144,7 +144,7 @@ def test_devices_do_not_matter(check_vma):
 
 
 # Of the built-in heads the specs are TensorFlow's, in test_goldens.py.
-@pytest.mark.parametrize("entry", marked(ZOO, quick=("nested", "survival", "multi_head")))
+@pytest.mark.parametrize("entry", marked(ZOO, quick=("nested", "survival")))
 def test_every_head_has_all_three_modes(entry):
     rng = np.random.default_rng(1)
     labels, logits = entry.labels(rng, (6,)), entry.logits(rng, (6,))
