@@ -101,7 +101,6 @@ def test_a_slice_is_the_metrics_of_its_rows(name, n):
     assert metrics.by_slice()["count"].tolist() == [np.sum(live & (origin == i)) for i in range(N)]
 
 
-@pytest.mark.slow
 def test_a_table_larger_than_a_tile_is_made_once():
     """Of slices and replicas too."""
     n, classes, key = 6000, 130, jax.random.key(5)
