@@ -2,7 +2,8 @@
 
 * **Compiled** for speed of compiling: without most of LLVM's passes (but for tests marked `rounding`, which are about
   what XLA rounds, and `runs_long`), and by XLA's older emitters where jaxlib still has them.
-  `JAXHEADS_TEST_XLA=default` leaves all as it is at a user's; CI runs the laws once more so.
+  `JAXHEADS_TEST_XLA=default` leaves all as it is at a user's; CI runs the laws and the
+  files with tests marked `rounding` once more so.
 * **Kept** in pytest's cache of the checkout: a second run finds them there. `--cache-clear` begins anew.
 * **Dealt out** to processes by head: two of them would compile the same programs twice.
 * **Counted** by head in the laws, against `BUDGET`: a new head must not bring back the quarter of an hour.

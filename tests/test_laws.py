@@ -417,7 +417,7 @@ def test_one_trace_for_many_steps(entry, monkeypatch):
     assert traces == [1]
 
 
-# Eager calls run functions that are compiled once. Which head it is changes nothing: a plain one, and one of several.
+# Eager calls run functions that are compiled once. Which head it is changes nothing: quick for a plain one.
 @pytest.mark.parametrize("entry", marked((e for e in ZOO if e.name in (*ENGINE, "logistic")), quick=("logistic",)))
 def test_one_trace_for_many_eager_calls(entry, monkeypatch):
     traces, params = count_calls_of_losses(entry, monkeypatch), entry.params()

@@ -42,8 +42,8 @@ import jaxheads as jh
 from jaxheads.numerics import duals
 
 each = pytest.mark.parametrize("entry", marked(ZOO))
-# The others are slow: what a head adds to the engine here are the shapes of what it learns and counts. A histogram, and
-# a head that learns, are inside "multi_head".
+# The others are slow: what a head adds to the engine here are the shapes of what it learns and counts. A head that
+# learns and counts is inside "nested"; "survival" has a dict of labels and a count of its own.
 FIRST = ("nested", "survival")
 engine_first = pytest.mark.parametrize("entry", marked(ZOO, quick=FIRST))
 few = pytest.mark.parametrize(

@@ -302,7 +302,7 @@ def test_no_regularization_losses_are_zero():
 # Law 4: counters do not stop
 
 
-@pytest.mark.parametrize("entry", marked((e for e in ZOO if e.name in ENGINE), quick=("binary", "survival")))
+@engine_but(quick=("binary", "survival"))
 def test_counters_go_on(entry):
     """After 2^24 and after 2^31 rows, a thousand more, one at a time."""
     labels, logits = draw(entry, 9)

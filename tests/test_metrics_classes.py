@@ -191,7 +191,7 @@ CASES = [
     regression_case("logistic", jh.LogisticRegressionHead(), "sigmoid"),
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-# Quick for classes and for several targets: other heads keep the same moments.
+# Quick for classes alone: what follows is the same for all metrics.
 few_cases = pytest.mark.parametrize(
     "case",
     [pytest.param(case, id=case.name, marks=[] if case.name == "classes" else [pytest.mark.slow]) for case in CASES],
