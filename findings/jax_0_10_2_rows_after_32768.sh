@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# jax 0.10.2 on a CPU: a compiled network of one row at a time is wrong from row 32,768 on, without a word.
+# jax 0.10.2 on a CPU: a compiled network that is mapped over rows is wrong from row 32,768 on, without any error.
 #
-# What one expects: `jit(vmap(f))` gives what `vmap(f)` gives. What happens: with a matrix of 2 x 3, a product with each row
-# followed by a sum of squares, all 232 rows after the 32,768th of 33,000 are wrong by up to several units; eagerly, with
-# one feature more, or under jax 0.10.1 they are right. It is the last jax that Python 3.11 can install.
+# What one expects: `jit(vmap(f))` gives what `vmap(f)` gives. What happens, if `f` multiplies a 2 x 3 matrix by a row
+# and sums the squares: of 33,000 rows, all 232 after the 32,768th are wrong by up to several units. Eagerly, with one
+# feature more, or under jax 0.10.1 they are right. jax 0.10.2 is the last jax that Python 3.11 can install.
 # Reported upstream as jax-ml/jax#39103 (that report is of 3 x 3 matrices). jaxheads excludes this version.
 #
 # It prints the number of wrong rows, and the first of them, and fails if that changes. Needs Python 3.11 to 3.13.

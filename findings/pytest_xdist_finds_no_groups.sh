@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# pytest-xdist 3.8.0 under pytest 9.2.0: `--dist loadgroup` deals the tests of one group to all workers, without a word.
+# pytest-xdist 3.8.0 under pytest 9.2.0: `--dist loadgroup` spreads one group over all workers, without a warning.
 #
-# What one expects, from its documentation: tests marked `xdist_group` with one name run on one worker. Fixtures that must
-# not run twice, and programs that are compiled once a process, rely on it.
-# What happens: the 20 tests below, all of one group, run on both of two workers. Under pytest 8.4.2 the same file runs on
-# one. pytest-xdist writes the group behind the private `_nodeid` of a test, which pytest 9.2 no longer reads.
-# Way around: a scheduler of one's own by the hook `pytest_xdist_make_scheduler`, or `--dist loadfile`.
+# What one expects, from its documentation: tests marked `xdist_group` with one name run on one worker. Fixtures that
+# must not run twice, and programs that are compiled once per process, rely on it.
+# What happens: the 20 tests below, all of one group, run on both of two workers. Under pytest 8.4.2 the same file runs
+# on one. pytest-xdist appends the group to the private `_nodeid` of a test, which pytest 9.2 no longer reads.
+# Workaround: a scheduler of one's own through the hook `pytest_xdist_make_scheduler`, or `--dist loadfile`.
 #
 # It prints how many workers ran the group, and fails if that changes: 2 under pytest 9.2.0, 1 under pytest 8.4.2.
 set -euo pipefail

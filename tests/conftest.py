@@ -1,4 +1,4 @@
-"""The strictest JAX there is, on eight CPU devices. A test costs what it compiles: see `tests/README.md`."""
+"""The tests run with the strictest JAX settings, on eight CPU devices. `tests/README.md` says what a test costs."""
 
 import gc
 
@@ -8,7 +8,7 @@ import programs
 import pytest
 
 programs.start(devices=8)
-# Tracing makes many objects that live on; looking through all of them again and again took a tenth of the time.
+# Tracing makes many objects that stay alive. To scan them all again and again took a tenth of the time.
 gc.set_threshold(50_000, 20, 50)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -18,7 +18,7 @@ def pytest_configure(config):
     programs.keep(config)
 
 
-@pytest.hookimpl(optionalhook=True)  # where pytest-xdist is not installed, nobody asks
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist, nothing calls it
 def pytest_xdist_make_scheduler(config, log):
     return programs.scheduler(config, log)
 
@@ -35,12 +35,12 @@ def pytest_runtest_protocol(item):
 
 @pytest.fixture(autouse=True)
 def _count_traces_anew():
-    """`chex.assert_max_traces` counts by the place of a function: for every parameter of a test, the same."""
+    """`chex.assert_max_traces` counts by the place of a function, which is the same for all parameters of a test."""
     chex.clear_trace_counter()
 
 
 def pytest_terminal_summary(terminalreporter):
-    """How many golden cases passed, and the law of devices, at the end of every run that holds any."""
+    """Prints how many golden cases passed, and the table of law 5, at the end of every run that has any."""
     import devices
     from goldens import loader
 

@@ -1,4 +1,4 @@
-"""What the laws share: batches, garbage for hidden rows, expected values, and the one program that most laws run."""
+"""Shared by the laws: batches, garbage for hidden rows, expected values, and the one program that most laws run."""
 
 import functools
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ multiplicities = st.lists(st.sampled_from([0.0, 0.25, 0.3, 1.0, 2.0, 7.5]), min_
 
 
 def engine_but(quick: tuple[str, ...] | None) -> pytest.MarkDecorator:
-    """The heads of the engine, all but the `quick` ones slow: where a head costs more than it adds."""
+    """The heads of the engine. With `quick`, all others are slow: for laws that cost too much on all of them."""
     return pytest.mark.parametrize("entry", marked((entry for entry in ZOO if entry.name in ENGINE), quick))
 
 
@@ -46,7 +46,7 @@ DTYPES = {"float": np.float32, "int": np.int32, "bool": np.bool_}
 
 
 def settled(labels: Any, spec: Any) -> Any:
-    """Labels in the dtype that compiled code takes: of labels that come in several, each would be a program more."""
+    """Labels in the dtype that compiled code takes: each further dtype would be one more program."""
     if isinstance(spec, jh.LabelSpec):
         return labels.astype(DTYPES[spec.kind])
     return {key: settled(labels[key], inner) for key, inner in spec.items()}
@@ -59,12 +59,12 @@ def draw(entry: Entry, seed: int = 0, lead: tuple[int, ...] = (N,)) -> tuple[Any
 
 
 def average_of(entry: Entry) -> str:
-    """The key of an average loss: of a `MultiHead`, that of its first head."""
+    """The key of the average loss. For a `MultiHead` it is that of its first head."""
     return full_name(entry.parts[0] if entry.parts else entry, "average_loss")
 
 
 def part_like(tree: Any, like: Any) -> Any:
-    """The part of nested dicts that has the keys of others."""
+    """The part of the nested dicts `tree` that has the keys of `like`."""
     return {key: part_like(tree[key], value) for key, value in like.items()} if isinstance(like, dict) else tree
 
 
@@ -81,7 +81,7 @@ def added(parts: Iterable[jh.Metrics]) -> jh.Metrics:
 
 @functools.cache
 def step(head: jh.Head):
-    """Loss, its gradients to logits and parameters, and the metrics of the batch: one compiled function."""
+    """One compiled function: loss, its gradients to logits and parameters, and the metrics of the batch."""
 
     def run(labels, logits, weights, where, params):
         def loss(logits, params):
@@ -99,7 +99,7 @@ def step(head: jh.Head):
 
 @functools.cache
 def reduced(head: jh.Head):
-    """The loss under each reduction: one compiled function, in which they share all but the divisor."""
+    """One compiled function: the loss under each reduction. The losses share all but the divisor."""
 
     def run(labels, logits, weights, where, params):
         rest = {"weights": weights, "where": where, "params": params}
@@ -122,7 +122,7 @@ def slope(f, x: Any) -> np.ndarray:
 
 
 def expected_gradient(entry: Entry, labels, logits, weights=None, where=None) -> np.ndarray:
-    """Central differences of the oracle's loss; of all rows at once, where no row looks at another."""
+    """Central differences of the oracle's loss: of all rows at once if no row's loss depends on other rows."""
     if entry.whole is not None:
         return slope(lambda z: entry.expected_loss(labels, z, weights, where), logits)
     logits, out = np.asarray(logits, np.float64), []
@@ -153,14 +153,14 @@ def poison(entry: Entry, labels: Any, logits: np.ndarray, hidden: np.ndarray) ->
 
 
 def replace_label(labels: np.ndarray, row: int, value: float) -> np.ndarray:
-    """The labels with `value` in one row; as float if the value is no integer."""
+    """The labels with `value` in one row; as float if the value is not an integer."""
     changed = labels.copy() if np.float32(value).is_integer() else labels.astype(np.float32)
     changed[row] = value
     return changed
 
 
 def assert_values(got: dict[str, Any], expected: dict[str, float], *, rtol: float = 2e-6, slack: float = 0.0) -> None:
-    """Every expected metric is there and right; an area is within what its bins leave."""
+    """Asserts that every expected metric is there and right, and that an area is within the bounds of its bins."""
     assert set(expected) <= set(got)
     for key, value in expected.items():
         bounds = bounds_of(got, key)

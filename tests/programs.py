@@ -1,12 +1,12 @@
-"""Compiled programs, which are nearly all that a test costs: how they are compiled, kept, dealt out, and counted.
+"""How the tests compile programs, cache them, assign them to workers, and count them: nearly all that a test costs.
 
-* **Compiled** for speed of compiling: without most of LLVM's passes (but for tests marked `rounding`, which are about
-  what XLA rounds, and `runs_long`), and by XLA's older emitters where jaxlib still has them.
-  `JAXHEADS_TEST_XLA=default` leaves all as it is at a user's; CI runs the laws and the
-  files with tests marked `rounding` once more so.
-* **Kept** in pytest's cache of the checkout: a second run finds them there. `--cache-clear` begins anew.
-* **Dealt out** to processes by head: two of them would compile the same programs twice.
-* **Counted** by head in the laws, against `BUDGET`: a new head must not bring back the quarter of an hour.
+* **Compiled** for speed of compiling: without most of LLVM's passes, and by XLA's older emitters where jaxlib still has
+  them. Tests marked `rounding` (they are about what XLA rounds) or `all_passes` keep all passes, but the same emitters.
+  With `JAXHEADS_TEST_XLA=default` all tests keep JAX's default settings, as for a user. CI runs the quick laws and the
+  files with tests marked `rounding` once more in this way.
+* **Cached** in pytest's cache of the checkout, where a second run finds them. `--cache-clear` empties it.
+* **Assigned** to workers (pytest-xdist processes) by head: two workers would compile the same programs twice.
+* **Counted** by head in the laws, against `BUDGET`: a new head must not bring back test runs of a quarter of an hour.
 """
 
 import collections
@@ -20,11 +20,12 @@ import jax
 import jaxlib
 import pytest
 
-# How many programs the laws of one head may compile: `test_laws*.py` and `test_lowering.py`, in one process.
-# Measured alone: 13 to 28, and 49 to 119 for those of ENGINE. Slow heads go every way over devices in the same tests.
+# How many programs the laws of a head may compile in one process. The laws are `test_laws*.py` and `test_lowering.py`.
+# A head that runs alone compiles 13 to 28, a head of ENGINE 49 to 119. For slow heads the same tests include every way
+# to shard over devices.
 BUDGET = {"a head": 40, "a head of ENGINE": 130, "a slow head": 100, "a slow head of ENGINE": 300}
 
-# Their tests compile by head, and share the programs of a head.
+# In these files the tests of one head share its programs.
 LAWS = ("test_laws.py", "test_laws_engine.py", "test_laws_devices.py", "test_lowering.py")
 
 # With these flags jaxlib 0.10.1 compiles a program of the laws in a third of the time. A flag that jaxlib does not know
@@ -33,7 +34,7 @@ FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_copy_insertion_use_region
 FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
 AS_USERS = os.environ.get("JAXHEADS_TEST_XLA") == "default"
 
-# Dealt out first, for they take longest: what is left for the end is small.
+# These groups start first because they take longest: only short groups are left for the end.
 LONG = (
     "test_goldens.py",
     "test_boosting.py",
@@ -44,7 +45,7 @@ LONG = (
 )
 LONG += ("test_metrics_classes.py", "test_global_objectives.py", "test_group_constraints.py", "test_hosts.py")
 
-# By group, slow tests apart: those of a head that is quick go further ways over devices.
+# Programs by group, slow tests apart: a quick head has slow tests too, for more ways to shard over devices.
 counts: collections.Counter[tuple[str, bool]] = collections.Counter()
 _compiled = 0
 
@@ -58,7 +59,7 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def start(devices: int) -> None:
-    """Starts JAX on so many CPU devices. The flags are for this process alone: others ask for `environment`."""
+    """Starts JAX on this number of CPU devices. The flags are for this process alone: others use `environment`."""
     jax.config.update("jax_num_cpu_devices", devices)
     given = os.environ.get("XLA_FLAGS")
     os.environ.update({key: value for key, value in environment().items() if key == "XLA_FLAGS"})
@@ -71,7 +72,7 @@ def start(devices: int) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Variables that make another process of the tests compile fast."""
+    """Environment variables that make another process of the tests compile fast."""
     if AS_USERS:
         return {}
     known = (
@@ -81,17 +82,17 @@ def environment() -> dict[str, str]:
 
 
 def keep(config: pytest.Config) -> None:
-    """Keeps compiled programs of any size in the cache of the checkout, if it has one that can be written."""
+    """Stores compiled programs of any size in pytest's cache of the checkout, if that can be written."""
     if (cache := getattr(config, "cache", None)) is None:
         return
     try:
         folder = cache.mkdir("programs")
-    except OSError:  # of a read-only checkout: each run compiles all
+    except OSError:  # the checkout is read-only: each run compiles everything
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # A run that was stopped may leave a file that is cut short. JAX compiles its program again in each run, until
+    # A run that was stopped may leave a truncated file. JAX then compiles that program again in each run, until
     # `--cache-clear`.
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache:UserWarning")
     config.addinivalue_line("filterwarnings", "ignore:Error writing persistent compilation cache:UserWarning")
@@ -99,13 +100,13 @@ def keep(config: pytest.Config) -> None:
 
 @functools.cache
 def _heads() -> frozenset[str]:
-    from zoo import ZOO  # which makes arrays: after `start`
+    from zoo import ZOO  # imported late: it makes arrays, which must come after `start`
 
     return frozenset(entry.name for entry in ZOO)
 
 
 def group_of(nodeid: str) -> str:
-    """Whose programs a test compiles: those of a head, or of its file. All doctests of the package are one group."""
+    """The group of a test, which shares programs: a head, or a file. All doctests of the package are one group."""
     path, _, test = nodeid.partition("::")
     file = path.rpartition("/")[2]
     given = test.partition("[")[2].removesuffix("]").split("-") if file in LAWS else []
@@ -113,35 +114,35 @@ def group_of(nodeid: str) -> str:
 
 
 def in_groups(items: list[pytest.Item]) -> None:
-    """Sorts tests by group: in a group by how they are compiled, the count of a head's programs behind its laws."""
+    """Sorts tests by group, then by how they are compiled. The count of a head's programs comes after its laws."""
     place = {group: i - len(LONG) for i, group in enumerate(LONG)}
     for i, item in enumerate(items):
         place.setdefault(group_of(item.nodeid), i)
 
     def key(item: pytest.Item) -> tuple[int, bool, bool]:
-        return place[group_of(item.nodeid)], as_users(item), item.name.startswith("test_programs_are_within")
+        return place[group_of(item.nodeid)], needs_all_passes(item), item.name.startswith("test_programs_")
 
     items.sort(key=key)
 
 
-@functools.lru_cache(maxsize=1)  # nothing to do, as long as nothing changes
-def compile_as_users(whether: bool) -> None:
-    """With all of XLA's passes or few; a function that is compiled already would stay as it is."""
+@functools.lru_cache(maxsize=1)  # does nothing while the value stays the same
+def use_all_passes(whether: bool) -> None:
+    """Switches between all of XLA's passes and few. Clears the caches: compiled functions would not change."""
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", not whether)
 
 
-def as_users(item: pytest.Item) -> bool:
-    """Whether a test is compiled with all of XLA's passes: it is about them, or runs for longer than it compiles."""
-    return AS_USERS or any(item.get_closest_marker(name) for name in ("rounding", "runs_long", "tpu"))
+def needs_all_passes(item: pytest.Item) -> bool:
+    """Whether a test is compiled with all of XLA's passes: it tests rounding, or runs for longer than it compiles."""
+    return AS_USERS or any(item.get_closest_marker(name) for name in ("rounding", "all_passes", "tpu"))
 
 
 def scheduler(config: pytest.Config, log: Any) -> Any:
-    """Deals groups to processes, unless a `--dist` of the user's own says otherwise; to the same ones in every run.
+    """Assigns each group to one worker, in every run to the same if it can, unless the user gives another `--dist`.
 
-    What JAX calls functions inside a program depends on what was traced before, and so does whether a kept program is
-    found: dealt out otherwise, a tenth of the second run's programs were compiled again.
-    `--dist loadgroup` is for this, but pytest-xdist 3.8 finds no groups under pytest 9.2.
+    The names that JAX gives to functions inside a program depend on what was traced before, and the cache finds a
+    program by these names. When groups went to other workers, a tenth of the second run's programs were compiled again.
+    `--dist loadgroup` is made for this, but pytest-xdist 3.8 finds no groups under pytest 9.2.
     """
     if config.option.dist not in ("load", "loadgroup"):
         return None
@@ -154,31 +155,38 @@ def scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             return group_of(nodeid)
 
+        def remove_node(self, node: Any) -> Any:
+            # Of a worker that has died, the groups that are done stay done. Run again, they would be empty, and the
+            # worker that got one would wait for tests for ever (pytest-dev/pytest-xdist#1378).
+            work = self.assigned_work[node]
+            self.assigned_work[node] = {group: tests for group, tests in work.items() if not all(tests.values())}
+            return super().remove_node(node)
+
         def _assign_work_unit(self, node: Any) -> None:
             own = [group for group in self.workqueue if dealt.get(group, node.gateway.id) == node.gateway.id]
-            # Who has done all of its own takes from the end of another's.
+            # A worker that has run all of its own groups takes the last one that is left.
             group = own[0] if own else next(reversed(self.workqueue))
             self.workqueue.move_to_end(group, last=False)
-            if group not in dealt and cache is not None:
+            if dealt.get(group) not in {worker.gateway.id for worker in self.nodes} and cache is not None:
                 dealt[group] = node.gateway.id
                 cache.set(where, dealt)
             super()._assign_work_unit(node)
 
-    config.option.loadscopereorder = False  # in our own order, not by the number of tests
+    config.option.loadscopereorder = False  # keeps our own order, does not sort by the number of tests
     return ByGroup(config, log)
 
 
 @contextlib.contextmanager
 def counted(item: pytest.Item) -> Iterator[None]:
-    """Adds what a test compiles to the count of its group."""
-    compile_as_users(as_users(item))
+    """Adds the programs that a test compiles to the count of its group."""
+    use_all_passes(needs_all_passes(item))
     before = _compiled
     yield
     counts[group_of(item.nodeid), item.get_closest_marker("slow") is not None] += _compiled - before
 
 
 def beyond(name: str, number: int, budget: int) -> str:
-    """What to say of a head that compiles too much; nothing of one that does not."""
+    """The message about a head that compiles too many programs; empty for a head within its budget."""
     if number <= budget:
         return ""
     return (

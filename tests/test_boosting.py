@@ -654,9 +654,8 @@ REASONS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("library", "head"), [("xgboost", jh.BinaryClassHead()), ("lightgbm", jh.PoissonRegressionHead())], ids=repr
-)
+@both
+@pytest.mark.parametrize("head", [jh.BinaryClassHead(), jh.PoissonRegressionHead()], ids=repr)
 def test_scikit_learns_own_checks(library, head):
     from sklearn.utils.estimator_checks import check_estimator
 

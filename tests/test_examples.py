@@ -67,10 +67,10 @@ def test_the_one_network_is_smaller_and_learns_its_weights(multi_task):
     assert (out / "multi_task_flights.png").read_bytes().startswith(b"\x89PNG")
 
 
-def run_example(name, out, *arguments, runs_long=False):
+def run_example(name, out, *arguments, all_passes=False):
     """What an example printed, and its `metrics.json`, in a process of its own."""
     command = [sys.executable, str(EXAMPLES / name), *arguments, "--out", str(out)]
-    environment = {**os.environ, **({} if runs_long else programs.environment())}
+    environment = {**os.environ, **({} if all_passes else programs.environment())}
     run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out, timeout=600, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
     return run.stdout, json.loads((out / "metrics.json").read_text())
@@ -227,7 +227,7 @@ def test_a_network_prices_diamonds(tmp_path):
 
 @pytest.mark.slow
 def test_a_recurrent_network_tags_programs(tmp_path):
-    printed, results = run_example("sequence_tagger.py", tmp_path, "--files", "20", "--epochs", "1", runs_long=True)
+    printed, results = run_example("sequence_tagger.py", tmp_path, "--files", "20", "--epochs", "1", all_passes=True)
     assert results["files"] == {"train": 16, "validation": 2, "test": 2}
     constant, character, network = results["test"].values()
     assert [*results["test"]] == ["most frequent tag", "character alone", "network"]

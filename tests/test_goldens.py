@@ -278,21 +278,15 @@ def numbers_of(head, case: Case) -> list[dict]:
 
 @functools.cache
 def compiled(head, keys: tuple[str, ...] | None):
-    """The mode changes nothing in a loss, which plain calls are tested for: here it is computed once."""
-
-    def call(metrics, inputs: dict) -> dict:
-        result = everything(head, keys, ("train",), metrics, inputs)
-        return result | {"eval_loss": result["train_loss"]}
-
-    return jax.jit(call)
+    return jax.jit(functools.partial(everything, head, keys))
 
 
 def plain(head, keys: tuple[str, ...] | None):
     """One call after the other, as in a notebook; but for what JAX would do there by one operation after the other."""
-    return functools.partial(everything, head, keys, MODES)
+    return functools.partial(everything, head, keys)
 
 
-def everything(head, keys: tuple[str, ...] | None, modes: tuple[str, ...], metrics, inputs: dict) -> dict:
+def everything(head, keys: tuple[str, ...] | None, metrics, inputs: dict) -> dict:
     """Losses, gradient, predictions, exports and metrics of a batch."""
     if all(jnp.issubdtype(z.dtype, jnp.floating) for z in jax.tree.leaves(inputs["logits"])):
         loss, gradient = loss_and_gradient(head, inputs | {"mode": "train"})
@@ -306,7 +300,7 @@ def everything(head, keys: tuple[str, ...] | None, modes: tuple[str, ...], metri
     return {
         "train_loss": loss,
         "train_loss_grad_logits": gradient,
-        **{f"{mode}_loss": head.loss(mode=mode, **inputs) for mode in modes if mode != "train"},
+        **{f"{mode}_loss": head.loss(mode=mode, **inputs) for mode in MODES if mode != "train"},
         **served(inputs["logits"]),
         "metrics": head.update_metrics(metrics, **inputs),
     }

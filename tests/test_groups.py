@@ -346,7 +346,7 @@ def test_tiles_draw_apart():
 
 
 @pytest.mark.slow
-@pytest.mark.runs_long
+@pytest.mark.all_passes
 def test_intervals_cover_the_truth_as_often_as_they_say():
     """400 samples of 300 rows from a known model; 90 % intervals. The truth from 4 million rows."""
     head = jh.BinaryClassHead(bootstrap=jh.Bootstrap(200))

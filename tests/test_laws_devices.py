@@ -8,6 +8,7 @@ from typing import Any
 import chex
 import jax
 import numpy as np
+import programs
 import pytest
 from devices import (
     AXES,
@@ -138,10 +139,11 @@ def test_one_device_is_the_oracle(entry):
     assert metrics.compute().keys() == measured.compute().keys()
 
 
-# The ways differ in where rows lie, not in the head: a head of rows, one that learns and counts, and several in one go
-# every way; pairs and groups too. Of other heads it is the mesh that `jax.make_mesh` makes. The quick tests have that
-# mesh for a few heads, and the two mapped ways for the head that learns and counts.
-EVERY_WAY = ("binary", "nested", "multi_head", "roc_auc", "error_rate")
+# The ways differ in where rows lie, not in the head. These heads go every way: a head of rows, one that learns and
+# counts, several in one, pairs, groups, an own count, a wrapper, and parameters that are broadcast to the rows. The
+# others take the mesh that `jax.make_mesh` makes. The quick tests have that mesh for a few heads, and the two mapped
+# ways for the head that learns and counts.
+EVERY_WAY = ("binary", "nested", "multi_head", "survival", "sequential", "ordinal", "roc_auc", "error_rate")
 
 
 def is_slow(entry, way):
@@ -246,10 +248,10 @@ def test_a_kernel_spread_over_classes(name, axes, micro_batches):
 @pytest.mark.parametrize(
     ("axes", "entry"),
     [
-        pytest.param(axes, *each.values, id=f"{axes}-{each.id}", marks=each.marks if axes == "explicit" else slow)
+        pytest.param(axes, *given.values, id=f"{axes}-{given.id}", marks=given.marks if axes == "explicit" else slow)
         for axes, slow in (("explicit", []), ("auto", pytest.mark.slow))
-        for each in marked((entry for entry in ZOO if entry.name != "error_rate"), quick=("nested", "multi_head"))
-        if axes == "explicit" or each.id in ENGINE
+        for given in marked((entry for entry in ZOO if entry.name != "error_rate"), quick=("nested", "multi_head"))
+        if axes == "explicit" or given.id in ENGINE
     ],
 )
 def test_an_update_is_one_all_reduce(entry, axes):
@@ -738,3 +740,14 @@ def test_a_mesh_that_does_not_divide_the_batch_is_refused_in_words():
     placed = jh.training.shard_batch(jh.pad_batch(batch, 8), mesh_of(8))
     loss = jax.jit(lambda batch: BINARY.loss(batch["labels"], batch["features"], where=batch["where"]))(placed)
     assert loss == pytest.approx(np.log(2), rel=1e-6)
+
+
+# A guard on growth: see test_laws_engine.py.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", [entry for entry in ZOO if not entry.slow], ids=lambda entry: entry.name)
+def test_programs_of_slow_tests_are_within_the_budget(entry):
+    """The slow tests of heads that are quick: further ways to shard over devices."""
+    budget = programs.BUDGET[f"slow tests of a head{' of ENGINE' if entry.name in ENGINE else ''}"]
+    assert not programs.beyond(entry.name, programs.counts[entry.name, True], budget)

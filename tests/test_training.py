@@ -540,6 +540,7 @@ def test_a_head_that_learns_shares_the_optimizer():
     assert (np.asarray(after.params["w"]) != params["w"]).all()
 
 
+@pytest.mark.all_passes
 @pytest.mark.parametrize(
     "name", ["multi_class", *(pytest.param(name, marks=pytest.mark.slow) for name in ("binary", "multi_head"))]
 )
