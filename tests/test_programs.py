@@ -1,6 +1,7 @@
 """How groups of tests are dealt out to worker processes. The workers here only note which tests they get."""
 
 import types
+from typing import Any
 
 import programs
 import pytest
@@ -35,7 +36,7 @@ def run(kept, speeds, dies_after=None):
     `speeds` are how many tests each runs in a round. With `dies_after`, the first dies after so many tests, and another
     takes its place.
     """
-    config = types.SimpleNamespace(
+    config: Any = types.SimpleNamespace(
         option=types.SimpleNamespace(dist="load", numprocesses=len(speeds), loadscopereorder=True),
         cache=None if kept is None else types.SimpleNamespace(get=kept.get, set=kept.__setitem__),
         getvalue=lambda name: ["popen"] * len(speeds),
@@ -109,7 +110,7 @@ def test_a_worker_may_die(dies_after, workers, has_cache):
 
 @pytest.mark.parametrize(("dist", "own"), [("load", True), ("loadgroup", True), ("worksteal", False), ("no", False)])
 def test_another_way_to_deal_is_the_users_to_choose(dist, own):
-    config = types.SimpleNamespace(
+    config: Any = types.SimpleNamespace(
         option=types.SimpleNamespace(dist=dist, numprocesses=2), cache=None, getvalue=lambda name: ["popen"] * 2
     )
     assert (programs.scheduler(config, None) is not None) == own
