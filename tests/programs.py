@@ -24,7 +24,7 @@ import pytest
 # A head that runs alone compiles 13 to 28, a head of ENGINE 49 to 119. For slow heads the same tests include every way
 # to shard over devices.
 BUDGET = {"a head": 40, "a head of ENGINE": 130, "a slow head": 100, "a slow head of ENGINE": 300}
-BUDGET |= {"slow tests of a head": 60, "slow tests of a head of ENGINE": 200}
+BUDGET |= {"slow tests of a head": 90, "slow tests of a head of ENGINE": 220}
 
 # In these files the tests of one head share its programs.
 LAWS = ("test_laws.py", "test_laws_engine.py", "test_laws_devices.py", "test_lowering.py")
