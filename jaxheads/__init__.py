@@ -17,12 +17,12 @@ import importlib as _importlib
 import typing as _typing
 
 from jaxheads import metrics as metrics
+from jaxheads.contract import LabelSpec as LabelSpec
+from jaxheads.contract import Term as Term
+from jaxheads.contract import learned as learned
+from jaxheads.contract import running as running
+from jaxheads.contract import subheads as subheads
 from jaxheads.head import Head as Head
-from jaxheads.head import LabelSpec as LabelSpec
-from jaxheads.head import Term as Term
-from jaxheads.head import learned as learned
-from jaxheads.head import running as running
-from jaxheads.head import subheads as subheads
 from jaxheads.heads import BinaryClassHead as BinaryClassHead
 from jaxheads.heads import LogisticRegressionHead as LogisticRegressionHead
 from jaxheads.heads import MultiClassHead as MultiClassHead
@@ -45,6 +45,7 @@ from jaxheads.numerics.reduction import Reduction as Reduction
 if _typing.TYPE_CHECKING:
     from jaxheads import boosting as boosting
     from jaxheads import nn as nn
+    from jaxheads import testing as testing
     from jaxheads import training as training
     from jaxheads.compose import GlobalObjectiveHead as GlobalObjectiveHead
     from jaxheads.compose import MultiHead as MultiHead
@@ -80,7 +81,7 @@ _LAZY |= dict.fromkeys(
     ),
     "jaxheads.training",
 )
-_MODULES = ("boosting", "nn", "training")
+_MODULES = ("boosting", "nn", "testing", "training")
 
 
 def __getattr__(name: str) -> _typing.Any:

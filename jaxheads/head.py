@@ -1,92 +1,31 @@
-"""The contract: what a head is, for users and for authors.
+"""`Head`: what a user calls. What an author writes is in `contract.py`, what is done in `engine/`."""
 
-A head is a frozen dataclass of configuration. Given logits it computes loss, predictions and metrics, as pure
-functions. A new head overrides `logits_dimension`, `losses` and `outputs`, and `observe` for metrics of its own:
-
->>> import jax.numpy as jnp
->>> import jaxheads as jh
->>> class QuantileHead(jh.Head):
-...     quantile: float = 0.5
-...     logits_dimension = 1
-...
-...     def losses(self, labels, logits):
-...         return jnp.maximum(self.quantile * (labels - logits), (self.quantile - 1) * (labels - logits))
-...
-...     def outputs(self, logits):
-...         return {"predictions": logits}
-...
-...     def observe(self, labels, logits):
-...         return {"coverage": jh.Mean(labels <= logits)}
->>> head = QuantileHead(quantile=0.9, name="p90")
->>> head.measure(labels=jnp.array([1.0, 2.0]), logits=jnp.array([[2.0], [0.0]]))
-Metrics of QuantileHead(quantile=0.9, name='p90')
-  average_loss/p90  0.95
-  coverage/p90      0.5
-
-Masks, weights, checks, dtypes, reductions, devices and compiled updates live here, once, for every head.
-"""
-
-import abc
 import dataclasses
 import functools
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads import spec
-from jaxheads.losses import terms
-from jaxheads.losses.terms import Term as Term
-from jaxheads.metrics import (
-    Bootstrap,
-    Count,
-    FunctionMetric,
-    Grouped,
-    Mean,
-    MeanView,
-    Membership,
-    Metric,
-    Metrics,
-    Observation,
-    ScoresView,
-    Slices,
-    reduced,
-)
-from jaxheads.metrics.state import joined, metric_names, slots
-from jaxheads.numerics import batch as batches
-from jaxheads.numerics import columns, fields, inputs, masking, meshes, pairs, reduction, tiles
+from jaxheads.contract import ABSENT, AbstractHead, Given
+from jaxheads.engine import evaluating, losing, measuring, predicting, reading
+from jaxheads.engine.gathering import gather
+from jaxheads.engine.readiness import bound, ready
+from jaxheads.metrics import Bootstrap, FunctionMetric, Metric, Metrics, Observation, Slices
+from jaxheads.metrics.base import Path
+from jaxheads.metrics.state import metric_names, slots
+from jaxheads.numerics import fields, inputs
 from jaxheads.numerics import labels as rules
-from jaxheads.numerics.batch import Elements
-from jaxheads.numerics.configuration import Configuration
-from jaxheads.numerics.fields import learned as learned
-from jaxheads.numerics.fields import running as running
-from jaxheads.numerics.fields import subheads as subheads
-from jaxheads.numerics.labels import LabelSpec as LabelSpec
-from jaxheads.numerics.linear import LinearLogits as LinearLogits
-from jaxheads.numerics.reduction import Divisor, Reduction
-from jaxheads.spec import EstimatorSpec, ExportOutput, PredictOutput
+from jaxheads.numerics.reduction import Reduction
+from jaxheads.spec import EstimatorSpec, ExportOutput
 
-WeightColumn: TypeAlias = str | Callable[[Any], Any] | None
 MODES = (None, "train", "eval", "infer")
-AVERAGE_LOSS = "average_loss"
-DIVISOR = "divisor"
-COUNT = "slice_count"
-RESERVED = ("slice", "count", "regularization_loss")  # what metrics of slices, and of a regularized loss, are called
 
 
-class NoClosedForm(ValueError):
-    """A head whose best constant logits no formula gives."""
-
-
-class Head(Configuration, abc.ABC):
-    """A head: loss, predictions and metrics from logits. Subclass it to write one.
-
-    Authors override `logits_dimension` and `losses`, and where needed `label_spec`, `outputs`, `observe`, `summarize`,
-    `validate` and `advance`. Annotated attributes are constructor arguments. A class is either abstract, and named so,
-    or never subclassed.
+class Head(AbstractHead):
+    """A head: loss, predictions and metrics from logits. Subclass it to write one: see `jaxheads.contract`.
 
     Args:
         weight_column: a key of `features`, or a function `features -> weights`.
@@ -96,117 +35,6 @@ class Head(Configuration, abc.ABC):
         slices: groups of the data that get every metric too.
         bootstrap: replicas from which `metrics.compute(confidence=0.95)` makes intervals; updates then need a `key`.
     """
-
-    weight_column: WeightColumn = dataclasses.field(default=None, kw_only=True)
-    loss_reduction: Reduction | str = dataclasses.field(default=Reduction.SUM_OVER_BATCH_SIZE, kw_only=True)
-    name: str | None = dataclasses.field(default=None, kw_only=True)
-    extra_metrics: Sequence[Metric] = dataclasses.field(default=(), kw_only=True)
-    slices: Slices | None = dataclasses.field(default=None, kw_only=True)
-    bootstrap: Bootstrap | None = dataclasses.field(default=None, kw_only=True)
-
-    # For authors of a head.
-
-    if TYPE_CHECKING:
-        # A class attribute or a property, as the author likes; a type checker would insist on one of them.
-        logits_dimension: ClassVar[Any]
-    else:
-
-        @property
-        @abc.abstractmethod
-        def logits_dimension(self) -> int:
-            """The size of the last axis of the logits."""
-
-    @property
-    def label_spec(self) -> rules.Specs:
-        """What labels are legal; a dict of specs for structured labels (time and event; a list with its mask)."""
-        return LabelSpec(self.logits_dimension)
-
-    @abc.abstractmethod
-    def losses(self, labels: Any, logits: jax.Array) -> jax.Array | Term:
-        """Per-element losses `[..., 1]` or `[..., d]`: unreduced, unweighted; may take `features` as a third."""
-
-    def outputs(self, logits: jax.Array) -> Mapping[str, Any]:
-        """Predictions by key: arrays, or functions without arguments that make them when asked for."""
-        return {"logits": logits}
-
-    def observe(self, labels: Any, logits: jax.Array) -> Mapping[str, Observation]:
-        """What the metrics accumulate beside `average_loss`, by a static key."""
-        return {}
-
-    def sources(self, labels: Any, logits: jax.Array) -> Mapping[str, Callable[[], Observation]]:
-        """What metrics of `with_metrics` may read, by name, as functions that make it: nothing unread is computed."""
-        return {}
-
-    def summarize(self, seen: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Metrics by name from what was observed.
-
-        By default each mean under its own key, and of a score histogram the areas, `KEY/auc` and
-        `KEY/auc_precision_recall`.
-        """
-        out: dict[str, Any] = {}
-        for key, view in seen.items():
-            if isinstance(view, MeanView) and key != AVERAGE_LOSS:
-                out[key] = view.mean
-            elif isinstance(view, ScoresView):
-                out |= {f"{key}/auc": view.roc_auc(), f"{key}/auc_precision_recall": view.pr_auc()}
-        return out
-
-    def advance(
-        self, labels: Any, logits: jax.Array, weights: jax.Array, psum: Callable[[Any], Any]
-    ) -> Mapping[str, Any]:
-        """The next values of the running fields, from a batch; `psum` sums over devices.
-
-        Weights are 0 where an element is masked or bad, and a step's share of them where sequences are averaged. A head
-        with heads inside passes on what they need:
-        `{"inner": self.inner.advance(labels, logits, weights, psum)}`.
-        """
-        return {}
-
-    def best_constant(self, labels: Any, weights: np.ndarray) -> Any:
-        """The constant logits `[logits_dimension]` at which the weighted loss is least, for `constant_logits`.
-
-        On the host, in NumPy: `labels` float64 `[n, size]` and `weights` float64 `[n, 1]` or `[n, d]`, of the elements
-        that weigh anything.
-        """
-        raise NoClosedForm(
-            f"{type(self).__name__} has no best constant logits in closed form. Start from zeros, or fit them: "
-            "minimize head.loss over one row of logits, broadcast to all."
-        )
-
-    def signatures(self, predictions: Mapping[str, Any]) -> Mapping[str, ExportOutput]:
-        """What a server returns, from all predictions: by default they all, as `serving_default` and `predict`."""
-        everything = PredictOutput(dict(predictions))
-        return {"serving_default": everything, "predict": everything}
-
-    @property
-    def vocabulary(self) -> tuple[str, ...] | None:
-        """The names by which labels may be given: by default the field `label_vocabulary`, if there is one."""
-        return getattr(self, "label_vocabulary", None)
-
-    def class_names(self) -> tuple[str, ...] | None:
-        """The names of the classes, for heads whose predictions are of classes."""
-        return None
-
-    def to_array(self, labels: Any, ids: bool) -> Any:
-        """Host labels of a form of the head's own (lists of names a row) encoded; `ids`: lists of numbers too."""
-        return labels
-
-    @property
-    def per_logit_weights(self) -> bool:
-        """Whether weights may have the shape of the logits."""
-        return False
-
-    @property
-    def reads_features(self) -> bool:
-        """Whether `losses` needs the numeric columns of `features`: by default, if it has an argument of that name."""
-        return _takes_features(type(self))
-
-    @property
-    def rowwise(self) -> bool:
-        """Whether loss and observations of a row depend on that row alone: then large batches are cut in tiles."""
-        return False
-
-    # For users.
 
     def loss(
         self,
@@ -221,6 +49,7 @@ class Head(Configuration, abc.ABC):
         params: Mapping[str, Any] | None = None,
         normalizer: Any = None,
         axis_name: Any = None,
+        key: jax.Array | None = None,
         check: bool | None = None,
     ) -> jax.Array:
         """The regularized training loss.
@@ -236,6 +65,7 @@ class Head(Configuration, abc.ABC):
             params: the learned (and running) fields, as `bind` takes them.
             normalizer: replaces the divisor; one global number, not negative, never summed over devices.
             axis_name: sum numerator and denominator over this mapped axis; then `pmean` the gradients.
+            key: a random key, for heads that sample.
             check: True looks at the values of device arrays too (and waits for them); False at none.
 
         Returns:
@@ -246,24 +76,36 @@ class Head(Configuration, abc.ABC):
             ValueError: wrong shapes or dtypes at trace time; illegal values of host arrays.
         """
         _check_mode(mode)
-        head = self._ready(params)
-        batch = head._gather(labels, logits, features, weights, where, check)
-        normalizer = head._normalizer(normalizer)
-        if axis_name is not None or inputs.is_traced((head, batch, normalizer)):
-            loss = head._reduced_loss(batch, normalizer, axis_name)
-        else:
-            loss = _loss_compiled(head, batch, normalizer)
+        head = ready(self, params)
+        batch = gather(head, Given(labels, logits, features, weights, where, normalizer, key=key, check=check))
+        traced = axis_name is not None or inputs.is_traced((head, batch))
+        loss = (evaluating.loss_of if traced else evaluating.compiled_loss)(head, batch, axis_name)
         regularization = inputs.as_scalars(regularization_losses)
         return loss if regularization is None else loss + inputs.add_scalars(regularization)
 
-    def predictions(self, logits: Any, keys: Any = None, *, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def predictions(
+        self,
+        logits: Any,
+        keys: Any = None,
+        *,
+        params: Mapping[str, Any] | None = None,
+        features: Any = None,
+        key: jax.Array | None = None,
+    ) -> dict[str, Any]:
         """Predictions by key; only those asked for are computed. An unknown key is refused with the valid ones."""
-        return self._ready(params)._predict(logits, keys)
+        return predicting.predict(bound(self, params), Given(logits=logits, features=features, keys=keys, key=key))
 
-    def export_outputs(self, logits: Any, *, params: Mapping[str, Any] | None = None) -> dict[str, ExportOutput]:
+    def export_outputs(
+        self,
+        logits: Any,
+        *,
+        params: Mapping[str, Any] | None = None,
+        features: Any = None,
+        key: jax.Array | None = None,
+    ) -> dict[str, ExportOutput]:
         """What a server returns, by signature: pytrees of arrays, with class names as static metadata."""
-        head = self._ready(params)
-        return dict(head.signatures(head._predict(logits, None)))
+        head = bound(self, params)
+        return dict(head.signatures(predicting.predict(head, Given(logits=logits, features=features, key=key))))
 
     def metrics(self, regularization_losses: Any = None) -> Metrics:
         """Zero metrics: the identity of `+`. Keeps `regularization_loss` if a list is given."""
@@ -282,31 +124,22 @@ class Head(Configuration, abc.ABC):
         weights: Any = None,
         where: Any = None,
         params: Mapping[str, Any] | None = None,
+        axis_name: Any = None,
         check: bool | None = None,
         key: jax.Array | None = None,
     ) -> Metrics:
-        """`eval_metrics + measure(...)`, compiled once. The arguments are those of `loss`.
-
-        A head with a `bootstrap` needs a `key`, a new one for every batch and device.
-        """
+        """`eval_metrics + measure(...)`, compiled once. The arguments are those of `measure`."""
         _check_mode(mode)
         if not isinstance(eval_metrics, Metrics):
             raise ValueError(f"eval_metrics must be what head.metrics() gives. Given {type(eval_metrics).__name__}.")
-        head = self._ready(params)
-        batch = head._gather(labels, logits, features, weights, where, check)
-        batch = head._grouped(batch, features, key, check)
-        batch["regularization"] = inputs.as_scalars(regularization_losses)
-        eval_metrics.check_size()
-        if lead := jnp.shape(eval_metrics.state)[:-2]:
-            raise ValueError(
-                f"update_metrics adds one batch to one state. Given a state with leading axes {lead}: the batch would "
-                "count once for each of its entries. Call it inside the pmap or vmap that made them; inside shard_map, "
-                "where an axis of size 1 is left, take jax.tree.map(lambda x: x[0], metrics), and x[None] at the end; "
-                "or merge them there, with .psum(axis_name)."
-            )
-        eval_metrics.check_same_kind(Metrics(None, fields.unbound(self), regularization_losses is not None))
-        update = _update if inputs.is_traced((eval_metrics, head, batch)) else _update_compiled
-        return dataclasses.replace(eval_metrics, state=update(eval_metrics.state, head, batch))
+        head = ready(self, params)
+        given = Given(labels, logits, features, weights, where, with_slices=True, key=key, check=check)
+        batch, losses = gather(head, given), inputs.as_scalars(regularization_losses)
+        eval_metrics.check_one_state()
+        eval_metrics.check_same_kind(Metrics(None, fields.unbound(self), losses is not None))
+        traced = axis_name is not None or inputs.is_traced((eval_metrics, head, batch, losses))
+        update = measuring.update if traced else evaluating.compiled_update
+        return dataclasses.replace(eval_metrics, state=update(eval_metrics.state, head, batch, losses, axis_name))
 
     def with_metrics(self, *metrics: Metric, **functions: Callable[[Any, jax.Array], Any]) -> Self:
         """The same head with more metrics: what nobody asks for costs nothing, what shares a state is paid once.
@@ -336,16 +169,22 @@ class Head(Configuration, abc.ABC):
         weights: Any = None,
         where: Any = None,
         params: Mapping[str, Any] | None = None,
+        axis_name: Any = None,
         check: bool | None = None,
         key: jax.Array | None = None,
     ) -> Metrics:
-        """The metrics of this batch alone, as plain float32 sums; a notebook cell prints their values."""
-        head = self._ready(params)
-        batch = head._gather(labels, logits, features, weights, where, check)
-        batch = head._grouped(batch, features, key, check)
-        batch["regularization"] = inputs.as_scalars(regularization_losses)
-        measure = _measure if inputs.is_traced((head, batch)) else _measure_compiled
-        return Metrics(measure(head, batch), fields.unbound(self), regularization_losses is not None)
+        """The metrics of this batch alone, as plain float32 sums; a notebook cell prints their values.
+
+        The arguments are those of `loss`. A head with a `bootstrap` needs a `key`, a new one for every batch and
+        device. Sums are those of this device's rows: `axis_name` tells where a head whose `coupling` is "batch" finds
+        the other rows that it looks at.
+        """
+        head = ready(self, params)
+        given = Given(labels, logits, features, weights, where, with_slices=True, key=key, check=check)
+        batch, losses = gather(head, given), inputs.as_scalars(regularization_losses)
+        traced = axis_name is not None or inputs.is_traced((head, batch, losses))
+        measure = measuring.measure if traced else evaluating.compiled_measure
+        return Metrics(measure(head, batch, losses, axis_name), fields.unbound(self), losses is not None)
 
     def constant_logits(
         self, labels: Any, weights: Any = None, where: Any = None, *, features: Any = None
@@ -380,8 +219,8 @@ class Head(Configuration, abc.ABC):
         """
         if inputs.is_traced((labels, weights, where, features)):
             raise ValueError("constant_logits works on the host: call it outside jit.")
-        batch = self._gather(labels, self._zero_logits(labels), features, weights, where, True)
-        return np.asarray(self._constants(jax.tree.map(np.asarray, batch)), np.float32)
+        batch = gather(self, Given(labels, features=features, weights=weights, where=where, check=True))
+        return np.asarray(predicting.constants(self, jax.tree.map(np.asarray, batch)), np.float32)
 
     def encode_labels(self, labels: Any, where: Any = None) -> Any:
         """Class names as the ids that a jitted step takes, and legal numbers in its dtype. Host side.
@@ -392,19 +231,11 @@ class Head(Configuration, abc.ABC):
         if inputs.is_traced((labels, where)):
             raise ValueError("encode_labels works on the host: call it before the jitted step.")
         to_array = functools.partial(self.to_array, ids=True)
-        return rules.encode(self.label_spec, labels, where, self.vocabulary, to_array)
+        return rules.encode(self.label_spec, labels, where, self.vocabulary, to_array, self.per_logit_where)
 
-    def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, Any]:
         """Predictions as NumPy arrays, with `classes` (where `class_ids` is there) and `all_classes` `[D0, n]`."""
-        out = {key: np.asarray(value) for key, value in predictions.items()}
-        names = self.class_names()
-        if names is None or not out:
-            return out
-        if "class_ids" in out:
-            out["classes"] = np.asarray(names, object)[out["class_ids"]]
-        rows = next(iter(out.values())).shape[0]
-        out["all_classes"] = np.tile(np.asarray(names, object), (rows, 1))
-        return out
+        return predicting.decoded(self, predictions)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """The first values of the learned fields: a plain dict for your parameter tree, `{}` if there are none."""
@@ -413,6 +244,10 @@ class Head(Configuration, abc.ABC):
     def init_state(self) -> dict[str, Any]:
         """The first values of the running fields: a plain dict to carry beside batch statistics."""
         return fields.init_state(self)
+
+    def bind(self, params: Mapping[str, Any]) -> "Head":
+        """The same head with learned and running fields filled in from dicts as `init` and `init_state` make them."""
+        return fields.bind(self, params)
 
     def update_state(
         self,
@@ -425,16 +260,18 @@ class Head(Configuration, abc.ABC):
         where: Any = None,
         params: Mapping[str, Any] | None = None,
         axis_name: Any = None,
+        key: jax.Array | None = None,
     ) -> dict[str, Any]:
         """The running fields after a training batch; the same on all devices of `axis_name`."""
         fields.check_state(self, state, "state", "as head.init_state() makes it")
-        head = self._ready(fields.merge(params or {}, state))
-        return head._advanced(head._gather(labels, logits, features, weights, where, None), axis_name)
+        head = ready(self, fields.merge(params or {}, state))
+        batch = gather(head, Given(labels, logits, features, weights, where, key=key))
+        return evaluating.advance(head, batch, axis_name)
 
     def divisor(
         self,
         labels: Any,
-        logits: Any,
+        logits: Any = None,
         features: Any = None,
         *,
         weights: Any = None,
@@ -446,9 +283,9 @@ class Head(Configuration, abc.ABC):
 
         Only the shape of the logits matters, unless the head counts elements by them.
         """
-        head = self._ready(params)
-        sums = head._loss_sums(head._gather(labels, logits, features, weights, where, None), axis_name)
-        return head._divisor_of(meshes.psum(sums, axis_name))
+        head = ready(self, params)
+        given = Given(labels, ABSENT if logits is None else logits, features, weights, where, key=jax.random.key(0))
+        return losing.divisor(head, gather(head, given), axis_name)
 
     def create_estimator_spec(
         self,
@@ -494,18 +331,31 @@ class Head(Configuration, abc.ABC):
             ValueError: an unknown mode; in training neither or both of `optimizer` and `train_op_fn`, logits that are
                 no function of the variables that the optimizer is to change; and what `loss` raises.
         """
-        given = spec.Given(features, labels, logits, weights, where, params, regularization_losses, axis_name, key)
-        training = spec.Training(optimizer, trainable_variables, train_op_fn, update_ops, opt_state)
-        return spec.create(self, mode, given, training)
+        from jaxheads.engine import specs
 
-    def bind(self, params: Mapping[str, Any]) -> "Head":
-        """The same head with learned and running fields filled in from dicts as `init` and `init_state` make them."""
-        return fields.bind(self, params)
+        given = Given(labels, logits, features, weights, where, key=key)
+        call = specs.Call(given, params, regularization_losses, axis_name)
+        training = specs.Training(optimizer, trainable_variables, train_op_fn, update_ops, opt_state)
+        return specs.create(self, mode, call, training)
 
-    # Machinery. A head made of heads overrides what begins with an underscore here, and `observed` and `read`.
+    # What a metric state asks of its head.
+
+    @property
+    def suffix(self) -> str | None:
+        """What is appended to the keys of the metrics."""
+        return self.name
+
+    def observed(self) -> dict[Path, Observation]:
+        """The observations of this head, without data: the layout of its metric state."""
+        return reading.layout(self)
+
+    def read(self, seen: Mapping[Path, Any]) -> dict[tuple[str, str | None], Any]:
+        """All metrics from views of what was observed, by key and the name that is appended to it."""
+        return reading.read(self, seen)
 
     def __post_init__(self):
         object.__setattr__(self, "loss_reduction", Reduction.of(self.loss_reduction))
+        self._check_declarations()
         if self.name is not None and not isinstance(self.name, str):
             raise ValueError(f"name must be a string or None. Given {self.name!r}.")
         if not (self.weight_column is None or isinstance(self.weight_column, str) or callable(self.weight_column)):
@@ -522,349 +372,35 @@ class Head(Configuration, abc.ABC):
                 raise ValueError(
                     f"with_metrics() takes metrics, as jh.metrics.RocAuc(), and functions by name. Given {metric!r}."
                 )
+        if self.bootstrap is not None and (whole := [m for m in self.extra_metrics if m.unit == "sequence"]):
+            raise ValueError(
+                f"A bootstrap draws steps one by one, and {whole} counts whole sequences: its intervals would be too "
+                f"narrow. Given bootstrap={self.bootstrap!r}. Leave one of them out."
+            )
         super().__post_init__()
         if self.extra_metrics:
             metric_names(fields.unbound(self))  # refuses names that clash, and metrics that read what is not there
 
-    def observed(self) -> dict[str, Observation]:
-        """The observations of this head, without data: the layout of its metric state."""
-
-        def label(spec: LabelSpec, _: str) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((1, spec.size), spec.dtype)
-
-        labels = rules.per_label(self.label_spec, label)
-        logits = jax.ShapeDtypeStruct((1, self.logits_dimension), jnp.float32)
-        keys: list[str] = []
-
-        def observe(params, labels, logits):
-            observations: dict[str, Observation] = {AVERAGE_LOSS: Mean(logits)}
-            observations |= self.bind(params)._observations(labels, logits)
-            if self.slices is not None:
-                observations[COUNT] = Count(logits)
-            keys[:] = observations  # a pytree would sort them
-            return tuple(observations.values())
-
-        found = jax.eval_shape(observe, fields.abstract(self), labels, logits)
-        return {key: self._in_groups(inner) for key, inner in zip(keys, found, strict=True)}
-
-    def _in_groups(self, observation: Observation) -> Observation:
-        """What the state keeps of an observation: with groups and replicas it is kept for each."""
-        if self.slices is None and self.bootstrap is None:
-            return observation
-        replicas, groups = self.bootstrap.replicas if self.bootstrap else 0, self.slices.n if self.slices else 0
-        return Grouped(observation, replicas, groups)
-
-    def read(self, seen: Mapping[str, Any]) -> dict[tuple[str, str | None], Any]:
-        """All metrics from views of what was observed, by key and the name that is appended to it."""
-        # What is kept for other metrics alone is theirs to read.
-        plain = dataclasses.replace(fields.unbound(self), extra_metrics=()) if self.extra_metrics else None
-        own = {key: seen[key] for key in slots(plain, False)[0] if key in seen} if plain is not None else dict(seen)
-        own.pop(COUNT, None)
-        values = {AVERAGE_LOSS: seen[AVERAGE_LOSS].mean, **self.summarize(own)}
-        for metric in self.extra_metrics:
-            for key, value in metric.summarize(seen).items():
-                if key in values or key in RESERVED:
-                    raise ValueError(
-                        f"{metric!r} gives {key!r}, which {type(self).__name__} has already. Leave it out, or give it "
-                        "another name."
-                    )
-                values[key] = value
-        return {(key, self.suffix): value for key, value in values.items()}
-
-    @property
-    def suffix(self) -> str | None:
-        """What is appended to the keys of the metrics."""
-        return self.name
-
-    def _ready(self, params: Mapping[str, Any] | None) -> "Head":
-        """The head with its parameters, or an error that says how to give them."""
-        head = self if params is None else self.bind(params)
-        if missing := fields.missing(head):
-            raise ValueError(
-                f"{type(self).__name__} has learned or running fields without values: {missing}. Make them with "
-                "params = head.init(key) (and head.init_state()), then pass params=params, or use head.bind(params)."
-            )
-        return head
-
-    def _gather(
-        self, labels: Any, logits: Any, features: Any, weights: Any, where: Any, check: bool | None
-    ) -> dict[str, Any]:
-        weights, weights_name = self._weights(weights, features)
-        batch = batches.gather(
-            self.label_spec,
-            self.logits_dimension,
-            labels,
-            logits,
-            weights,
-            where,
-            weights_name=weights_name,
-            per_logit_weights=self.per_logit_weights,
-            label_vocabulary=self.vocabulary,
-            to_array=functools.partial(self.to_array, ids=False),
-            check=check,
-        )
-        batch["features"] = columns.numeric_columns(features) if self.reads_features else {}
-        return batch
-
-    def _zero_logits(self, labels: Any) -> Any:
-        """Logits of 0 for every label, in no memory."""
-        leads: list[tuple[int, ...]] = []
-
-        def note(spec: LabelSpec, label: Any, what: str) -> None:
-            label, _ = rules.as_encoded(self.to_array(label, ids=False))
-            array = inputs.as_array(label, what, names=self.vocabulary is not None)
-            leads.append(rules.leading_shape(spec, tuple(array.shape)))
-
-        rules.each_label(self.label_spec, labels, note)
-        return np.broadcast_to(np.float32(0), (*leads[0], self.logits_dimension))
-
-    def _constants(self, batch: dict[str, Any]) -> np.ndarray:
-        """The best constant logits of a gathered batch, float64."""
-        elements = batches.clean(self.label_spec, batch)
-        scale = 1.0 if elements.scale is None else np.asarray(elements.scale, np.float64)
-        weights = np.asarray(elements.counted, np.float64) * scale
-        weights = weights.reshape(-1, weights.shape[-1])
-        seen = np.asarray(weights.any(-1))
-        if not seen.any():
-            raise ValueError(
-                f"constant_logits needs elements that weigh something. Given {seen.size} for {type(self).__name__}, of "
-                "which none does: they are masked, or their weight is zero."
-            )
-        labels = jax.tree.map(lambda x: np.asarray(x, np.float64).reshape(seen.size, -1)[seen], elements.labels)
-        found = np.asarray(self.best_constant(labels, weights[seen]), np.float64)
-        if found.shape != (self.logits_dimension,):
-            raise ValueError(
-                f"{type(self).__name__}.best_constant must return shape {(self.logits_dimension,)}. Given "
-                f"{found.shape}."
-            )
-        return found
-
-    def _weights(self, weights: Any, features: Any) -> tuple[Any, str]:
-        column = self.weight_column
-        if column is None:
-            return weights, "weights"
-        if weights is not None:
-            raise ValueError(
-                f"Weights are given twice: by weights= and by the head's weight_column={column!r}. Use one of them."
-            )
-        if not isinstance(column, str):
-            return self._found(column(features)), "weights"
-        return self._found(columns.column(features, column, "the weight_column")), f"weight (features[{column!r}])"
-
-    def _found(self, weights: Any) -> Any:
-        if weights is None:
-            raise ValueError(
-                f"The head's weight_column={self.weight_column!r} gave None: no weights at all. Give it weights, or "
-                "build the head without a weight_column."
-            )
-        return weights
-
-    def _predict(self, logits: Any, keys: Any) -> dict[str, Any]:
-        outputs: dict[str, Any] = dict(self.outputs(batches.dense(batches.check_logits(logits, self.logits_dimension))))
-        asked = (keys,) if isinstance(keys, str) else tuple(keys or outputs)
-        for key in asked:
-            if key not in outputs:
-                raise ValueError(f"Unknown prediction key {key!r}. Valid prediction keys include {list(outputs)}.")
-        return {key: value() if callable(value) else value for key, value in outputs.items() if key in asked}
-
-    def _served(self, predictions: dict[str, Any], features: Any) -> dict[str, Any]:
-        """Predictions with what of the features belongs to them: a sequence's mask."""
-        return predictions
-
-    def _normalizer(self, normalizer: Any) -> Any:
-        return inputs.as_normalizer(normalizer)
-
-    def _reduced_loss(self, batch: dict[str, Any], normalizer: Any, axis_name: Any) -> jax.Array:
-        """The loss of a gathered batch, without regularization."""
-        return self._loss_of(self._global_sums(batch, axis_name), normalizer)
-
-    def _global_sums(self, batch: dict[str, Any], axis_name: Any) -> jax.Array:
-        """`_loss_sums` over all devices. What the head learns is typed as differing over them for these sums alone."""
-        return meshes.psum(meshes.varying(self, axis_name)._loss_sums(batch, axis_name), axis_name)
-
-    @property
-    def _loss_size(self) -> int:
-        """How many numbers `_loss_sums` gives."""
-        return 3
-
-    def _loss_sums(self, batch: dict[str, Any], axis_name: Any) -> jax.Array:
-        """What the loss is made of, `[_loss_size]`, additive over devices: weighted sum, divisor, live elements.
-
-        A head whose rows depend on each other looks for those of other devices along `axis_name`.
-        """
-        elements = batches.clean(self.label_spec, batch)
-        batches.debug_check(elements, type(self).__name__)
-        return terms.loss_sums(self._term(elements), elements, Reduction.of(self.loss_reduction))
-
-    def _loss_of(self, sums: jax.Array, normalizer: Any) -> jax.Array:
-        """The loss from sums over all devices; a normalizer is global already."""
-        if normalizer is None or isinstance(normalizer, Divisor):
-            by = sums[1] if normalizer is None else normalizer.value
-            return sums[0] if self.loss_reduction is Reduction.SUM else reduction.divide(sums[0], by)
-        return reduction.divide(sums[0], jnp.asarray(normalizer, jnp.float32))
-
-    def _share(self, sums: jax.Array, normalizer: Any) -> tuple[jax.Array, jax.Array]:
-        """Which part of the whole batch this is, for what is added once a batch; and whether anything in it weighs."""
-        if isinstance(normalizer, Divisor):
-            return reduction.divide(sums[2], normalizer.live), normalizer.live > 0
-        part = jnp.float32(1) if normalizer is None else reduction.divide(sums[1], jnp.asarray(normalizer, jnp.float32))
-        return jnp.where(sums[2] > 0, part, jnp.zeros_like(part)), sums[2] > 0
-
-    def _divisor_of(self, sums: jax.Array) -> Any:
-        """What `divisor` gives, from the sums of the whole batch."""
-        return Divisor(sums[1], sums[2])
-
-    def _summaries(self, loss: jax.Array, sums: jax.Array, regularization: Any) -> dict[str, jax.Array]:
-        """The scalars of a training step that the original wrote, by tag."""
-        out = {joined("loss", self.suffix): loss}
-        return out if regularization is None else {**out, joined("regularization_loss", self.suffix): regularization}
-
-    def _evaluated(self, batch: dict[str, Any], axis_name: Any) -> tuple[jax.Array, dict[str, jax.Array], Metrics]:
-        """The regularized loss of a gathered batch, its summaries, its metrics: all of them over all devices."""
-        sums, losses = self._global_sums(batch, axis_name), batch["regularization"]
-        regularization = None if losses is None else inputs.add_scalars(losses)
-        loss = self._loss_of(sums, None)
-        loss = loss if regularization is None else loss + regularization
-        metrics = Metrics(_measure(self, batch), fields.unbound(self), losses is not None)
-        if axis_name is not None:
-            metrics = metrics.psum(axis_name)
-        return loss, self._summaries(loss, sums, regularization), metrics
-
-    @property
-    def _has_divisor(self) -> bool:
-        """Whether `_sums` adds a number for `with_divisor`."""
-        return True
-
-    def read_loss(self, seen: Mapping[str, Any]) -> Any:
-        """The loss of all data seen, under the head's reduction; `seen` with the divisor."""
-        mean, divisor = seen[AVERAGE_LOSS], seen[DIVISOR].total
-        if self.loss_reduction is not Reduction.SUM:
-            return mean.ratio(mean.total, divisor)
-        return mean.xp.where(divisor > 0, mean.total, mean.xp.full_like(mean.total, mean.undefined))
-
-    def was_seen(self, seen: Mapping[str, Any]) -> Any:
-        """Whether there was anything to divide by."""
-        return seen[DIVISOR].total > 0
-
-    def _grouped(self, batch: dict[str, Any], features: Any, key: Any, check: bool | None) -> dict[str, Any]:
-        """A gathered batch with what slices and replicas need."""
-        if self.slices is not None:
-            lead, live = tuple(batch["logits"].shape)[:-1], batches.live_rows(batch, check)
-            batch["slices"] = self.slices.ids(features, lead, live, check)
-        if self.bootstrap is not None:
-            if key is None:
+    def _check_declarations(self) -> None:
+        """Refuses a field, or an attribute of before, under a name that the contract has for something else."""
+        for name in ("signed", "per_logit_weights", "per_logit_where", "reads_slices", "takes_linear", "samples"):
+            if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(
-                    f"{type(self).__name__} has bootstrap={self.bootstrap!r} and needs key= for each batch: "
-                    "key=jax.random.fold_in(key, step), and in shard_map or pmap folded with jax.lax.axis_index too."
+                    f"{type(self).__name__}.{name} is a declaration, True or False: see jaxheads.contract. Given "
+                    f"{value!r}. If it is a field of your own, give it another name."
                 )
-            batch["key"] = key
-        return batch
-
-    def _all_sums(self, batch: dict[str, Any], with_divisor: bool = False) -> list[jax.Array]:
-        """The sums of a gathered batch, part by part; of large batches tile by tile."""
-        parts = functools.partial(self._parts_of, with_divisor=with_divisor)
-        if not self.rowwise:
-            return tiles.finished(parts(batch))
-        layout, _ = slots(fields.unbound(self), False)
-        return tiles.summed(parts, batch, sum(x.size for _, x in layout.values() if not x.is_late))
-
-    def _parts_of(self, batch: dict[str, Any], with_divisor: bool) -> list[Any]:
-        """Of a gathered batch the bad elements, then what the head observes: sums, or what is to be reduced later.
-
-        With the divisor, also what the loss of all the elements that metrics count is divided by.
-        """
-        elements = batches.clean(self.label_spec, batch)
-        term = self._average_term(elements)
-        observations = {AVERAGE_LOSS: Mean(*term), **self._observed_of(elements)}
-        weights, bad, groups = elements.counted, elements.bad, None
-        if self.slices is not None:
-            observations[COUNT] = Count(weights)
-            groups, stray = Membership.of(jnp.asarray(batch["slices"]), self.slices.n)
-            # In no group that there is: left out and counted, as an illegal label is.
-            bad = bad | (stray & (weights != 0))
-            weights = jnp.where(stray, jnp.zeros_like(weights), weights)
-        replicas = None if self.bootstrap is None else jax.random.split(batch["key"], self.bootstrap.replicas)
-        parts: list[Any] = [masking.total(bad.astype(jnp.float32))[None]]
-        for observation in observations.values():
-            late = tiles.Late(observation, weights, groups, replicas, reduced)
-            parts.append(late if observation.is_late else late.reduced())
-        if with_divisor:
-            anywhere = jnp.any(bad, -1, keepdims=True)
-            good = elements._replace(weights=weights, exists=elements.exists & ~anywhere)
-            of = terms.DivisorOf(term, good, Reduction.of(self.loss_reduction))
-            late = tiles.Late(of, masking.ones_like(good.exists), groups, replicas, reduced)
-            parts.append(late.reduced())
-        return parts
-
-    def _advanced(self, batch: dict[str, Any], axis_name: Any) -> dict[str, Any]:
-        """The new running state of a bound head from a gathered batch, checked."""
-        psum = functools.partial(meshes.psum, axis_name=axis_name)
-        new = fields.carry(self, fields.state_of(self), self._advance(batch, psum))
-        fields.check_state(self, new, f"{type(self).__name__}.advance", "those of the heads inside it included")
-        return jax.tree.map(jax.lax.stop_gradient, new)
-
-    def _advance(self, batch: dict[str, Any], psum: Callable[[Any], Any]) -> Mapping[str, Any]:
-        """What moves in the running state, from a gathered batch."""
-        return self._advance_of(batches.clean(self.label_spec, batch), psum)
-
-    def _advance_of(self, elements: Elements, psum: Callable[[Any], Any]) -> Mapping[str, Any]:
-        """The same from the elements of a batch."""
-        return self.advance(elements.labels, elements.logits, elements.times_scale(elements.counted), psum)
-
-    def _term(self, elements: Elements) -> Term:
-        """The per-element losses, checked."""
-        features = (elements.features,) if _takes_features(type(self)) else ()
-        losses = self.losses(elements.labels, elements.logits, *features)
-        lead = tuple(elements.logits.shape)[:-1]
-        return terms.as_term(losses, lead, self.logits_dimension, type(self).__name__).scaled(elements.scale)
-
-    def _average_term(self, elements: Elements) -> Term:
-        """The per-element losses whose mean is `average_loss`."""
-        return self._term(elements)
-
-    def _observed_of(self, elements: Elements) -> Mapping[str, Observation]:
-        """What is observed of the elements of a batch, beside the average loss."""
-        return self._observations(elements.labels, elements.logits)
-
-    def _observations(self, labels: Any, logits: jax.Array) -> Mapping[str, Observation]:
-        """What `observe` gives, checked."""
-        observations = dict(self.observe(labels, logits))
-        sources = self.sources(labels, logits) if self.extra_metrics else {}
-        for metric in self.extra_metrics:
-            for key, observation in metric.observe(labels, logits, sources).items():
-                observations[key] = observations[key].join(observation) if key in observations else observation
-        for key, observation in observations.items():
-            what = f"{type(self).__name__}.observe: {key!r}"
-            if not isinstance(observation, Observation):
-                raise ValueError(
-                    f"{what} must be an observation such as jh.Mean(values). Given a {type(observation).__name__}."
-                )
-            if key in (AVERAGE_LOSS, DIVISOR, COUNT):
-                raise ValueError(f"{what} is kept by every head already. Use another key.")
-            observation.check(what, tuple(logits.shape)[:-1])
-        return observations
+        if not callable(self.parts):
+            raise ValueError(
+                f"{type(self).__name__}.parts is a hook: see jaxheads.contract. Give the field another name."
+            )
+        if hasattr(type(self), "rowwise"):
+            raise ValueError(
+                f'{type(self).__name__} declares rowwise, which is now coupling: coupling = "row" where no row looks '
+                'at another, "batch" where rows do.'
+            )
 
 
-def _measure(head: Head, batch: dict[str, Any]) -> jax.Array:
-    """The packed sums `[slots, 1]` of one batch, with the regularization after the first, if it is kept."""
-    key = {name: batch[name] for name in ("key",) if name in batch}
-    head, batch = jax.lax.stop_gradient((head, {k: v for k, v in batch.items() if k not in key}))
-    losses = batch["regularization"]
-    bad, *sums = head._all_sums({**batch, **key})
-    kept = [] if losses is None else [jnp.stack([inputs.add_scalars(losses), jnp.float32(1)])]
-    return jnp.concatenate([bad, *kept, *sums])[:, None]
-
-
-def _update(state: jax.Array, head: Head, batch: dict[str, Any]) -> jax.Array:
-    return pairs.add(state, _measure(head, batch))
-
-
-_loss_compiled = jax.jit(lambda head, batch, normalizer: head._reduced_loss(batch, normalizer, None))
-_measure_compiled = jax.jit(_measure)
-_update_compiled = jax.jit(_update)
-
-
-def check_head(head: Any) -> None:
+def check_unbound(head: Any) -> None:
     """Refuses what is no head, and heads that hold values: programs carry what a head learns beside it."""
     if not isinstance(head, Head):
         given = f"the class {head.__name__}: make one" if isinstance(head, type) else f"a {type(head).__name__}"
@@ -874,11 +410,6 @@ def check_head(head: Any) -> None:
             f"head must be unbound: what it learns is made and kept beside it. Given a bound {type(head).__name__}. "
             "Pass the head that bind was called on; its values go where head.init(key) would put them."
         )
-
-
-@functools.lru_cache(maxsize=1024)
-def _takes_features(cls: type[Head]) -> bool:
-    return "features" in inspect.signature(cls.losses).parameters
 
 
 def _check_mode(mode: Any) -> None:

@@ -10,8 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.compose import SequentialHeadWrapper
-from jaxheads.head import Head, check_head
+from jaxheads.contract import Given
+from jaxheads.engine import trees
+from jaxheads.engine.gathering import gather
+from jaxheads.engine.readiness import ready
+from jaxheads.head import Head, check_unbound
+from jaxheads.numerics.batch import Batch
 from jaxheads.numerics.labels import LabelSpec
 
 ATTRIBUTE = "jaxheads_labels"
@@ -28,22 +32,19 @@ class Attached(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Labels, weights and masks of all rows, checked and encoded: what a head's methods take, by head of a `MultiHead`.
+    """All rows of a dataset, checked and encoded, without logits.
 
     Attributes:
         n: how many.
-        labels, weights, where: arrays, or nested dicts of them; None where there are none.
+        batch: their labels, weights and masks.
     """
 
     n: int
-    labels: Any
-    weights: Any
-    where: Any
+    batch: Batch
 
     def part(self, start: int, stop: int) -> "Rows":
         """Some rows."""
-        labels, weights, where = jax.tree.map(lambda x: x[start:stop], (self.labels, self.weights, self.where))
-        return Rows(min(stop, self.n) - start, labels, weights, where)
+        return Rows(min(stop, self.n) - start, jax.tree.map(lambda x: x[start:stop], self.batch))
 
 
 def with_labels(dataset: Dataset, labels: Any, where: Any = None) -> Dataset:
@@ -133,18 +134,18 @@ def check_boosted(head: Any, params: Any, metrics: bool) -> None:
         params: its learned and running fields, or None.
         metrics: whether its metrics are asked for too.
     """
-    check_head(head)
-    if isinstance(head, SequentialHeadWrapper):
+    check_unbound(head)
+    if "" in head.parts():
         raise ValueError(
-            "A booster has one row of logits an example. Given a SequentialHeadWrapper: use its inner head."
+            f"A booster has one row of logits an example. Given a {type(head).__name__}: use its inner head."
         )
-    for inner in inner_heads(head):
+    for inner in trees.leaves(head):
         if inner.weight_column is not None:
             raise ValueError(
                 f"The booster's dataset holds the weights: xgboost.DMatrix(weight=...), lightgbm.Dataset(weight=...), "
                 f"sample_weight=. Given a head with weight_column={inner.weight_column!r}; build it without."
             )
-        if inner.reads_features:
+        if inner.reads_features or inner.reads_slices:
             raise ValueError(
                 f"A booster's dataset gives no features, which a loss_fn or group_rate would read. Given {inner!r}. "
                 "Leave them out of it."
@@ -154,12 +155,7 @@ def check_boosted(head: Any, params: Any, metrics: bool) -> None:
                 f"The metrics of a booster's log have no slices and no bootstrap. Given {inner!r}. Measure the "
                 "margins that the booster predicts by such a head afterwards: head.measure(labels, margins, features)."
             )
-    head._ready(params)
-
-
-def inner_heads(head: Head) -> list[Any]:
-    """The head, and those of a `MultiHead`."""
-    return [head, *(found for inner in getattr(head, "heads", ()) for found in inner_heads(inner))]
+    ready(head, params)
 
 
 def as_logits(head: Head, predicted: Any, what: str) -> np.ndarray:
@@ -247,20 +243,16 @@ def prepare(head: Head, labels: Any, weights: Any) -> Rows:
         labels, where = labels
     else:
         labels = _from_floats(head, labels)
-    batch = head._gather(labels, head._zero_logits(labels), None, weights, where, True)
+    batch = gather(head, Given(labels, weights=weights, where=where, check=True))
     # Copies, on the device: what boosters hand out may be a view of memory that they free.
-    n, columns = _taken(batch)
-    return Rows(n, *jax.tree.map(jnp.array, columns))
+    return Rows(_length(batch), jax.tree.map(jnp.array, batch))
 
 
-def _taken(batch: Mapping[str, Any]) -> tuple[int, tuple[Any, Any, Any]]:
-    """Number of rows; labels, weights and mask of a gathered batch, by head where there are several."""
-    if "heads" in batch:
-        each = {name: _taken(inner) for name, inner in batch["heads"].items()}
-        labels, weights, where = ({name: columns[i] for name, (_, columns) in each.items()} for i in range(3))
-        return next(iter(each.values()))[0], (labels, weights, where)
-    where = batch["where"][0] if batch["where"] else None
-    return len(batch["logits"]), (batch["labels"], batch["weights"], where)
+def _length(batch: Batch) -> int:
+    """The number of rows."""
+    while batch.parts is not None:
+        batch = next(iter(batch.parts.values()))
+    return len(jax.tree.leaves(batch.labels)[0])
 
 
 def _from_floats(head: Head, labels: Any) -> np.ndarray:
@@ -276,4 +268,4 @@ def _from_floats(head: Head, labels: Any) -> np.ndarray:
             bad = labels[labels != np.rint(labels)][0]
             raise ValueError(f"labels of {type(head).__name__} must be {spec.describe()}. Given {bad}.")
         labels = labels.astype(np.int32)
-    return labels.reshape(-1, spec.size) if spec.size > 1 else labels
+    return labels.reshape(-1, spec.size) if spec.size and spec.size > 1 else labels

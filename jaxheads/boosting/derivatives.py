@@ -1,7 +1,7 @@
 """Gradient and diagonal Hessian of any head's loss with respect to its logits: what gradient boosting asks for."""
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -9,10 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxheads.boosting.conventions import LIBRARIES, Options, convention, is_separable
-from jaxheads.compose import GlobalObjectiveHead, MultiHead, SequentialHeadWrapper
+from jaxheads.contract import Given
+from jaxheads.engine import losing
+from jaxheads.engine.elements import clean, dense_logits, see
+from jaxheads.engine.gathering import gather
+from jaxheads.engine.readiness import ready
 from jaxheads.head import Head
 from jaxheads.heads import RegressionHead
-from jaxheads.numerics import batch as batches
+from jaxheads.numerics.batch import Batch, Devices, Elements
+from jaxheads.numerics.linear import LinearLogits
 
 Hessian: TypeAlias = str | Callable[[Any, jax.Array], Any]
 HESSIANS = ("auto", "exact", "gauss_newton", "unit")
@@ -71,9 +76,9 @@ def derivatives(
     """
     options = check_options(hessian, floor, library, max_delta_step)
     # On the host, so that shapes, dtypes and values are looked at as everywhere.
-    ready = head._ready(params)
-    batch = ready._gather(labels, logits, features, weights, where, None)
-    return compiled(ready, batch, hessian, float(floor), options)
+    bound = ready(head, params)
+    batch = gather(bound, Given(labels, logits, features, weights, where))
+    return compiled(bound, batch, hessian, float(floor), options)
 
 
 def check_options(hessian: Any, floor: Any, library: Any, max_delta_step: Any) -> Options:
@@ -88,9 +93,7 @@ def check_options(hessian: Any, floor: Any, library: Any, max_delta_step: Any) -
     return Options(library, float(max_delta_step))
 
 
-def of_batch(
-    head: Head, batch: dict[str, Any], hessian: Hessian, floor: float, options: Options
-) -> tuple[jax.Array, jax.Array]:
+def of_batch(head: Head, batch: Batch, hessian: Hessian, floor: float, options: Options) -> tuple[jax.Array, jax.Array]:
     """`derivatives` of a gathered batch."""
     each = _each(head, batch, jnp.float32(1), hessian, floor, options)
     gradients, hessians = zip(*each, strict=True)
@@ -101,39 +104,44 @@ compiled = jax.jit(of_batch, static_argnums=(2, 3, 4))
 
 
 def _each(
-    head: Head, batch: dict[str, Any], factor: jax.Array, hessian: Hessian, floor: float, options: Options
+    head: Head, batch: Batch, factor: jax.Array, hessian: Hessian, floor: float, options: Options
 ) -> list[tuple[jax.Array, jax.Array]]:
     """The derivatives of every head inside, in order."""
-    if isinstance(head, SequentialHeadWrapper):
-        return _each(head.static_head, head._scaled(batch), factor, hessian, floor, options)
-    if not isinstance(head, MultiHead):
+    if batch.parts is None:
         return [_of_one(head, batch, factor, hessian, floor, options)]
-    parts = []
-    for i, inner in enumerate(head.heads):
-        own = factor * head._weighted(i, jnp.float32(1), jnp.float32(0))
-        found = _each(inner, batch["heads"][str(inner.name)], own, hessian, floor, options)
-        # A weight of 0 hides a head, even a NaN in it.
-        hidden = head.head_weights is not None and head.head_weights[i] == 0
-        parts += jax.tree.map(jnp.zeros_like, found) if hidden else found
-    return parts
+    batch, found = head.prepared(batch), []
+    zeros = {name: jnp.float32(0) for name in head.parts()}
+    # How much the loss of each head inside counts in the loss of all.
+    factors = jax.grad(lambda losses: head.combine(losses, zeros))(zeros)
+    for name, inner in head.parts().items():
+        own = _each(inner, (batch.parts or {})[name], factor * factors[name], hessian, floor, options)
+        found += jax.tree.map(jnp.zeros_like, own) if name in head.silent else own
+    return found
 
 
 def _of_one(
-    head: Head, batch: dict[str, Any], factor: jax.Array, hessian: Hessian, floor: float, options: Options
+    head: Head, batch: Batch, factor: jax.Array, hessian: Hessian, floor: float, options: Options
 ) -> tuple[jax.Array, jax.Array]:
-    logits = batches.dense(batch["logits"])
+    logits = dense_logits(head, batch.logits)
+    if isinstance(logits, Mapping) or len(logits.shape) < 2:
+        raise ValueError(
+            f"A booster gives one row of logits an example. Given {type(head).__name__}, which takes a dict."
+        )
+    if isinstance(logits, LinearLogits):
+        logits = logits.multiply()
 
     def total(logits: jax.Array) -> jax.Array:
-        return head._loss_sums({**batch, "logits": logits}, None)[0]
+        return losing.sums(head, see(head, batch.replace(logits=logits), Devices()))[losing.TOTAL]
 
-    if isinstance(hessian, str) and hessian != "unit" and isinstance(head, GlobalObjectiveHead) and head.is_of_pairs:
+    if isinstance(hessian, str) and hessian != "unit" and head.coupling in ("batch", "sequence"):
         raise ValueError(
-            "The loss of pairs (roc_auc) has no Hessian of a row alone: shifting all logits changes nothing. Given "
+            f"The loss of a row of {type(head).__name__} looks at other rows, as that of pairs (roc_auc) does, and has "
+            "no Hessian of a row alone: shifting all logits changes nothing. Given "
             f'hessian={hessian!r}. Pass hessian="unit", or a function.'
         )
     gradient = jax.grad(total)
     g, library = gradient(logits), convention(head, options) if hessian == "auto" else None
-    elements = batches.clean(head.label_spec, batch)
+    elements = clean(head, batch)
     if library is not None:
         h = _weighted(elements, library.curvature(elements.logits))
     elif callable(hessian):
@@ -149,10 +157,10 @@ def _of_one(
     return (factor if library is None else factor * library.scale) * g, floored
 
 
-def _weighted(elements: batches.Elements, values: jax.Array) -> jax.Array:
+def _weighted(elements: Elements, values: jax.Array) -> jax.Array:
     """Values of weight 1, weighted as the loss is; NaN where a label or weight is illegal."""
     weights = elements.weights * jnp.where(elements.bad, jnp.nan, jnp.ones_like(elements.weights))
-    return values * elements.times_scale(weights)
+    return values * (weights if elements.rows.scale is None else weights * elements.rows.scale)
 
 
 def _checked(values: Any, shape: tuple[int, ...]) -> jax.Array:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, cast
 
+import jax
 import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.utils import ClassifierTags, RegressorTags
@@ -10,17 +11,20 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
 from jaxheads.boosting import targets
-from jaxheads.boosting.datasets import Attached, check_boosted, inner_heads, prepare
+from jaxheads.boosting.datasets import Attached, check_boosted, prepare
 from jaxheads.boosting.derivatives import Hessian
 from jaxheads.boosting.engines import DECIDED, ELSEWHERE, ENGINES, IDLE, ROUNDS, STOPPING, Engine, Part, Plan
-from jaxheads.boosting.evaluation import higher_is_better, measured, numbers
+from jaxheads.boosting.evaluation import measured, numbers
 from jaxheads.boosting.stopping import Monitor
 from jaxheads.compose import MultiHead
-from jaxheads.compose.multi_head import naming
-from jaxheads.head import Head, NoClosedForm, check_head
+from jaxheads.contract import NoClosedForm
+from jaxheads.engine import predicting, trees
+from jaxheads.engine.reading import directions
+from jaxheads.head import Head, check_unbound
 from jaxheads.heads import BinaryClassHead, MultiLabelHead, PoissonRegressionHead
 from jaxheads.metrics import Metrics
 from jaxheads.numerics import fields
+from jaxheads.numerics.batch import Batch
 
 
 def _has_probabilities(estimator: Any) -> bool:
@@ -51,7 +55,7 @@ class BoostedHead(BaseEstimator):
         early_stopping_rounds: for how many rounds `monitor` may fail to improve on the last of `eval_set`; predictions
             then use the best round.
         monitor: a metric of the head; its average loss by default.
-        higher_is_better: of the monitor, where its name does not tell.
+        higher_is_better: of the monitor, where the metric does not say.
         params: the booster's own: `learning_rate`, `max_depth`, `random_state`, `n_jobs`, ... `max_delta_step` of a
             `PoissonRegressionHead` on XGBoost is 0.7 by default, as for its own objective. LightGBM is quiet by
             default, also about names that it does not know: `verbosity=0` lets it tell.
@@ -172,7 +176,7 @@ class BoostedHead(BaseEstimator):
             verbose: whether the log is printed.
         """
         engine = self._engine()
-        check_head(self.head)
+        check_unbound(self.head)
         if missing := fields.missing(self.head):
             raise ValueError(
                 f"A BoostedHead grows trees, and trains no fields of its head. Given {self.head!r} with {missing}. "
@@ -304,7 +308,7 @@ class BoostedHead(BaseEstimator):
             self._check_boosting(params)
         if self.booster == "xgboost" and isinstance(self.head, PoissonRegressionHead):
             params.setdefault("max_delta_step", 0.7)
-        if not any(isinstance(head, PoissonRegressionHead) for head in inner_heads(self.head)):
+        if not any(isinstance(head, PoissonRegressionHead) for head in trees.leaves(self.head)):
             return params, 0.7
         return params, params.get("max_delta_step" if self.booster == "xgboost" else "poisson_max_delta_step", 0.7)
 
@@ -347,7 +351,7 @@ class BoostedHead(BaseEstimator):
     def _start(self, rows: Any) -> np.ndarray:
         dimension = self.head.logits_dimension
         if self.init_score is None:
-            return _constants(self.head, rows.labels, rows.weights, rows.where)
+            return np.asarray(_constants(self.head, jax.tree.map(np.asarray, rows.batch)), np.float32)
         try:
             given = np.broadcast_to(np.asarray(self.init_score, np.float32), (dimension,)).copy()
         except ValueError as error:
@@ -396,29 +400,17 @@ class BoostedHead(BaseEstimator):
             raise ValueError(
                 f"monitor must be a metric of the head that is a number, one of {list(names)}. Given {key!r}."
             )
-        higher = higher_is_better(key) if self.higher_is_better is None else self.higher_is_better
+        higher = directions(self.head)[key] if self.higher_is_better is None else self.higher_is_better
         if higher is None:
-            raise ValueError(
-                f"Whether {key!r} is better when high does not follow from its name. Pass higher_is_better=."
-            )
+            raise ValueError(f"Whether {key!r} is better when high, the metric does not say. Pass higher_is_better=.")
         return Monitor(key, higher, int(rounds))
 
 
-def _constants(head: Head, labels: Any, weights: Any, where: Any) -> np.ndarray:
+def _constants(head: Head, batch: Batch) -> np.ndarray:
     """The best constant logits, by head; zeros where there is no formula for them."""
-    if isinstance(head, MultiHead):
-        names = [str(inner.name) for inner in head.heads]
-
-        def of(tree: Any, name: str) -> Any:
-            return tree[name] if isinstance(tree, Mapping) else tree
-
-        each = zip(head.heads, names, strict=True)
-        found = []
-        for inner, name in each:
-            with naming(name):
-                found.append(_constants(inner, labels[name], of(weights, name), of(where, name)))
-        return np.concatenate(found)
+    if batch.parts is not None:
+        return np.concatenate(list(trees.each(head, _constants, batch.parts).values()))
     try:
-        return head.constant_logits(labels, weights, where)
+        return predicting.constants(head, batch)
     except NoClosedForm:
-        return np.zeros(head.logits_dimension, np.float32)
+        return np.zeros(head.logits_dimension)

@@ -10,6 +10,10 @@ import numpy as np
 
 from jaxheads.boosting.datasets import Rows, RowsCache, as_logits, check_boosted
 from jaxheads.boosting.objectives import arguments, check_rows
+from jaxheads.engine.evaluating import compiled_measure
+from jaxheads.engine.gathering import at
+from jaxheads.engine.readiness import ready
+from jaxheads.engine.reading import directions
 from jaxheads.head import Head
 from jaxheads.heads import BinaryClassHead, LogisticRegressionHead, MultiClassHead, MultiLabelHead
 from jaxheads.metrics import Metrics
@@ -18,31 +22,13 @@ from jaxheads.numerics import pairs
 
 CHUNK = 65_536
 
-HIGHER = re.compile(
-    r"((balanced_)?accuracy|top_\d+_accuracy|precision|recall|specificity|average_precision|auc(_\w+)?|cohen_kappa\w*"
-    r"|(best_)?f(1|beta_[\d.]+)|\w+_at_\w+_[\d.]+|matthews_corrcoef|kolmogorov_smirnov|(mean_)?iou|r2_score"
-    r"|pearson_correlation|explained_variance)(_macro|_weighted)?"
-)
-LOWER = re.compile(r"(\w+_)?(loss|error|cost)|brier_score|perplexity")
-
-
-def higher_is_better(key: str) -> bool | None:
-    """Whether a metric of the catalogue is to rise (rates, areas) or to fall (losses, errors); None for others.
-
-    >>> higher_is_better("auc/late"), higher_is_better("average_loss"), higher_is_better("prediction/mean")
-    (True, False, None)
-    """
-    base = key.split("/")[0]
-    return True if HIGHER.fullmatch(base) else False if LOWER.fullmatch(base) else None
-
 
 def measured(head: Head, params: Any, rows: Rows, logits: np.ndarray) -> Metrics:
     """The metrics of all rows: chunks of them, added on the host in float64."""
-    states = []
+    states, bound = [], ready(head, params)
     for start in range(0, max(len(logits), 1), CHUNK):
-        part = rows.part(start, start + CHUNK)
-        given = {"weights": part.weights, "where": part.where, "params": params, "check": False}
-        states.append(head.measure(part.labels, logits[start : start + CHUNK], **given))
+        batch = at(bound, rows.part(start, start + CHUNK).batch, logits[start : start + CHUNK])
+        states.append(Metrics(compiled_measure(bound, batch, None, None), head))
     return Metrics.merge(states)
 
 
@@ -107,7 +93,7 @@ class Evaluation:
         if self.library == "xgboost":
             names = logged(values)
             return [(names[key], value) for key, value in values.items()]
-        return [(key, value, bool(higher_is_better(key))) for key, value in values.items()]
+        return [(key, value, bool(directions(self.head)[key])) for key, value in values.items()]
 
 
 def _over_workers(metrics: Metrics) -> Metrics:
@@ -210,7 +196,8 @@ def _metric(head: Head, keys: str | Sequence[str] | None, params: Any, library: 
     check_boosted(head, params, metrics=True)
     names = numbers(head)
     if keys is None:
-        by_default = (*names[1:], *names[:1]) if library == "xgboost" else tuple(filter(_has_direction, names))
+        have_one = tuple(name for name in names if directions(head)[name] is not None)
+        by_default = (*names[1:], *names[:1]) if library == "xgboost" else have_one
         return Evaluation(head, params, by_default, library)
     chosen = (keys,) if isinstance(keys, str) else tuple(keys)
     if unknown := [key for key in chosen if key not in names]:
@@ -218,10 +205,6 @@ def _metric(head: Head, keys: str | Sequence[str] | None, params: Any, library: 
     if not chosen:
         raise ValueError(f"keys must name at least one metric. Given {keys!r}. There are {list(names)}.")
     return Evaluation(head, params, chosen, library)
-
-
-def _has_direction(key: str) -> bool:
-    return higher_is_better(key) is not None
 
 
 def numbers(head: Head) -> tuple[str, ...]:

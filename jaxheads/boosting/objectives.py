@@ -10,7 +10,10 @@ import numpy as np
 from jaxheads.boosting.conventions import Options
 from jaxheads.boosting.datasets import Rows, RowsCache, as_logits, check_boosted, of_dataset
 from jaxheads.boosting.derivatives import Hessian, check_options, of_batch
+from jaxheads.engine.gathering import at
+from jaxheads.engine.readiness import ready
 from jaxheads.head import Head
+from jaxheads.numerics.batch import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Objective:
         rows = self._cache.rows(self.head, *given)
         logits = as_logits(self.head, margins, "The booster")
         check_rows(rows, logits)
-        g, h = _derivatives(self.head, self.params, rows[1:], logits, self.hessian, self.floor, self.options)
+        g, h = _derivatives(self.head, self.params, rows.batch, logits, self.hessian, self.floor, self.options)
         gradient, hessian = np.asarray(g), np.asarray(h)
         if not np.isfinite(gradient.sum() + hessian.sum()):
             _refuse(gradient, hessian, logits)
@@ -49,11 +52,10 @@ class Objective:
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
 def _derivatives(
-    head: Head, params: Any, given: Any, logits: Any, hessian: Hessian, floor: float, options: Options
+    head: Head, params: Any, batch: Batch, logits: Any, hessian: Hessian, floor: float, options: Options
 ) -> tuple[jax.Array, jax.Array]:
-    labels, weights, where = given
-    ready = head._ready(params)
-    return of_batch(ready, ready._gather(labels, logits, None, weights, where, False), hessian, floor, options)
+    bound = ready(head, params)
+    return of_batch(bound, at(bound, batch, logits), hessian, floor, options)
 
 
 def arguments(first: Any, second: Any, sample_weight: Any) -> tuple[Any, Any, Any, Any]:

@@ -12,6 +12,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import assert_all_finite, column_or_1d
 
 from jaxheads.compose import GlobalObjectiveHead, MultiHead
+from jaxheads.contract import Given
 from jaxheads.head import Head
 from jaxheads.heads import BinaryClassHead, MultiClassHead, MultiLabelHead
 from jaxheads.numerics import inputs
@@ -192,8 +193,8 @@ def predicted(head: Head, logits: np.ndarray, classes: Classes | None) -> Any:
     """What a scikit-learn user calls the prediction: a class, labels that are there, a number; by head of several."""
     head = base_of(head)
     if isinstance(head, MultiHead):
-        split = head._split(logits, [str(inner.name) for inner in head.heads])
-        return {str(inner.name): predicted(inner, split[str(inner.name)], None) for inner in head.heads}
+        routed = head.route(Given(logits=logits))
+        return {name: predicted(inner, np.asarray(routed[name].logits), None) for name, inner in head.parts().items()}
     if isinstance(head, MultiLabelHead):
         return (logits > 0).astype(np.int32)
     keys = keys_of(head)

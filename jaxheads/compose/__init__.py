@@ -1,4 +1,4 @@
-"""Floor 4: heads made of heads, and factories."""
+"""Floor 6: heads made of heads, and factories."""
 
 from jaxheads.compose.factories import binary_or_multi_class_head as binary_or_multi_class_head
 from jaxheads.compose.global_objective import GlobalObjectiveHead as GlobalObjectiveHead

@@ -1,11 +1,14 @@
 """What heads made of heads share."""
 
 import abc
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from jaxheads.head import Head
+from jaxheads.numerics import fields
 from jaxheads.numerics.configuration import Configuration
+from jaxheads.numerics.hooks import hook
 from jaxheads.spec import ExportOutput
 
 
@@ -32,12 +35,15 @@ class AbstractCompositeHead(Head):
 
 
 class AbstractWrapperHead(AbstractCompositeHead):
-    """A head around one other: what it does not say itself, that one says."""
+    """A head around one other, which it gives the name "": what it does not say itself, that one says."""
 
     @property
     @abc.abstractmethod
     def wrapped(self) -> Head:
         """The head inside."""
+
+    def parts(self) -> Mapping[str, Head]:
+        return {"": self.wrapped}
 
     @property
     def suffix(self) -> str | None:
@@ -50,7 +56,7 @@ class AbstractWrapperHead(AbstractCompositeHead):
         return self.wrapped.loss_reduction
 
     @property
-    def logits_dimension(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # see Head
+    def logits_dimension(self) -> int:
         return self.wrapped.logits_dimension
 
     @property
@@ -58,8 +64,19 @@ class AbstractWrapperHead(AbstractCompositeHead):
         return self.wrapped.label_spec
 
     @property
-    def rowwise(self) -> bool:
-        return self.wrapped.rowwise
+    def vocabulary(self) -> tuple[str, ...] | None:
+        return self.wrapped.vocabulary
+
+    def to_array(self, labels: Any, ids: bool) -> Any:
+        return self.wrapped.to_array(labels, ids)
+
+    @property
+    def coupling(self) -> Any:
+        return self.wrapped.coupling
+
+    @property
+    def signed(self) -> bool:
+        return self.wrapped.signed
 
     @property
     def slices(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the inner head's
@@ -70,6 +87,22 @@ class AbstractWrapperHead(AbstractCompositeHead):
     def bootstrap(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the inner head's
         """The bootstrap of the inner head."""
         return self.wrapped.bootstrap
+
+    def combine(self, losses: Mapping[str, Any], shares: Mapping[str, Any]) -> Any:
+        return losses[""]
+
+    @hook
+    def losses(self, labels: Any, logits: Any, *extra: Any) -> Any:
+        """The inner head's."""
+        return self.wrapped.losses(labels, logits, *extra)
+
+    def outputs(self, logits: Any) -> Mapping[str, Any]:
+        return self.wrapped.outputs(logits)
+
+    def with_metrics(self, *metrics: Any, **functions: Any) -> Any:
+        """The same head around the inner head with more metrics, which see the mask as all others do."""
+        (field,) = fields.of_kind(type(self), fields.HEADS)
+        return dataclasses.replace(self, **{field.name: self.wrapped.with_metrics(*metrics, **functions)})
 
     def encode_labels(self, labels: Any, where: Any = None) -> Any:
         """As the inner head encodes them."""

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxheads.losses.global_objectives import Problem, indicators
+from jaxheads.losses.global_objectives import Problem
 from jaxheads.metrics import Interval, ScoresView
 from jaxheads.metrics.mean import SumsView
 from jaxheads.metrics.operating import (
@@ -15,7 +15,6 @@ from jaxheads.metrics.operating import (
     SensitivityAtSpecificity,
     SpecificityAtSensitivity,
 )
-from jaxheads.numerics import masking
 
 ACHIEVED = {
     "precision_at_recall": lambda target: PrecisionAtRecall(target),
@@ -23,59 +22,6 @@ ACHIEVED = {
     "tpr_at_fpr": lambda target: SensitivityAtSpecificity(1 - target),
     "fpr_at_tpr": lambda target: SpecificityAtSensitivity(target),
 }
-
-
-# What each rate of a group is of: positives, negatives, all rows.
-GROUP_RATES = {
-    "true_positive_rate": lambda labels: labels,
-    "false_positive_rate": lambda labels: 1 - labels,
-    "positive_rate": masking.ones_like,
-}
-
-
-def errors_of_rate(rate: str | None, labels: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What a rate is of, and its errors there, softly (`sigmoid(-z)`) and as they are: `[..., labels]` each.
-
-    An error is a row that is not taken for positive, of a false positive rate one that is. Losses would not do in the
-    place of a sigmoid: the rate of all rows is subtracted, and a loss has no bound above.
-    """
-    support = GROUP_RATES[str(rate)](labels)
-    signed = logits if rate == "false_positive_rate" else -logits
-    missed, alarmed = indicators(logits)
-    counted = alarmed if rate == "false_positive_rate" else missed
-    return support, masking.weighted(jax.nn.sigmoid(signed), support), masking.weighted(counted, support)
-
-
-def of_groups(sums: SumsView, labels: int, groups: int, tolerance: float) -> dict[str, Any]:
-    """Violations of the worst group and label and of each group, and the largest multiplier.
-
-    Args:
-        sums: of ones and of `errors_of_rate`, `[..., labels]`; of the latter in each group, and of multipliers, `[...,
-            labels * groups]`.
-        labels, groups: how many.
-        tolerance: what is allowed.
-    """
-    xp = sums.xp
-    weight, support, soft, counted = (x[..., None] for x in sums.sums[:4])
-    inside, soft_in, counted_in, multipliers = (x.reshape(*x.shape[:-1], labels, groups) for x in sums.sums[4:])
-    # A group that is all there is, as in a slice of itself, has nothing to be compared with.
-    there = (inside > 0) & (inside < (1 - 1e-6) * support)
-
-    def violations(errors: Any, errors_in: Any) -> Any:
-        found = sums.zeroed().ratio(errors_in, inside) - sums.zeroed().ratio(errors, support) - tolerance
-        return xp.where(there, found, xp.full_like(found, -np.inf))
-
-    def worst(found: Any, axes: Any = (-2, -1)) -> Any:
-        largest = found.max(axes)
-        return xp.where(there.any(axes), largest, xp.full_like(largest, sums.undefined))
-
-    real = violations(counted, counted_in)
-    return {
-        "group_violation": worst(real),
-        "group_violation_surrogate": worst(violations(soft, soft_in)),
-        "group_violations": worst(real, -2),
-        "group_multiplier/max": sums.ratio(multipliers, weight * xp.ones_like(multipliers)).max((-2, -1)),
-    }
 
 
 def of_constraint(rates: SumsView, problem: Problem, shape: tuple[int, ...], scale: float) -> dict[str, Any]:

@@ -9,19 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.compose import _rates
+from jaxheads.compose import _rates, group_constraint
 from jaxheads.compose._abstract import AbstractWrapperHead
-from jaxheads.head import AVERAGE_LOSS, Head, Term, learned, running, subheads
+from jaxheads.compose.group_constraint import GroupConstraint, leading
+from jaxheads.contract import AVERAGE_LOSS, Rows, Term, learned, running, subheads
+from jaxheads.head import Head
 from jaxheads.heads import BinaryClassHead, MultiLabelHead
 from jaxheads.losses import global_objectives as formulas
-from jaxheads.losses import terms
 from jaxheads.metrics import Mean, Observation, ScoresView
-from jaxheads.metrics.groups import Membership
 from jaxheads.metrics.mean import Sums
 from jaxheads.metrics.state import metric_names
-from jaxheads.numerics import batch as batches
-from jaxheads.numerics import fields, masking, meshes, pairs
-from jaxheads.numerics.batch import Elements
+from jaxheads.numerics import fields, hooks, masking, pairs
 
 RECALL_AT_PRECISION, TPR_AT_FPR = "recall_at_precision", "tpr_at_fpr"
 PRECISION_RECALL_AUC, ROC_AUC, ERROR_RATE = "precision_recall_auc", "roc_auc", "error_rate"
@@ -38,7 +36,7 @@ class GlobalObjectiveHead(AbstractWrapperHead):
     optimized under a constraint has a multiplier for each label (for each label and anchor), learned together with the
     network, by ascent: the optimizer must be `jh.training.primal_dual(optimizer)`, and any other is refused.
 
-    **Domain**: that of the base head, soft labels included.
+    **Domain**: that of the base head, soft labels included; masks and weights are of whole rows.
 
     **Link**: that of the base head. Objectives of rates decide at z > 0, the threshold that they learn; so their
     probabilities are not calibrated.
@@ -149,19 +147,30 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         lambda head, key: jnp.full(head._shape, head.initial_multiplier, jnp.float32) if head._is_constrained else None
     )
     anchor_biases: Any = learned(lambda head, key: jnp.zeros(head._shape, jnp.float32) if head._has_anchors else None)
-    group_lagrange_multipliers: Any = learned(lambda head, key: head._first_group_multipliers())
+    group_lagrange_multipliers: Any = learned(
+        lambda head, key: None if head._groups is None else head._groups.first_multipliers()
+    )
     label_counts: Any = running(lambda head: head._first_counts())
-    group_counts: Any = running(lambda head: head._first_group_counts())
+    group_counts: Any = running(lambda head: None if head._groups is None else head._groups.first_counts())
 
     @property
     def wrapped(self) -> Head:
         """The base head."""
         return self.base
 
+    def parts(self) -> dict[str, Head]:
+        """None: it has a loss of its own, and asks the base head for the rest."""
+        return {}
+
     @property
     def name(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]  # the base head's
         """The base head's."""
         return self.base.name
+
+    @property
+    def extra_metrics(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the base head's
+        """The base head's."""
+        return self.base.extra_metrics
 
     @property
     def weight_column(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the base head's
@@ -226,8 +235,8 @@ class GlobalObjectiveHead(AbstractWrapperHead):
             if self.group_tolerance != 0.05:
                 raise ValueError(f"group_tolerance is of group_rate, which is None. Given {self.group_tolerance!r}.")
             return
-        if self.group_rate not in _rates.GROUP_RATES:
-            raise ValueError(f"group_rate must be one of {(*_rates.GROUP_RATES,)}. Given {self.group_rate!r}.")
+        if self.group_rate not in group_constraint.RATES:
+            raise ValueError(f"group_rate must be one of {(*group_constraint.RATES,)}. Given {self.group_rate!r}.")
         if self.base.slices is None:
             raise ValueError(
                 f'group_rate needs the groups: build the base head with slices=jh.Slices("origin", 3). Given '
@@ -262,7 +271,17 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         return self.objective == ROC_AUC
 
     @property
-    def reads_features(self) -> bool:
+    def coupling(self) -> str:
+        """Pairs are of all rows."""
+        return "batch" if self.is_of_pairs else "row"
+
+    @property
+    def signed(self) -> bool:
+        """A Lagrangian may be negative."""
+        return not self.is_of_pairs
+
+    @property
+    def reads_slices(self) -> bool:
         """Whether the loss needs the groups."""
         return self.group_rate is not None
 
@@ -305,154 +324,84 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         positives, total = jnp.sum(self.label_counts, axis=-1)
         return positives / total
 
-    # Groups.
-
     @property
-    def _n_groups(self) -> int:
-        return self.base.slices.n  # pyright: ignore[reportOptionalMemberAccess]  # there are some: _check_groups
-
-    def _first_group_multipliers(self) -> jax.Array | None:
-        """One for each label and group, which holds nobody back before a violation."""
-        return None if self.group_rate is None else jnp.zeros((self.logits_dimension, self._n_groups), jnp.float32)
-
-    def _first_group_counts(self) -> jax.Array | None:
-        """For each label of all rows, of those that the rate is of, of those in each group: pairs, as label counts."""
+    def _groups(self) -> GroupConstraint | None:
+        """The constraint on groups, if there is one."""
         if self.group_rate is None:
             return None
-        support = 1.0 if self.group_rate == "positive_rate" else 0.5
-        first = np.array([1.0, support, *[support / self._n_groups] * self._n_groups], np.float32)
-        first = np.broadcast_to(first, (self.logits_dimension, len(first)))
-        return jnp.stack([first, np.zeros_like(first)], axis=-1)
-
-    def _inside(self, features: Any, logits: jax.Array) -> jax.Array:
-        """Which group each row is in, `[..., 1, groups]`; NaN where there is no such group."""
-        if not features:  # a layout without data
-            return jnp.zeros((*logits.shape[:-1], 1, self._n_groups), jnp.float32)
-        return features[GROUPS][..., None, :]
-
-    def _group_terms(self, labels: jax.Array, logits: jax.Array, inside: jax.Array) -> jax.Array:
-        """What the constraints of groups add to each entry."""
-        total, support, each = (self.group_counts.sum(-1)[:, part] for part in (slice(1), slice(1, 2), slice(2, None)))
-        soft, counted = (
-            x[..., None] * (inside - _leading(each / support, inside))
-            for x in _rates.errors_of_rate(self.group_rate, labels, logits)[1:]
+        n: Any = self.base.slices
+        return GroupConstraint(
+            self.group_rate, self.group_tolerance, self.logits_dimension, n.n, self.constraint == "zero_one"
         )
-        allowed = _leading(self.group_tolerance * each / total, inside)
-        multipliers = _leading(self.group_lagrange_multipliers, inside)
-        return jnp.mean(formulas.priced(multipliers, soft - allowed, self._seen_by_multipliers(counted - allowed)), -1)
-
-    def _seen_by_multipliers(self, counted: Any) -> Any:
-        """The rates themselves, if they are what multipliers see."""
-        return counted if self.constraint == "zero_one" else None
 
     # Loss.
 
-    def _gather(
-        self, labels: Any, logits: Any, features: Any, weights: Any, where: Any, check: bool | None
-    ) -> dict[str, Any]:
-        batch = self.base._gather(labels, logits, features, weights, where, check)
-        if self.group_rate is not None:
-            lead, live = tuple(batch["logits"].shape)[:-1], batches.live_rows(batch, check)
-            slices: Any = self.base.slices
-            groups, stray = Membership.of(jnp.asarray(slices.ids(features, lead, live, check)), slices.n)
-            # No ids: masked rows are filled with 1, which may be the id of no group.
-            batch["features"] = {GROUPS: jnp.where(stray, jnp.nan, groups.indicators)}
-        return batch
-
-    def losses(
-        self,
-        labels: jax.Array,
-        logits: jax.Array,
-        features: Any = None,
-        weights: jax.Array | None = None,
-        axis_name: Any = None,
-    ) -> jax.Array:
-        """One loss an example, `[..., 1]`: its Lagrangian; or what it adds to the loss of pairs among these rows.
-
-        `features` hold the groups, as `loss` has looked them up. `weights` and `axis_name` are for pairs alone: what
-        the other rows weigh, and on which devices there are more.
-        """
-        if self.group_rate is not None and (features is None or GROUPS not in features):
-            raise ValueError(
-                f"losses does not look up the group of a row, which group_rate needs. Given {self.group_rate!r}. Call "
-                "head.loss(labels, logits, features, reduction=...), or take the losses of head.base."
-            )
+    def losses(self, labels: jax.Array, logits: jax.Array, rows: Rows | None = None) -> jax.Array:
+        """One loss an example, `[..., 1]`: its Lagrangian; or what it adds to the loss of pairs among these rows."""
         if not self.is_of_pairs:
-            return self._lagrangians(labels, logits, features)
-        weights = masking.ones_like(logits[..., :1]) if weights is None else weights
-        rows = formulas.Rows(*(meshes.all_rows(x, axis_name) for x in (labels, logits, weights)))
-        return formulas.pair_losses(self.surrogate, labels, logits, rows, self.normalize)
+            return self._lagrangians(labels, logits, rows)
+        if rows is None:
+            ones = masking.ones_like(logits[..., :1])
+            rows = Rows(ones > 0, ones)
+        every = formulas.Rows(*(rows.devices.all(x) for x in (labels, logits, rows.weights)))
+        return formulas.pair_losses(self.surrogate, labels, logits, every, self.normalize)
 
-    def _lagrangians(self, labels: jax.Array, logits: jax.Array, features: Any = None) -> jax.Array:
+    def average_losses(self, labels: jax.Array, logits: jax.Array, rows: Rows) -> Any:
+        return hooks.call(self.base, "losses", labels, logits, rows=rows)
+
+    def _lagrangians(self, labels: jax.Array, logits: jax.Array, rows: Rows | None) -> jax.Array:
+        inside = None if self._groups is None else self._inside(rows)
         values = self._lagrangians_of_rate(*self._at_anchors(labels, logits))
-        if self.group_rate is not None:
-            values = values + self._group_terms(labels, logits, self._inside(features, logits))
+        if self._groups is not None and inside is not None:
+            counts, multipliers = self.group_counts, self.group_lagrange_multipliers
+            values = values + self._groups.terms(labels, logits, inside, counts, multipliers)
         if self._has_anchors:
             values = jnp.mean(values, axis=-1)
         # Of one label there is no mean: the reduction of an axis of size 1 is slow on a CPU.
         return values if values.shape[-1] == 1 else jnp.mean(values, axis=-1, keepdims=True)
+
+    def _inside(self, rows: Rows | None) -> jax.Array:
+        """Which group each row is in, `[..., 1, groups]`; NaN where there is no such group."""
+        if not isinstance(rows, Rows) or rows.groups is None:
+            raise ValueError(
+                f"losses does not look up the group of a row, which group_rate needs. Given {self.group_rate!r}. Call "
+                "head.loss(labels, logits, features), or take the losses of head.base."
+            )
+        return rows.groups[..., None, :]
 
     def _lagrangians_of_rate(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
         errors, counted = self._errors(labels, logits)
         if not self._is_constrained:
             return errors[0] + errors[1]
         return formulas.lagrangian(
-            jax.tree.map(lambda x: _leading(x, logits), self._problem),
-            _leading(self.lagrange_multipliers, logits),
-            _leading(self._priors() if not self._has_anchors else self._priors()[:, None], logits),
+            jax.tree.map(lambda x: leading(x, logits), self._problem),
+            leading(self.lagrange_multipliers, logits),
+            leading(self._priors() if not self._has_anchors else self._priors()[:, None], logits),
             errors,
             formulas.SCALE[self.surrogate],
-            self._seen_by_multipliers(counted),
+            counted if self.constraint == "zero_one" else None,
         )
 
     def _at_anchors(self, labels: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Labels and logits, `[..., n]`; with anchors, each at all of them: `[..., n, 1]` and `[..., n, anchors]`."""
         if not self._has_anchors:
             return labels, logits
-        return labels[..., None], logits[..., None] + _leading(self.anchor_biases, logits[..., None])
+        return labels[..., None], logits[..., None] + leading(self.anchor_biases, logits[..., None])
 
     def _errors(self, labels: jax.Array, logits: jax.Array) -> tuple[Any, Any]:
         """The surrogates of both kinds of errors, and the errors themselves."""
         surrogates = formulas.surrogates(self.surrogate, logits)
         return tuple(formulas.split(labels, errors) for errors in (surrogates, formulas.indicators(logits)))  # pyright: ignore[reportReturnType]  # two
 
-    def _loss_sums(self, batch: dict[str, Any], axis_name: Any) -> jax.Array:
-        if not self.is_of_pairs:
-            return super()._loss_sums(batch, axis_name)
-        elements = batches.clean(self.label_spec, batch)
-        batches.debug_check(elements, type(self).__name__)
-        weights = elements.times_scale(elements.weights)
-        losses = self.losses(elements.labels, elements.logits, elements.features, weights, axis_name)
-        term = Term(losses).scaled(elements.scale)
-        return terms.loss_sums(term, elements, self.loss_reduction)
-
-    def _divisor_of(self, sums: jax.Array) -> Any:
-        if self.is_of_pairs:
-            raise ValueError(
-                "roc_auc is a loss of pairs, and pairs across the parts of a batch would be lost: micro_batches and "
-                "head.divisor are not for it. Take the whole batch at once: its memory is linear in the rows."
-            )
-        return super()._divisor_of(sums)
-
-    def advance(
-        self, labels: jax.Array, logits: jax.Array, weights: jax.Array, psum: Callable[[Any], Any]
-    ) -> Mapping[str, Any]:
-        if self.label_counts is None:
-            return {}
-        both = labels * weights, weights * masking.ones_like(labels)
-        seen = psum(jnp.stack([masking.column_totals(x) for x in both]))
-        return {"label_counts": pairs.add(self.label_counts, seen[..., None])}
-
-    def _advance_of(self, elements: Elements, psum: Callable[[Any], Any]) -> Mapping[str, Any]:
-        new = super()._advance_of(elements, psum)
-        if self.group_counts is None:
-            return new
-        weights = elements.times_scale(elements.counted)
-        inside = jnp.nan_to_num(self._inside(elements.features, elements.logits))
-        support = _rates.errors_of_rate(self.group_rate, elements.labels, elements.logits)[0][..., None]
-        columns = jnp.concatenate([masking.ones_like(support), support, support * inside], axis=-1)
-        seen = psum(masking.column_totals(masking.weighted(columns, weights[..., None]), kept=2))
-        return {**new, "group_counts": pairs.add(self.group_counts, seen[..., None])}
+    def advance(self, labels: jax.Array, logits: jax.Array, rows: Rows) -> Mapping[str, Any]:
+        new, weights = {}, rows.weights
+        if self.label_counts is not None:
+            both = labels * weights, weights * masking.ones_like(labels)
+            seen = rows.devices.sum(jnp.stack([masking.column_totals(x) for x in both]))
+            new["label_counts"] = pairs.add(self.label_counts, seen[..., None])
+        if self._groups is not None:
+            new["group_counts"] = self._groups.advance(self.group_counts, labels, logits, self._inside(rows), rows)
+        return new
 
     # Predictions.
 
@@ -463,9 +412,9 @@ class GlobalObjectiveHead(AbstractWrapperHead):
 
         def at(logits: jax.Array) -> jax.Array:
             if self.operating_point is None and self._has_anchors:
-                return masking.ones_like(logits[..., None]) * _leading(-self.anchor_biases, logits[..., None])
+                return masking.ones_like(logits[..., None]) * leading(-self.anchor_biases, logits[..., None])
             point = np.asarray(self._per_label(self.operating_point or 0.0), np.float32)
-            return masking.ones_like(logits) * _leading(point, logits)
+            return masking.ones_like(logits) * leading(point, logits)
 
         def decisions() -> jax.Array:
             point = at(logits)
@@ -475,62 +424,59 @@ class GlobalObjectiveHead(AbstractWrapperHead):
 
     # Metrics.
 
-    def _average_term(self, elements: Elements) -> Term:
-        return self.base._term(elements)
+    def sources(self, labels: jax.Array, logits: jax.Array) -> Mapping[str, Callable[[], Observation]]:
+        return self.base.sources(labels, logits)
 
-    def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
-        return {**self.base._observations(labels, logits), **self._own(labels, logits, None, None)}
+    def observe(self, labels: jax.Array, logits: jax.Array, rows: Rows) -> dict[str, Observation]:
+        return {**hooks.call(self.base, "observe", labels, logits, rows=rows), **self._own(labels, logits, rows)}
 
-    def _observed_of(self, elements: Elements) -> Mapping[str, Observation]:
-        labels, logits = elements.labels, elements.logits
-        own = self._own(labels, logits, elements.features, elements.scale)
-        return {**self.base._observations(labels, logits), **own}
-
-    def _own(self, labels: jax.Array, logits: jax.Array, features: Any, scale: Any) -> dict[str, Observation]:
-        """What the objective adds, each element counted `scale` times as it is in the loss."""
+    def _own(self, labels: jax.Array, logits: jax.Array, rows: Rows) -> dict[str, Observation]:
+        """What the objective adds, each element counted as often as it is in the loss."""
         if self.is_of_pairs:
             return {}
-        lead = logits.shape[:-1]
+        lead, scale = logits.shape[:-1], rows.scale
 
         def sums(*columns: jax.Array) -> Sums:
             flat = [x.reshape(*lead, math.prod(x.shape[len(lead) :])) for x in columns]
             return Sums(tuple(flat if scale is None else [x * scale for x in flat]))
 
-        found: dict[str, Observation] = {
-            LAGRANGIAN: Mean(*Term(self._lagrangians(labels, logits, features)).scaled(scale))
-        }
+        found: dict[str, Observation] = {LAGRANGIAN: Mean(*Term(self._lagrangians(labels, logits, rows)).scaled(scale))}
         if self._is_constrained:
             entries, decided = self._at_anchors(labels, logits)
             surrogates, counted = self._errors(entries, decided)
-            multipliers = masking.ones_like(decided) * _leading(self.lagrange_multipliers, decided)
+            multipliers = masking.ones_like(decided) * leading(self.lagrange_multipliers, decided)
             found[RATES] = sums(labels, 1 - labels, *surrogates, *counted, multipliers)
-        if self.group_rate is not None:
-            inside = self._inside(features, logits)
-            columns = [x[..., None] for x in _rates.errors_of_rate(self.group_rate, labels, logits)]
-            multipliers = masking.ones_like(columns[0]) * _leading(self.group_lagrange_multipliers, inside)
-            found[GROUPS] = sums(masking.ones_like(logits), *columns, *(x * inside for x in columns), multipliers)
+        if self._groups is not None:
+            multipliers = self.group_lagrange_multipliers
+            found[GROUPS] = sums(*self._groups.columns(labels, logits, self._inside(rows), multipliers))
         return found
 
-    def read(self, seen: Mapping[str, Any]) -> dict[tuple[str, str | None], Any]:
+    def summarize(self, seen: Mapping[str, Any]) -> dict[str, Any]:
         """What the base head reads, and what the objective is about."""
-        values = self.base.read({key: view for key, view in seen.items() if key not in (LAGRANGIAN, RATES, GROUPS)})
+        values = {**self.base.summarize({key: x for key, x in seen.items() if key not in (LAGRANGIAN, RATES, GROUPS)})}
         if self.is_of_pairs:
             return values
         own = {"lagrangian": seen[LAGRANGIAN].mean}
         if self._is_constrained:
             own |= _rates.of_constraint(seen[RATES], self._problem, self._shape, formulas.SCALE[self.surrogate])
-        if self.group_rate is not None:
-            own |= _rates.of_groups(seen[GROUPS], self.logits_dimension, self._n_groups, self.group_tolerance)
-        for key, value in {**own, **self._achieved(seen["scores"])}.items():
-            if (key, self.suffix) in values and not (key not in own and self._watches_the_same):
-                raise ValueError(f"The base head has a metric {key!r}, which this one gives too. Name it otherwise.")
-            values[key, self.suffix] = value
-        return values
+        if self._groups is not None:
+            own |= self._groups.violations(seen[GROUPS])
+        # What the base head watches itself, under the same name, it reads itself.
+        return {**values, **own, **({} if self._watches_the_same else self._achieved(seen["scores"]))}
+
+    @property
+    def higher_is_better(self) -> Mapping[str, bool]:
+        """As the base head says; what is achieved rises, but for a false positive rate."""
+        own = dict.fromkeys(("objective", "lagrangian", "constraint_violation", "group_violation"), False)
+        achieved = {
+            f"{self.objective}_{t:g}": self.objective != "fpr_at_tpr" for t in self._per_label(self.target or 0)
+        }
+        return {**self.base.higher_is_better, **own, **achieved}
 
     @property
     def _watches_the_same(self) -> bool:
         """Whether the base head has the very metric of what is achieved: the best precision at the same recall."""
-        return all(
+        return self.objective in CONSTRAINED and all(
             _rates.ACHIEVED[self.objective](float(t)) in self.base.extra_metrics for t in self._per_label(self.target)
         )
 
@@ -547,20 +493,14 @@ class GlobalObjectiveHead(AbstractWrapperHead):
             for key, value in _rates.achieved(self.objective, float(targets[label]), view).items()
         }
 
-    def read_loss(self, seen: Mapping[str, Any]) -> Any:
+    def read_loss(self, seen: Mapping[str, Any], divisor: Any) -> Any:
         """The Lagrangian of all data seen; of pairs, which do not add up over batches, the share in the wrong order.
 
         The latter is the mean over labels, for which every label must have metrics of its own.
         """
         if self.is_of_pairs:
             return _rates.misordered(seen["scores"], self.logits_dimension)
-        return super().read_loss({**seen, AVERAGE_LOSS: seen[LAGRANGIAN]})
-
-
-def _leading(x: Any, like: jax.Array) -> Any:
-    """An array with the leading axes that let it meet `like`; a number as it is."""
-    rank = np.ndim(x)
-    return x if rank == 0 else jnp.expand_dims(x, tuple(range(like.ndim - rank)))
+        return super().read_loss({**seen, AVERAGE_LOSS: seen[LAGRANGIAN]}, divisor)
 
 
 def _is_finite(x: Any) -> bool:

@@ -1,21 +1,19 @@
 """Several tasks on one network."""
 
-import contextlib
-import functools
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.compose._abstract import AbstractCompositeHead, AbstractWrapperHead
-from jaxheads.compose.global_objective import GlobalObjectiveHead
-from jaxheads.head import DIVISOR, Head, LinearLogits, learned, subheads
-from jaxheads.metrics import Observation, Total
-from jaxheads.metrics.state import joined, metric_names
-from jaxheads.numerics import fields, inputs, reduction
+from jaxheads.compose._abstract import AbstractCompositeHead
+from jaxheads.contract import Given, LinearLogits, learned, subheads
+from jaxheads.engine import trees
+from jaxheads.head import Head
+from jaxheads.metrics.state import metric_names
+from jaxheads.numerics import fields, inputs
+from jaxheads.numerics.batch import ABSENT
 from jaxheads.spec import ExportOutput, merged_signatures
 
 WEIGHTINGS = ("fixed", "uncertainty")
@@ -118,7 +116,7 @@ class MultiHead(AbstractCompositeHead):
         return self.heads[0].bootstrap
 
     @property
-    def logits_dimension(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # see Head
+    def logits_dimension(self) -> int:
         return sum(head.logits_dimension for head in self.heads)
 
     @property
@@ -157,7 +155,7 @@ class MultiHead(AbstractCompositeHead):
         object.__setattr__(self, "head_weights", weights or None)
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {WEIGHTINGS}. Given {self.weighting!r}.")
-        if self.weighting == "uncertainty" and (signed := [str(head.name) for head in self.heads if _is_signed(head)]):
+        if self.weighting == "uncertainty" and (signed := [str(head.name) for head in self.heads if head.signed]):
             raise ValueError(
                 "weighting='uncertainty' takes losses that are not negative: the weight of one below 0 would rise "
                 f"without end. Given heads under constraints, or weighted by uncertainty themselves: {signed}. Use "
@@ -168,9 +166,54 @@ class MultiHead(AbstractCompositeHead):
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
             raise ValueError(f"Metric keys of these heads collide: {twice}. Give the heads of {names} other names.")
 
-    # What each head is given.
+    # What the engine asks of a head made of heads.
 
-    def _named(self, value: Any, what: str) -> dict[str, Any]:
+    def parts(self) -> dict[str, Head]:
+        return self._by_name
+
+    @property
+    def silent(self) -> frozenset[str]:
+        """The heads of weight 0: hidden as an element of weight 0 is, a NaN in them and its gradient too."""
+        return frozenset(name for name, weight in self._weights.items() if weight == 0)
+
+    @property
+    def signed(self) -> bool:
+        return self.weighting == "uncertainty" or any(head.signed for head in self.heads)
+
+    @property
+    def _weights(self) -> dict[str, float]:
+        return dict(zip(self._by_name, self.head_weights or (1.0,) * len(self.heads), strict=True))
+
+    def route(self, given: Given) -> dict[str, Given]:
+        names = [*self._by_name]
+        asked = [name for name in names if not isinstance(given.keys, Mapping) or name in given.keys]
+        parts = {name: given for name in names}
+        if given.logits is not ABSENT:
+            split = self._split(given.logits, asked)
+            parts = {name: given.replace(logits=split[name]) for name in asked}
+        if given.labels is not ABSENT:
+            labels = _of_each(given.labels, "labels", names)
+            parts = {name: part.replace(labels=labels[name]) for name, part in parts.items()}
+        for what in ("weights", "where", "normalizer", "keys"):
+            value = self._by_head(getattr(given, what), what)
+            parts = {name: part.replace(**{what: value[name]}) for name, part in parts.items()}
+        return parts
+
+    def combine(self, losses: Mapping[str, Any], shares: Mapping[str, Any]) -> Any:
+        total, weights = None, self._weights
+        for i, name in enumerate(self._by_name):
+            if name not in losses:
+                continue
+            own = weights[name] * losses[name]
+            if self.log_variances is not None:
+                s = self.log_variances[i]
+                # A clip that passes the gradient on: an s that has overshot comes back.
+                s = s + jax.lax.stop_gradient(jnp.clip(s, -20, 20) - s)
+                own = jnp.exp(-s) * own + shares[name] * s / 2
+            total = own if total is None else total + own
+        return total
+
+    def _by_head(self, value: Any, what: str) -> dict[str, Any]:
         """One value for all heads, or a dict by head."""
         if not isinstance(value, Mapping):
             return dict.fromkeys(self._by_name, value)
@@ -178,17 +221,10 @@ class MultiHead(AbstractCompositeHead):
             raise ValueError(f"{what} given for heads that are not there: {unknown}. The heads are {[*self._by_name]}.")
         return {name: value.get(name) for name in self._by_name}
 
-    def _every(self, value: Any, what: str, asked: Sequence[str]) -> dict[str, Any]:
-        if not isinstance(value, Mapping):
-            raise ValueError(f"You must provide {what}: {what} must be a dict by head, {[*asked]}. Given: {value!r}.")
-        if missing := [name for name in asked if name not in value]:
-            raise ValueError(f"{what} has missing values for head(s): {missing}. Given {sorted(map(str, value))}.")
-        return {name: value[name] for name in asked}
-
     def _split(self, logits: Any, asked: Sequence[str]) -> dict[str, Any]:
         """The logits of the heads that are asked for, from a dict or one array."""
         if isinstance(logits, Mapping):
-            return self._every(logits, "logits", asked)
+            return _of_each(logits, "logits", asked)
         sizes = [head.logits_dimension for head in self.heads]
         if isinstance(logits, LinearLogits):
             logits.check()
@@ -203,184 +239,26 @@ class MultiHead(AbstractCompositeHead):
             )
         stops = np.cumsum(sizes)
         every = zip(self._by_name, sizes, stops.tolist(), strict=True)
-        return {name: _columns(logits, stop - size, stop) for name, size, stop in every if name in asked}
+        columns = {name: (stop - size, stop) for name, size, stop in every if name in asked}
+        if isinstance(logits, LinearLogits):
+            return {name: logits.columns(start, stop) for name, (start, stop) in columns.items()}
+        return {name: logits[..., start:stop] for name, (start, stop) in columns.items()}
 
-    def _gather(
-        self, labels: Any, logits: Any, features: Any, weights: Any, where: Any, check: bool | None
-    ) -> dict[str, Any]:
-        split, labels = self._split(logits, [*self._by_name]), self._every(labels, "labels", [*self._by_name])
-        weights, where = self._named(weights, "weights"), self._named(where, "where")
-        gathered = {}
-        for name, head in self._by_name.items():
-            with naming(name):
-                gathered[name] = head._gather(labels[name], split[name], features, weights[name], where[name], check)
-        return {"heads": gathered}
-
-    def encode_labels(self, labels: Any, where: Any = None) -> Any:
-        """Each head's labels, encoded by it; `where` for all, or by head."""
-        where, labels = self._named(where, "where"), self._every(labels, "labels", [*self._by_name])
-        encoded = {}
-        for name, head in self._by_name.items():
-            with naming(name):
-                encoded[name] = head.encode_labels(labels[name], where[name])
-        return encoded
-
-    # Where training starts.
-
-    def _zero_logits(self, labels: Any) -> dict[str, Any]:
-        labels, zeros = self._every(labels, "labels", [*self._by_name]), {}
-        for name, head in self._by_name.items():
-            with naming(name):
-                zeros[name] = head._zero_logits(labels[name])
-        return zeros
-
-    def _constants(self, batch: dict[str, Any]) -> np.ndarray:
-        each = []
-        for name, head in self._by_name.items():
-            with naming(name):
-                each.append(head._constants(batch["heads"][name]))
-        return np.concatenate(each)
-
-    # Loss.
+    # What users call.
 
     def losses(self, labels: Any, logits: Any) -> Any:
         """The per-element losses of each head, by name."""
         split = self._split(logits, [*self._by_name])
         return {name: head.losses(labels[name], split[name]) for name, head in self._by_name.items()}
 
-    @property
-    def _loss_size(self) -> int:
-        return sum(head._loss_size for head in self.heads)
-
-    def _loss_sums(self, batch: dict[str, Any], axis_name: Any) -> jax.Array:
-        sums = []
-        for i, (name, head) in enumerate(self._by_name.items()):
-            # A weight of 0 hides a head, as it hides an element: even a NaN, and in the gradient too.
-            hidden = self.head_weights is not None and self.head_weights[i] == 0
-            zeros = jnp.zeros(head._loss_size, jnp.float32)
-            sums.append(zeros if hidden else head._loss_sums(batch["heads"][name], axis_name))
-        return jnp.concatenate(sums)
-
-    def _normalizer(self, normalizer: Any) -> Any:
-        by_head = self._named(normalizer, "normalizer")
-        return {name: head._normalizer(by_head[name]) for name, head in self._by_name.items()}
-
-    def _parts(self, sums: jax.Array, normalizer: Any) -> Iterator[tuple[Head, jax.Array, Any]]:
-        """Each head with its loss sums and its normalizer."""
-        normalizers, start = self._named(normalizer, "normalizer"), 0
-        for name, head in self._by_name.items():
-            yield head, sums[start : start + head._loss_size], normalizers[name]
-            start += head._loss_size
-
-    def _loss_of(self, sums: jax.Array, normalizer: Any) -> jax.Array:
-        losses = [
-            self._weighted(i, head._loss_of(part, by), head._share(part, by)[0])
-            for i, (head, part, by) in enumerate(self._parts(sums, normalizer))
-        ]
-        return functools.reduce(jnp.add, losses)
-
-    def _weighted(self, i: int, loss: jax.Array, share: jax.Array) -> jax.Array:
-        weight = self.head_weights[i] if self.head_weights else 1.0
-        if self.log_variances is None:
-            return weight * loss
-        s = self.log_variances[i]
-        # A clip that passes the gradient on: an s that has overshot comes back.
-        s = s + jax.lax.stop_gradient(jnp.clip(s, -20, 20) - s)
-        return jnp.exp(-s) * weight * loss + share * s / 2
-
-    def _share(self, sums: jax.Array, normalizer: Any) -> tuple[jax.Array, jax.Array]:
-        each = [head._share(part, by) for head, part, by in self._parts(sums, normalizer)]
-        shares, live = (jnp.stack(column) for column in zip(*each, strict=True))
-        return reduction.divide(jnp.sum(shares), jnp.sum(live.astype(jnp.float32))), jnp.any(live)
-
-    def _divisor_of(self, sums: jax.Array) -> dict[str, Any]:
-        return {str(head.name): head._divisor_of(part) for head, part, _ in self._parts(sums, None)}
-
-    def _summaries(self, loss: jax.Array, sums: jax.Array, regularization: Any) -> dict[str, jax.Array]:
-        """The loss, then that of each head under its name, as in the original."""
-        out = {"loss": loss}
-        for head, part, _ in self._parts(sums, None):
-            own = head._loss_of(part, None)
-            out |= {**head._summaries(own, part, None), joined("loss", head.name): own}
-            out["loss"] = loss
-        return out if regularization is None else {**out, "regularization_loss": regularization}
-
-    # Metrics.
-
-    def observed(self) -> dict[str, Observation]:
-        """Those of all heads, each with what its loss is divided by."""
-        out: dict[str, Observation] = {}
-        for name, head in self._by_name.items():
-            out |= {f"{name}/{key}": observation for key, observation in head.observed().items()}
-            if head._has_divisor:
-                out[f"{name}/{DIVISOR}"] = head._in_groups(Total())
-        return out
-
-    @property
-    def _has_divisor(self) -> bool:
-        return False
-
-    def _all_sums(self, batch: dict[str, Any], with_divisor: bool = False) -> list[jax.Array]:
-        each = [head._all_sums(batch["heads"][name], head._has_divisor) for name, head in self._by_name.items()]
-        return [functools.reduce(jnp.add, (sums[0] for sums in each)), *(part for sums in each for part in sums[1:])]
-
-    def _grouped(self, batch: dict[str, Any], features: Any, key: Any, check: bool | None) -> dict[str, Any]:
-        for name, head in self._by_name.items():
-            with naming(name):
-                # The same key for all: a replica counts a row as often for every task.
-                batch["heads"][name] = head._grouped(batch["heads"][name], features, key, check)
-        return batch
-
-    def _views(self, seen: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """What each head has seen."""
-        return {
-            name: {key.removeprefix(f"{name}/"): view for key, view in seen.items() if key.startswith(f"{name}/")}
-            for name in self._by_name
-        }
-
-    def read(self, seen: Mapping[str, Any]) -> dict[tuple[str, str | None], Any]:
-        """The loss of each head, then its metrics."""
-        views, out = self._views(seen), {}
-        for name, head in self._by_name.items():
-            out["loss", name] = head.read_loss(views[name])
-        for name, head in self._by_name.items():
-            out |= head.read({key: view for key, view in views[name].items() if key != DIVISOR})
-        return out
-
-    def _counting(self, seen: Mapping[str, Any]) -> list[tuple[float, Head, dict[str, Any]]]:
-        """The heads whose weight is not 0, with it and what they have seen."""
-        views, weights = self._views(seen), self.head_weights or (1.0,) * len(self.heads)
-        every = zip(weights, self._by_name.items(), strict=True)
-        return [(weight, head, views[name]) for weight, (name, head) in every if weight != 0]
-
-    def read_loss(self, seen: Mapping[str, Any]) -> Any:
-        """The sum of the heads' losses by `head_weights`, of those that saw data; learned weights are not applied."""
-        view, total = next(iter(seen.values())), 0.0
-        for weight, head, views in self._counting(seen):
-            loss = head.read_loss(views)
-            total = total + view.xp.where(head.was_seen(views), weight * loss, view.xp.zeros_like(loss))
-        return view.xp.where(self.was_seen(seen), total, view.xp.full_like(total, view.undefined))
-
-    def was_seen(self, seen: Mapping[str, Any]) -> Any:
-        """Whether any head that counts has seen anything."""
-        found = (head.was_seen(views) for _, head, views in self._counting(seen))
-        return functools.reduce(operator.or_, found, False)
-
-    # What goes out.
-
     def outputs(self, logits: Any) -> dict[str, Any]:
         split = self._split(logits, [*self._by_name])
         return {name: head.outputs(split[name]) for name, head in self._by_name.items()}
 
-    def _predict(self, logits: Any, keys: Any) -> dict[str, Any]:
-        by_head = self._named(keys, "keys")
-        asked = [name for name in self._by_name if not isinstance(keys, Mapping) or name in keys]
-        split = self._split(logits, asked)
-        predicted = {}
-        for name in asked:
-            with naming(name):
-                predicted[name] = self._by_name[name]._predict(split[name], by_head[name])
-        return predicted
+    def encode_labels(self, labels: Any, where: Any = None) -> Any:
+        """Each head's labels, encoded by it; `where` for all, or by head."""
+        where, labels = self._by_head(where, "where"), _of_each(labels, "labels", [*self._by_name])
+        return trees.each(self, lambda head, own, mask: head.encode_labels(own, mask), labels, where)
 
     def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, Any]:
         """Each head's predictions, decoded by it."""
@@ -389,33 +267,11 @@ class MultiHead(AbstractCompositeHead):
     def signatures(self, predictions: Mapping[str, Any]) -> dict[str, ExportOutput]:
         return merged_signatures({name: head.signatures(predictions[name]) for name, head in self._by_name.items()})
 
-    def _advance(self, batch: dict[str, Any], psum: Callable[[Any], Any]) -> dict[str, Any]:
-        new = {name: head._advance(batch["heads"][name], psum) for name, head in self._by_name.items()}
-        return {name: value for name, value in new.items() if fields.has_state(self._by_name[name])}
 
-
-def _is_signed(head: Any) -> bool:
-    """Whether a head's loss is a Lagrangian, or holds logarithms of weights, or adds up from such."""
-    if isinstance(head, GlobalObjectiveHead):
-        return not head.is_of_pairs
-    if isinstance(head, MultiHead) and head.weighting == "uncertainty":
-        return True
-    inside = (head.wrapped,) if isinstance(head, AbstractWrapperHead) else getattr(head, "heads", ())
-    return any(map(_is_signed, inside))
-
-
-@contextlib.contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Says which head refuses."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"Head {name!r}: {error}") from error
-
-
-def _columns(logits: Any, start: int, stop: int) -> Any:
-    """Some columns of logits, multiplied out or not."""
-    if not isinstance(logits, LinearLogits):
-        return logits[..., start:stop]
-    bias = None if logits.bias is None else logits.bias[start:stop]
-    return LinearLogits(logits.hidden, logits.kernel[:, start:stop], bias)
+def _of_each(value: Any, what: str, asked: Sequence[str]) -> dict[str, Any]:
+    """The values of the heads that are asked for, from a dict by head."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"You must provide {what}: {what} must be a dict by head, {[*asked]}. Given: {value!r}.")
+    if missing := [name for name in asked if name not in value]:
+        raise ValueError(f"{what} has missing values for head(s): {missing}. Given {sorted(map(str, value))}.")
+    return {name: value[name] for name in asked}

@@ -1,18 +1,17 @@
 """Any head on sequences of different lengths."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxheads.compose._abstract import AbstractWrapperHead
-from jaxheads.head import Head, subheads
-from jaxheads.metrics import Observation
-from jaxheads.numerics import batch as batches
-from jaxheads.numerics import columns, fields, inputs
-from jaxheads.numerics.batch import Mask, Masks
+from jaxheads.contract import Batch, Given, subheads
+from jaxheads.engine import gathering, trees
+from jaxheads.head import Head
+from jaxheads.numerics import columns, inputs
+from jaxheads.numerics.batch import ABSENT, Mask, Masks
 
 AVERAGES = ("steps", "sequences")
 
@@ -98,23 +97,38 @@ class SequentialHeadWrapper(AbstractWrapperHead):
         """The feature columns, one or several."""
         return (self.feature_columns,) if isinstance(self.feature_columns, str) else tuple(self.feature_columns or ())
 
-    # What the inner head is given.
+    # What the engine asks of a head made of heads.
 
-    def _gather(
-        self, labels: Any, logits: Any, features: Any, weights: Any, where: Any, check: bool | None
-    ) -> dict[str, Any]:
+    def route(self, given: Given) -> dict[str, Given]:
+        table = columns.table(given.features)
+        if given.labels is ABSENT:  # predictions, of every step
+            return {"": given if table is None else given.replace(features=self._listed_columns(table, needed=False))}
+        every = table if given.columns is None else columns.table(given.columns)
         if self.sequence_length_mask is not None or self.sequence_lengths is not None:
-            first = _first(self.static_head, logits)
-            shape = tuple(first.shape) if hasattr(first, "shape") else np.shape(first)
-            mask = Mask(*self._mask(columns.table(features), shape, check))
-            where = _with_mask(self.static_head, where, mask)
-        if features is not None:
-            features = self._columns(columns.table(features))
-        return self.static_head._gather(labels, logits, features, weights, where, check)
+            self._check_rank(given.logits)
+            lead = _lead(self.static_head, given)
+            given = given.replace(
+                where=_with_mask(self.static_head, given.where, Mask(*self._mask(every, lead, given.check)))
+            )
+        if given.features is not None:
+            # Groups, of sequences or of steps, are no column of the inner head's: they are looked up in all columns.
+            given = given.replace(
+                features=self._listed_columns(table), columns=given.features if given.columns is None else given.columns
+            )
+        return {"": given}
 
-    def _mask(self, features: Any, logits_shape: tuple[int, ...], check: bool | None) -> tuple[Any, str]:
+    def _check_rank(self, logits: Any) -> None:
+        """Refuses logits without an axis of steps."""
+        if logits is ABSENT or isinstance(logits, Mapping) or len(shape := tuple(jnp.shape(logits))) > 2:
+            return
+        raise ValueError(f"logits of sequences must be [B, T, ..., {self.logits_dimension}]. Given shape {shape}.")
+
+    def prepared(self, batch: Batch) -> Batch:
+        """The batch with each step counted as its share of a sequence, where that is asked for."""
+        return batch if self.average_over == "steps" else batch.map_leaves(_shares_of_sequences)
+
+    def _mask(self, features: Any, lead: tuple[int, ...], check: bool | None) -> tuple[Any, str]:
         """Which steps are there, in the leading shape of the logits, and its name."""
-        lead = logits_shape[:-1]
         key = self.sequence_lengths or self.sequence_length_mask
         if features is None or key not in features:
             raise _without_mask(key, features)
@@ -122,7 +136,7 @@ class SequentialHeadWrapper(AbstractWrapperHead):
         shape = tuple(mask.shape)
         if len(lead) < 2:
             raise ValueError(
-                f"logits of sequences must be [B, T, ..., {self.logits_dimension}]. Given shape {logits_shape}."
+                f"logits of sequences must be [B, T, ..., {self.logits_dimension}]. Given leading axes {lead}."
             )
         if self.sequence_lengths:
             if shape != lead[:1] or inputs.dtype_kind(mask) != "int":
@@ -145,17 +159,21 @@ class SequentialHeadWrapper(AbstractWrapperHead):
             mask = xp.broadcast_to(xp.expand_dims(mask, tuple(range(2, len(lead)))), lead)
         return mask, f"features[{key!r}]"
 
-    def _columns(self, features: Any) -> dict[str, Any]:
-        """The listed columns, as the inner head gets them."""
+    def _listed_columns(self, features: Any, needed: bool = True) -> dict[str, Any]:
+        """The listed columns, as the inner head gets them; those that are missing are refused, if they are needed."""
         kept = {}
+        if not needed:
+            features = {key: features[key] for key in self._listed if key in features}
         for column in _weight_columns(self.static_head):
-            if column in features and column not in self._listed:
+            if needed and column in features and column not in self._listed:
                 raise ValueError(
                     f"Feature {column} (the weight_column of the inner head) does not reach it: only feature_columns "
                     f"do. Given feature_columns={self.feature_columns!r}. Add it there."
                 )
         for key in self._listed:
             if key not in features:
+                if not needed:
+                    continue
                 raise ValueError(
                     f"{key!r} column (of feature_columns) expected in features dictionary. Found keys: "
                     f"{sorted(map(str, features))}."
@@ -169,69 +187,7 @@ class SequentialHeadWrapper(AbstractWrapperHead):
             kept[key] = column[..., None] if column.ndim == 2 else column
         return kept
 
-    def _scaled(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with each step counted as its share of a sequence, where that is asked for."""
-        if self.average_over == "steps":
-            return batch
-        if "heads" in batch:
-            return {**batch, "heads": {name: self._scaled(inner) for name, inner in batch["heads"].items()}}
-        exists = batches.existing(batch).astype(jnp.float32)
-        steps = jnp.sum(exists, axis=tuple(range(1, exists.ndim)), keepdims=True)
-        return {**batch, "scale": exists / jnp.maximum(steps, jnp.ones_like(steps))}
-
-    # All else is the inner head's.
-
-    def losses(self, labels: Any, logits: Any, features: Any = None) -> Any:
-        extra = () if features is None else (features,)
-        return self.static_head.losses(labels, logits, *extra)
-
-    def _zero_logits(self, labels: Any) -> Any:
-        return self.static_head._zero_logits(labels)
-
-    def _constants(self, batch: dict[str, Any]) -> np.ndarray:
-        return self.static_head._constants(self._scaled(batch))
-
-    def outputs(self, logits: Any) -> Mapping[str, Any]:
-        return self.static_head.outputs(logits)
-
-    def observed(self) -> dict[str, Observation]:
-        """Those of the inner head."""
-        return self.static_head.observed()
-
-    def read(self, seen: Mapping[str, Any]) -> dict[tuple[str, str | None], Any]:
-        """As the inner head reads them."""
-        return self.static_head.read(seen)
-
-    def read_loss(self, seen: Mapping[str, Any]) -> Any:
-        """As the inner head reads it."""
-        return self.static_head.read_loss(seen)
-
-    def _predict(self, logits: Any, keys: Any) -> dict[str, Any]:
-        return self.static_head._predict(logits, keys)
-
-    def _normalizer(self, normalizer: Any) -> Any:
-        return self.static_head._normalizer(normalizer)
-
-    @property
-    def _loss_size(self) -> int:
-        return self.static_head._loss_size
-
-    def _loss_sums(self, batch: dict[str, Any], axis_name: Any) -> jax.Array:
-        return self.static_head._loss_sums(self._scaled(batch), axis_name)
-
-    def _loss_of(self, sums: jax.Array, normalizer: Any) -> jax.Array:
-        return self.static_head._loss_of(sums, normalizer)
-
-    def _share(self, sums: jax.Array, normalizer: Any) -> tuple[jax.Array, jax.Array]:
-        return self.static_head._share(sums, normalizer)
-
-    def _divisor_of(self, sums: jax.Array) -> Any:
-        return self.static_head._divisor_of(sums)
-
-    def _summaries(self, loss: jax.Array, sums: jax.Array, regularization: Any) -> dict[str, jax.Array]:
-        return self.static_head._summaries(loss, sums, regularization)
-
-    def _served(self, predictions: dict[str, Any], features: Any) -> dict[str, Any]:
+    def served(self, predictions: dict[str, Any], features: Any) -> dict[str, Any]:
         """With the mask (or the lengths) under its key, for a server to tell which steps are there."""
         key = self.sequence_lengths or self.sequence_length_mask
         if key is None:
@@ -243,27 +199,6 @@ class SequentialHeadWrapper(AbstractWrapperHead):
             raise ValueError(f"The key {key!r} of the mask is a prediction key too: {sorted(predictions)}. Rename it.")
         return {**predictions, key: inputs.as_array(table[key], f"features[{key!r}]")}
 
-    def was_seen(self, seen: Mapping[str, Any]) -> Any:
-        """As the inner head tells."""
-        return self.static_head.was_seen(seen)
-
-    @property
-    def _has_divisor(self) -> bool:
-        return self.static_head._has_divisor
-
-    def _all_sums(self, batch: dict[str, Any], with_divisor: bool = False) -> list[jax.Array]:
-        return self.static_head._all_sums(self._scaled(batch), with_divisor)
-
-    def _grouped(self, batch: dict[str, Any], features: Any, key: Any, check: bool | None) -> dict[str, Any]:
-        # Groups are no column of the inner head's: of sequences, `[B]`, or of steps, they are looked up here.
-        return self.static_head._grouped(batch, features, key, check)
-
-    def _in_groups(self, observation: Observation) -> Observation:
-        return self.static_head._in_groups(observation)
-
-    def _advance(self, batch: dict[str, Any], psum: Callable[[Any], Any]) -> dict[str, Any]:
-        return {"static_head": self.static_head._advance(self._scaled(batch), psum)} if fields.has_state(self) else {}
-
 
 def _without_mask(key: Any, features: Any) -> ValueError:
     found = None if features is None else sorted(map(str, features))
@@ -274,28 +209,33 @@ def _without_mask(key: Any, features: Any) -> ValueError:
     )
 
 
-def _weight_columns(head: Any) -> list[str]:
-    """The weight columns that a head, or the heads in it, look for."""
-    inside = [column for inner in getattr(head, "heads", ()) for column in _weight_columns(inner)]
-    return inside + ([head.weight_column] if isinstance(head.weight_column, str) else [])
+def _shares_of_sequences(batch: Batch) -> Batch:
+    exists = gathering.existing(batch).astype(jnp.float32)
+    steps = jnp.sum(exists, axis=tuple(range(1, exists.ndim)), keepdims=True)
+    return batch.replace(scale=exists / jnp.maximum(steps, jnp.ones_like(steps)))
 
 
-def _first(head: Any, logits: Any) -> Any:
-    """The logits of the first head, where they are a dict by head."""
-    if not isinstance(logits, Mapping):
-        return logits
-    inside = {inner.name: inner for inner in getattr(getattr(head, "static_head", head), "heads", ())}
-    for name, inner in inside.items():
-        if name in logits:
-            return _first(inner, logits[name])
-    raise ValueError(f"logits has missing values for head(s): {[*inside]}. Given {sorted(map(str, logits))}.")
+def _weight_columns(head: Head) -> list[str]:
+    """The weight columns that the heads inside look for."""
+    return [leaf.weight_column for leaf in trees.leaves(head) if isinstance(leaf.weight_column, str)]
 
 
-def _with_mask(head: Any, where: Any, mask: Mask) -> Any:
+def _lead(head: Head, given: Given) -> tuple[int, ...]:
+    """The leading axes of what the heads inside are given."""
+    while inside := head.parts():
+        routed = head.route(given.replace(where=None, features=None)) if "" not in inside else {"": given}
+        name = next(iter(routed))
+        head, given = inside[name], routed[name]
+    return gathering.lead_of(head, given)
+
+
+def _with_mask(head: Head, where: Any, mask: Mask) -> Any:
     """`where`, one for all or nested by head, and the mask of the sequences."""
+    inside = head.parts()
     if not isinstance(where, Mapping):
-        return Masks((mask, *batches.masks_of(where)))
-    inside = {inner.name: inner for inner in getattr(getattr(head, "static_head", head), "heads", ())}
+        return Masks((mask, *Masks.of(where)))
+    if "" in inside:
+        return _with_mask(inside[""], where, mask)
     if unknown := [key for key in where if key not in inside]:
         raise ValueError(f"where given for heads that are not there: {unknown}. The heads are {[*inside]}.")
     return {name: _with_mask(inner, where.get(name), mask) for name, inner in inside.items()}

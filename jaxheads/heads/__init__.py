@@ -1,4 +1,4 @@
-"""Floor 3: one file a head."""
+"""Floor 5: one file a head."""
 
 from jaxheads.heads.binary_class import BinaryClassHead as BinaryClassHead
 from jaxheads.heads.logistic_regression import LogisticRegressionHead as LogisticRegressionHead

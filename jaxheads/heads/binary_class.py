@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxheads import losses, spec
-from jaxheads.head import LabelSpec, WeightColumn
-from jaxheads.heads import _abstract
+from jaxheads.contract import LabelSpec, WeightColumn
+from jaxheads.heads import constants, loss_functions, scoring
 from jaxheads.metrics import LogitGrid, Mean, Observation, Scores
 from jaxheads.metrics.grids import AbstractGrid
 from jaxheads.numerics import stable, vocabulary
 
 
-class BinaryClassHead(_abstract.AbstractLossFnHead):
+class BinaryClassHead(loss_functions.AbstractLossFnHead):
     """Binary classification from one logit.
 
     **Domain**: `labels` in [0, 1], `[D0, ..., DN, 1]` or `[D0, ..., DN]`; int, bool, soft labels, or (eagerly, or
@@ -80,12 +80,13 @@ class BinaryClassHead(_abstract.AbstractLossFnHead):
     bins: AbstractGrid = LogitGrid()
 
     logits_dimension = 1
+    higher_is_better = scoring.HIGHER_IS_BETTER
 
     def validate(self) -> None:
         vocabulary.check(self.label_vocabulary, 2, "BinaryClassHead")
-        _abstract.check_thresholds(self.thresholds or ())
+        scoring.check_thresholds(self.thresholds or ())
         super().validate()
-        _abstract.check_bins(self.bins)
+        scoring.check_bins(self.bins)
 
     @property
     def label_spec(self) -> LabelSpec:
@@ -95,7 +96,7 @@ class BinaryClassHead(_abstract.AbstractLossFnHead):
         return losses.sigmoid_cross_entropy(labels, logits)
 
     def standard_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return _abstract.log_odds_constant(_abstract.mean_constant(labels, weights))
+        return constants.log_odds_constant(constants.mean_constant(labels, weights))
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {
@@ -103,7 +104,7 @@ class BinaryClassHead(_abstract.AbstractLossFnHead):
             "logistic": lambda: jax.nn.sigmoid(logits),
             "probabilities": lambda: stable.two_class_probabilities(logits),
             "class_ids": lambda: (logits > 0).astype(jnp.int32),
-            **_abstract.class_id_outputs(logits, 2),
+            **scoring.class_id_outputs(logits, 2),
         }
 
     def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
@@ -129,7 +130,7 @@ class BinaryClassHead(_abstract.AbstractLossFnHead):
             "accuracy_baseline": scores.ratio(larger, scores.positives + scores.negatives),
             "auc": scores.roc_auc(),
             "auc_precision_recall": scores.pr_auc(),
-            **_abstract.at_thresholds(scores, self.thresholds),
+            **scoring.at_thresholds(scores, self.thresholds),
         }
 
     def signatures(self, predictions: Mapping[str, Any]) -> dict[str, spec.ExportOutput]:

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from jaxheads import losses, metrics, spec
-from jaxheads.head import Head, LabelSpec
-from jaxheads.heads import _abstract
+from jaxheads.contract import LabelSpec
+from jaxheads.head import Head
+from jaxheads.heads import constants
 from jaxheads.metrics import Mean, Observation
 
 
@@ -50,7 +51,7 @@ class LogisticRegressionHead(Head):
     weight_column: Any = None
 
     logits_dimension = 1
-    rowwise = True  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]  # see Head
+    coupling = "row"
 
     @property
     def label_spec(self) -> LabelSpec:
@@ -60,7 +61,7 @@ class LogisticRegressionHead(Head):
         return losses.sigmoid_cross_entropy(labels, logits)
 
     def best_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return _abstract.log_odds_constant(_abstract.mean_constant(labels, weights))
+        return constants.log_odds_constant(constants.mean_constant(labels, weights))
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {"predictions": lambda: jax.nn.sigmoid(logits), "logits": logits}

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxheads import losses, metrics, spec
-from jaxheads.head import LabelSpec
-from jaxheads.heads import _abstract
+from jaxheads.contract import LabelSpec
+from jaxheads.heads import constants, loss_functions, scoring
 from jaxheads.metrics import Mean, Observation, Scores
 from jaxheads.numerics import meshes, stable, vocabulary
 
 
-class MultiClassHead(_abstract.AbstractLossFnHead):
+class MultiClassHead(loss_functions.AbstractLossFnHead):
     """Classification into one of `n_classes` classes.
 
     **Domain**: `labels` integer class ids 0 ... n_classes - 1, `[D0, ..., DN, 1]` or `[D0, ..., DN]`, or (eagerly, or
@@ -68,6 +68,8 @@ class MultiClassHead(_abstract.AbstractLossFnHead):
     _: dataclasses.KW_ONLY
     label_vocabulary: Sequence[str] | None = None
 
+    higher_is_better = scoring.HIGHER_IS_BETTER
+
     def validate(self) -> None:
         n = self.n_classes
         if isinstance(n, bool) or not isinstance(n, int) or n <= 2:
@@ -76,7 +78,7 @@ class MultiClassHead(_abstract.AbstractLossFnHead):
         super().validate()
 
     @property
-    def logits_dimension(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # see Head
+    def logits_dimension(self) -> int:
         return self.n_classes
 
     @property
@@ -88,14 +90,14 @@ class MultiClassHead(_abstract.AbstractLossFnHead):
 
     def standard_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
         shares = np.bincount(labels[:, 0].astype(int), weights[:, 0], self.n_classes) / weights.sum()
-        return _abstract.log_constant(shares)
+        return constants.log_constant(shares)
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {
             "logits": logits,
             "probabilities": lambda: jax.nn.softmax(logits, axis=-1),
             "class_ids": lambda: jnp.argmax(logits, axis=-1, keepdims=True).astype(jnp.int32),
-            **_abstract.class_id_outputs(logits, self.n_classes),
+            **scoring.class_id_outputs(logits, self.n_classes),
         }
 
     def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:

@@ -9,23 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxheads import losses, spec
-from jaxheads.head import LabelSpec
-from jaxheads.heads import _abstract
+from jaxheads.contract import LabelSpec, Rows, Term
+from jaxheads.heads import constants, loss_functions, scoring
 from jaxheads.metrics import ColumnMeans, LogitGrid, Observation, Scores
 from jaxheads.metrics.grids import AbstractGrid
-from jaxheads.numerics import inputs, vocabulary
+from jaxheads.numerics import inputs, masking, vocabulary
 
 
-class MultiLabelHead(_abstract.AbstractLossFnHead):
+class MultiLabelHead(loss_functions.AbstractLossFnHead):
     """Classification in which an example may have any number of `n_classes` classes.
 
     **Domain**: `labels` multi-hot `[D0, ..., DN, n_classes]`: int, bool, or numbers in [0, 1]; a soft label y counts as
     weight y positive and 1 - y negative in every metric. `encode_labels` makes them of lists of class ids or names,
-    one list an example, nested as deep as the leading axes; an eager call takes lists of names straight in.
+    one list an example, nested as deep as the leading axes; an eager call takes lists of names straight in. `where` and
+    `weights` may also have the shape of the logits, one for each entry: missing labels of some classes.
 
     **Link**: `P(y_k = 1) = sigmoid(z_k)`, each class by itself.
 
-    **loss** = the mean over classes of `softplus(z_k) - y_k z_k`, or `loss_fn`; `[..., 1]`.
+    **loss** = the mean over classes of `softplus(z_k) - y_k z_k`, or `loss_fn`; `[..., 1]`. With masks or weights of
+    single entries the loss of a batch is the mean over the entries that exist.
 
     **Predictions**: `logits [..., n]`, `probabilities [..., n]`; `decode_predictions` adds `classes` and `all_classes`,
     both the names behind the last axis, `[D0, n]`.
@@ -83,14 +85,16 @@ class MultiLabelHead(_abstract.AbstractLossFnHead):
     classes_for_class_based_metrics: Sequence[int | str] | None = None
     bins: AbstractGrid = LogitGrid()
 
+    higher_is_better = scoring.HIGHER_IS_BETTER
+
     def validate(self) -> None:
         n = self.n_classes
         if isinstance(n, bool) or not isinstance(n, int) or n <= 1:
             raise ValueError(f"n_classes must be an integer > 1 for multi-label classification. Given: {n!r}.")
-        _abstract.check_thresholds(self.thresholds or ())
+        scoring.check_thresholds(self.thresholds or ())
         vocabulary.check(self.label_vocabulary, n, "MultiLabelHead")
         super().validate()
-        _abstract.check_bins(self.bins)
+        scoring.check_bins(self.bins)
         self._watched()
 
     def _watched(self) -> dict[str, int]:
@@ -120,7 +124,7 @@ class MultiLabelHead(_abstract.AbstractLossFnHead):
         return watched
 
     @property
-    def logits_dimension(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # see Head
+    def logits_dimension(self) -> int:
         return self.n_classes
 
     @property
@@ -138,11 +142,26 @@ class MultiLabelHead(_abstract.AbstractLossFnHead):
         named = vocabulary.has_names(labels) or (self.vocabulary is not None and vocabulary.is_empty(labels))
         return vocabulary.multi_hot(labels, self.n_classes, self.vocabulary) if lists and (ids or named) else labels
 
+    @property
+    def per_logit_weights(self) -> bool:
+        return self.loss_fn is None
+
+    @property
+    def per_logit_where(self) -> bool:
+        return self.loss_fn is None
+
+    def losses(self, labels: jax.Array, logits: jax.Array, features: Any = None, rows: Rows | None = None) -> Any:
+        if rows is None or max(rows.exists.shape[-1], rows.weights.shape[-1]) == 1:
+            return super().losses(labels, logits, features)
+        # Entries have masks or weights of their own: each counts as its part of a row.
+        entries = losses.sigmoid_cross_entropy(labels, logits)
+        return Term(entries / self.n_classes, masking.ones_like(entries) / self.n_classes)
+
     def standard_losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
         return jnp.mean(losses.sigmoid_cross_entropy(labels, logits), axis=-1, keepdims=True)
 
     def standard_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return _abstract.log_odds_constant(_abstract.mean_constant(labels, weights))
+        return constants.log_odds_constant(constants.mean_constant(labels, weights))
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {"logits": logits, "probabilities": lambda: jax.nn.sigmoid(logits)}
@@ -162,7 +181,7 @@ class MultiLabelHead(_abstract.AbstractLossFnHead):
     def summarize(self, seen: Mapping[str, Any]) -> dict[str, Any]:
         scores = seen["scores"]
         out = {"auc": scores.roc_auc(), "auc_precision_recall": scores.pr_auc()}
-        out |= _abstract.at_thresholds(scores, self.thresholds)
+        out |= scoring.at_thresholds(scores, self.thresholds)
         for i, (name, column) in enumerate(self._watched().items()):
             out[f"probability_mean/{name}"] = seen["probability_mean"].mean[..., i]
             out[f"auc/{name}"] = scores.columns[column].roc_auc()

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxheads import losses, metrics, spec
-from jaxheads.head import Head, LabelSpec
-from jaxheads.heads import _abstract
+from jaxheads.contract import LabelSpec
+from jaxheads.head import Head
+from jaxheads.heads import constants, loss_functions
 from jaxheads.metrics import Mean, Observation
 
 
@@ -18,7 +19,7 @@ class PoissonRegressionHead(Head):
     """Regression of counts and rates by the Poisson likelihood.
 
     **Domain**: `labels` finite and not negative (fractions are taken), `[D0, ..., DN, label_dimension]`, or `[D0, ...,
-    DN]` where `label_dimension` is 1. `weights` may also have the shape of the logits.
+    DN]` where `label_dimension` is 1. `weights` and `where` may also have the shape of the logits.
 
     **Link**: `E(y) = exp(z)`: the logit is the logarithm of the mean.
 
@@ -57,16 +58,17 @@ class PoissonRegressionHead(Head):
     _: dataclasses.KW_ONLY
     compute_full_loss: bool = True
 
-    per_logit_weights = True  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]  # see Head
-    rowwise = True  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]  # see Head
+    per_logit_weights = True
+    per_logit_where = True
+    coupling = "row"
 
     def validate(self) -> None:
-        _abstract.check_label_dimension(self.label_dimension)
+        loss_functions.check_label_dimension(self.label_dimension)
         if not isinstance(self.compute_full_loss, bool):
             raise ValueError(f"compute_full_loss must be True or False. Given {self.compute_full_loss!r}.")
 
     @property
-    def logits_dimension(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # see Head
+    def logits_dimension(self) -> int:
         return self.label_dimension
 
     @property
@@ -77,7 +79,7 @@ class PoissonRegressionHead(Head):
         return losses.poisson(labels, logits, self.compute_full_loss)
 
     def best_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return _abstract.log_constant(_abstract.mean_constant(labels, weights))
+        return constants.log_constant(constants.mean_constant(labels, weights))
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {"predictions": lambda: jnp.exp(logits), "logits": logits}

@@ -8,16 +8,16 @@ import jax
 import numpy as np
 
 from jaxheads import losses, metrics, spec
-from jaxheads.head import LabelSpec
-from jaxheads.heads import _abstract
+from jaxheads.contract import LabelSpec
+from jaxheads.heads import constants, loss_functions
 from jaxheads.metrics import Mean, Observation
 
 
-class RegressionHead(_abstract.AbstractLossFnHead):
+class RegressionHead(loss_functions.AbstractLossFnHead):
     """Regression: squared error, or a loss of your own.
 
     **Domain**: `labels` finite numbers (int and bool are cast), `[D0, ..., DN, label_dimension]`, or `[D0, ..., DN]`
-    where `label_dimension` is 1. `weights` may also have the shape of the logits.
+    where `label_dimension` is 1. `weights` and `where` may also have the shape of the logits.
 
     **Link**: `predictions = inverse_link_fn(logits)`; the identity by default. The loss never sees the link.
 
@@ -67,7 +67,7 @@ class RegressionHead(_abstract.AbstractLossFnHead):
     inverse_link_fn: Callable[[jax.Array], jax.Array] | None = None
 
     def validate(self) -> None:
-        _abstract.check_label_dimension(self.label_dimension)
+        loss_functions.check_label_dimension(self.label_dimension)
         super().validate()
         if self.inverse_link_fn is not None and not callable(self.inverse_link_fn):
             raise ValueError(
@@ -75,16 +75,15 @@ class RegressionHead(_abstract.AbstractLossFnHead):
             )
 
     @property
-    def logits_dimension(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # see Head
+    def logits_dimension(self) -> int:
         return self.label_dimension
 
     @property
     def label_spec(self) -> LabelSpec:
         return LabelSpec(self.label_dimension)
 
-    @property
-    def per_logit_weights(self) -> bool:
-        return True
+    per_logit_weights = True
+    per_logit_where = True
 
     @property
     def loss_size(self) -> int:
@@ -94,7 +93,7 @@ class RegressionHead(_abstract.AbstractLossFnHead):
         return losses.squared_error(labels, logits)
 
     def standard_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return _abstract.mean_constant(labels, weights)
+        return constants.mean_constant(labels, weights)
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         link = self.inverse_link_fn

@@ -29,21 +29,22 @@ class Term(NamedTuple):
         return Term(self.values * scale, scale if self.count is None else self.count * scale)
 
 
-def as_term(losses: Any, lead: tuple[int, ...], dimension: int, who: str) -> Term:
-    """What a head's `losses` returned, as a term with float32 values; refused if it is not one value an element."""
+def as_term(losses: Any, lead: tuple[int, ...], sizes: tuple[int, ...], who: str) -> Term:
+    """What a hook returned, as a term with float32 values; refused if it is not `lead` and one of `sizes`."""
     term = losses if isinstance(losses, Term) else Term(losses)
+    allowed = list(dict.fromkeys((*lead, size) for size in sizes))
     for part in (part for part in term if part is not None):
-        if jnp.shape(part) not in ((*lead, 1), (*lead, dimension)):
+        if jnp.shape(part) not in allowed:
             raise ValueError(
-                f"{who}.losses must return per-element losses of shape {(*lead, 1)}"
-                + (f" or {(*lead, dimension)}" if dimension != 1 else "")
-                + f". Given {jnp.shape(part)}. Use keepdims=True in a sum or mean over the last axis."
+                f"{who} must return per-element losses of shape {' or '.join(map(str, allowed))}. Given "
+                f"{jnp.shape(part)}. Use keepdims=True in a sum or mean over the last axis."
             )
     return Term(jnp.asarray(term.values, jnp.float32), term.count)
 
 
 def loss_sums(term: Term, elements: Elements, how: Reduction) -> jax.Array:
     """The weighted sum of a term's values, what it is divided by, and how many elements weigh anything: `[3]`."""
+    elements = _fitting(elements, term)
     # By multiplication: `where(bad, nan, loss)` would have gradient 0.
     values = term.values * jnp.where(elements.bad, jnp.nan, masking.ones_like(elements.weights))
     total = masking.total(masking.weighted(values, elements.weights))
@@ -53,15 +54,21 @@ def loss_sums(term: Term, elements: Elements, how: Reduction) -> jax.Array:
 
 def divisor(term: Term, elements: Elements, how: Reduction) -> jax.Array:
     """By what the weighted sum is divided (under `SUM`, unused, the number of elements)."""
+    elements = _fitting(elements, term)
     multiplicity = {
-        Reduction.SUM: elements.exists.astype(jnp.float32),
-        Reduction.SUM_OVER_BATCH_SIZE: elements.exists.astype(jnp.float32),
-        Reduction.MEAN: elements.weights,
-        Reduction.SUM_BY_NONZERO_WEIGHTS: (elements.weights != 0).astype(jnp.float32),
-    }[how]
+        Reduction.SUM: lambda: elements.rows.exists.astype(jnp.float32),
+        Reduction.SUM_OVER_BATCH_SIZE: lambda: elements.rows.exists.astype(jnp.float32),
+        Reduction.MEAN: lambda: elements.weights,
+        Reduction.SUM_BY_NONZERO_WEIGHTS: lambda: (elements.weights != 0).astype(jnp.float32),
+    }[how]()
     # By multiplication: a broadcast would be laid out unlike values whose last axis is sharded.
     multiplicity = multiplicity * masking.ones_like(term.values)
     return masking.total(multiplicity if term.count is None else masking.weighted(term.count, multiplicity))
+
+
+def _fitting(elements: Elements, term: Term) -> Elements:
+    """The elements with one weight a row, where there is one loss a row."""
+    return elements.of_whole_rows() if term.values.shape[-1] == 1 else elements
 
 
 @jax.tree_util.register_dataclass

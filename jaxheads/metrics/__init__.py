@@ -78,6 +78,7 @@ if _typing.TYPE_CHECKING:
     from jaxheads.metrics.regression import PearsonCorrelation as PearsonCorrelation
     from jaxheads.metrics.regression import R2Score as R2Score
     from jaxheads.metrics.regression import RootMeanSquaredError as RootMeanSquaredError
+    from jaxheads.metrics.sequences import ExactMatch as ExactMatch
     from jaxheads.metrics.thresholds import Accuracy as Accuracy
     from jaxheads.metrics.thresholds import BalancedAccuracy as BalancedAccuracy
     from jaxheads.metrics.thresholds import CohenKappa as CohenKappa
@@ -114,6 +115,7 @@ _LAZY = {
             "R2Score",
             "RootMeanSquaredError",
         ),
+        "sequences": ("ExactMatch",),
         "thresholds": (
             "Accuracy",
             "BalancedAccuracy",

@@ -28,6 +28,7 @@ class RocAuc(AbstractScoreMetric):
     """
 
     stem = "auc"
+    higher_is_better = True
 
     def read(self, view: ScoresView) -> Interval:
         return view.roc_auc()
@@ -41,6 +42,7 @@ class PrAuc(AbstractScoreMetric):
     """
 
     stem = "auc_precision_recall"
+    higher_is_better = True
 
     def read(self, view: ScoresView) -> Interval:
         return view.pr_auc()
@@ -55,6 +57,7 @@ class AveragePrecision(AbstractScoreMetric):
     """
 
     stem = "average_precision"
+    higher_is_better = True
 
     def read(self, view: ScoresView) -> Interval:
         xp, p, worst = view.xp, view.positive, view.worst()
@@ -85,6 +88,7 @@ class KolmogorovSmirnov(AbstractScoreMetric):
     """
 
     stem = "kolmogorov_smirnov"
+    higher_is_better = True
 
     def read(self, view: ScoresView) -> Interval:
         def ahead(outcomes: Outcomes) -> Any:

@@ -8,10 +8,28 @@ import abc
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
+
+# What a head keeps beside what it observes: the mean of its losses; what its loss is divided by, inside a `MultiHead`;
+# how many elements weigh anything, with slices.
+AVERAGE_LOSS, DIVISOR, COUNT = KEPT = ("average_loss", "divisor", "slice_count")
+# What metrics of slices, and of a regularized loss, are called.
+RESERVED = ("slice", "count", "regularization_loss")
+
+# Under which keys heads and metrics keep what is read under the same: the score histogram; calibration by bins.
+SCORES = "scores"
+
+
+def calibration_key(bins: int) -> str:
+    """That of the calibration in so many bins."""
+    return f"calibration/{bins}"
+
+
+# Where an observation stands in a state: the names of the heads around its own, then its key.
+Path: TypeAlias = tuple[str, ...]
 
 
 class Observation(abc.ABC):
@@ -104,6 +122,11 @@ class Metric(abc.ABC):
     `AbstractSourceMetric`. Names of classes come with the observation that a head makes, and so with its view.
     """
 
+    # True for an accuracy, False for an error; None where neither is better, as of a mean of labels.
+    higher_is_better: Any = None
+    # What it counts: "element", or "sequence", all elements of one entry of the first axis.
+    unit: Any = "element"
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # In the class itself: where there is none, `dataclass` would write one.
@@ -121,11 +144,18 @@ class Metric(abc.ABC):
     def observe(
         self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]
     ) -> Mapping[str, Observation]:
-        """What is accumulated, by a static key; `sources` are the head's own observations, made when called."""
+        """What is accumulated, by a static key; `sources` are the head's own observations, made when called.
+
+        It may have a further argument `rows`, as the hooks of heads may.
+        """
 
     @abc.abstractmethod
     def summarize(self, seen: Mapping[str, Any]) -> Mapping[str, Any]:
         """The values by name, from views of all that was observed; an `Interval` where bins leave one."""
+
+    def direction(self, key: str) -> bool | None:
+        """`higher_is_better` of one of the keys that this metric gives, where they differ."""
+        return self.higher_is_better
 
 
 class AbstractSourceMetric(Metric):

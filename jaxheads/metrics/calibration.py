@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.metrics.base import Observation, View
+from jaxheads.metrics.base import Observation, View, calibration_key
 from jaxheads.metrics.scored import AbstractScoreMetric
 from jaxheads.numerics import masking
 from jaxheads.numerics.edges import edges_of
@@ -240,6 +240,7 @@ class BrierScore(AbstractClassMean):
     """
 
     stem = "brier_score"
+    higher_is_better = False
 
     def entries(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
         # sigmoid(-z) is 1 - p where that is small, too.
@@ -259,6 +260,7 @@ class LogLoss(AbstractClassMean):
     """
 
     stem = "log_loss"
+    higher_is_better = False
 
     def entries(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
         # Masked, for at a logit of inf one of the terms is 0 times inf.
@@ -301,6 +303,7 @@ class ExpectedCalibrationError(AbstractSumsMetric):
     bins: int = 15
 
     stem = "expected_calibration_error"
+    higher_is_better = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -310,7 +313,7 @@ class ExpectedCalibrationError(AbstractSumsMetric):
 
     @property
     def kept(self) -> str:
-        return f"calibration/{self.bins}"
+        return calibration_key(self.bins)
 
     def sums(self, scores: Any) -> Observation:
         return CalibrationBins(_floats(scores), scores.logits, self.bins, scores.class_names)

@@ -69,6 +69,7 @@ class MeanIoU(AbstractSourceMetric):
     """
 
     source = "confusion"
+    higher_is_better = True
 
     def values(self, view: ConfusionView) -> dict[str, Any]:
         each = dataclasses.replace(view.by_class(), undefined=float("nan")).at_zero().iou
@@ -101,6 +102,7 @@ class OneVsRestAuc(AbstractScoreMetric):
     bins: AbstractGrid | None = dataclasses.field(default=None, kw_only=True)
 
     stem = "auc_ovr"
+    higher_is_better = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -125,6 +127,8 @@ class Perplexity(Metric):
     >>> head.measure(labels=[1], logits=[[0.0, 0.0, 0.0, 0.0]]).compute()["perplexity"]
     np.float32(4.0)
     """
+
+    higher_is_better = False
 
     def observe(
         self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]

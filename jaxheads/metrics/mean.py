@@ -155,10 +155,12 @@ class FunctionMetric(Metric):
     Args:
         name: its key.
         function: `(labels, logits) -> one value an element`, `[..., 1]` or `[..., d]`.
+        higher_is_better: True, False, or None where neither is better.
     """
 
     name: str
     function: Callable[[Any, jax.Array], Any]
+    higher_is_better: Any = None
 
     def observe(
         self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]

@@ -66,6 +66,8 @@ class PrecisionAtRecall(AbstractScoreMetric):
 
     recall: float
 
+    higher_is_better = True
+
     def __post_init__(self):
         super().__post_init__()
         check_share(self, "recall")
@@ -92,6 +94,8 @@ class RecallAtPrecision(AbstractScoreMetric):
     """
 
     precision: float
+
+    higher_is_better = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -122,6 +126,8 @@ class SensitivityAtSpecificity(AbstractScoreMetric):
 
     specificity: float
 
+    higher_is_better = True
+
     def __post_init__(self):
         super().__post_init__()
         check_share(self, "specificity")
@@ -147,6 +153,8 @@ class SpecificityAtSensitivity(AbstractScoreMetric):
     """
 
     sensitivity: float
+
+    higher_is_better = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -189,6 +197,10 @@ class BestThreshold(AbstractScoreMetric):
             check_positive(self, "cost_false_negative")
             if self.beta != 1:
                 raise ValueError(f"{self!r}: beta is of the F score; with costs there is none. Leave one out.")
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.cost_false_positive is None
 
     @property
     def key(self) -> str:

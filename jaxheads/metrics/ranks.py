@@ -85,6 +85,7 @@ class TopKAccuracy(AbstractSourceMetric):
     k: int = 5
 
     source = "ranks"
+    higher_is_better = True
 
     def __post_init__(self):
         if isinstance(self.k, bool) or not isinstance(self.k, (int, np.integer)) or self.k < 1:

@@ -9,19 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.metrics.base import Observation
+from jaxheads.metrics.base import Observation, Path
 from jaxheads.metrics.curves import Interval
 
 
 @functools.lru_cache(maxsize=1024)
-def slots(head: Any, regularized: bool) -> tuple[dict[str, tuple[int, Observation]], int]:
+def slots(head: Any, regularized: bool) -> tuple[dict[Path, tuple[int, Observation]], int]:
     """Where each observation of a head begins in its packed state, and the size of the state.
 
     Slot 0 counts the bad elements; then the regularization's mean, if there is one; then what the head observes.
     """
     offset, layout = (3 if regularized else 1), {}
-    for key, observation in head.observed().items():
-        layout[key] = (offset, observation)
+    for path, observation in head.observed().items():
+        layout[path] = (offset, observation)
         offset += observation.size
     return layout, offset
 

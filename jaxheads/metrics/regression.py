@@ -62,6 +62,7 @@ class MeanSquaredError(AbstractMomentMetric):
     """`mean_squared_error = sum(a (y - p)^2) / sum(a)`. Source: `sklearn.metrics.mean_squared_error`."""
 
     key = "mean_squared_error"
+    higher_is_better = False
 
     def read(self, view: MomentsView) -> Any:
         return view.mean(view.error_square)
@@ -75,6 +76,7 @@ class RootMeanSquaredError(AbstractMomentMetric):
     """
 
     key = "root_mean_squared_error"
+    higher_is_better = False
 
     def read(self, view: MomentsView) -> Any:
         root = view.xp.sqrt
@@ -86,6 +88,7 @@ class MeanAbsoluteError(AbstractMomentMetric):
     """`mean_absolute_error = sum(a |y - p|) / sum(a)`. Source: `sklearn.metrics.mean_absolute_error`."""
 
     key = "mean_absolute_error"
+    higher_is_better = False
 
     def read(self, view: MomentsView) -> Any:
         return view.mean(view.error_size)
@@ -149,6 +152,7 @@ class R2Score(AbstractShiftMetric):
     """
 
     key = "r2_score"
+    higher_is_better = True
 
     def read(self, view: MomentsView) -> Interval:
         return view.r2()
@@ -162,6 +166,7 @@ class ExplainedVariance(AbstractShiftMetric):
     """
 
     key = "explained_variance"
+    higher_is_better = True
 
     def read(self, view: MomentsView) -> Interval:
         return view.explained_variance()
@@ -175,6 +180,7 @@ class PearsonCorrelation(AbstractShiftMetric):
     """
 
     key = "pearson_correlation"
+    higher_is_better = True
 
     def read(self, view: MomentsView) -> Interval:
         return view.pearson()

@@ -69,9 +69,19 @@ class AbstractScoreMetric(AbstractSourceMetric):
             return scores
         return dataclasses.replace(scores, columns=tuple(range(len(scores.class_names))))
 
-    def values(self, view: Any) -> Mapping[str, Any]:
+    @property
+    def _full_key(self) -> str:
+        """The key without a class."""
         suffix = f"_{self.average}" if self.average in ("macro", "weighted") else ""
-        stem = self.name or f"{self.key}{suffix}{self.ending}"
+        return self.name or f"{self.key}{suffix}{self.ending}"
+
+    def direction(self, key: str) -> bool | None:
+        """That of the value; there is none of the threshold that it is reached at."""
+        is_value = key == self._full_key or key.startswith(f"{self._full_key}/")
+        return self.higher_is_better if is_value else None
+
+    def values(self, view: Any) -> Mapping[str, Any]:
+        stem = self._full_key
         if self.average == "micro":
             return {f"{stem}{part}": value for part, value in _parts(self.read(view)).items()}
         each = view.by_class()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxheads.metrics.base import Observation, View
+from jaxheads.metrics.base import COUNT, SCORES, Observation, Path, View, calibration_key
 from jaxheads.metrics.curves import Interval, ScoresView
 from jaxheads.metrics.groups import Grouped, Slices
 from jaxheads.metrics.reading import add_quantiles, float32, joined, named, on_host, slots, without
@@ -33,17 +33,21 @@ class Reader(Protocol):
     @property
     def suffix(self) -> str | None: ...
 
-    def observed(self) -> Mapping[str, Observation]: ...
+    def observed(self) -> Mapping[Path, Observation]: ...
 
-    def read(self, seen: Mapping[str, Any]) -> Mapping[tuple[str, str | None], Any]: ...
+    def read(self, seen: Mapping[Path, Any]) -> Mapping[tuple[str, str | None], Any]: ...
+
+
+def views_of_nothing(head: Any) -> dict[Path, Any]:
+    """What an empty state reads as: for what is asked of metrics without data, such as their names."""
+    return Metrics(np.zeros((slots(head, False)[1], 1), np.float32), head)._views(np.nan)[0]
 
 
 @functools.lru_cache(maxsize=1024)
 def metric_names(head: Any) -> tuple[str, ...]:
     """The full names of a head's metrics."""
-    zero = Metrics(np.zeros((slots(head, False)[1], 1), np.float32), head)
     with np.errstate(all="ignore"):
-        return tuple(joined(*key) for key in zero._values(np.nan)[0])
+        return tuple(joined(*key) for key in head.read(views_of_nothing(head)))
 
 
 _add = jax.jit(pairs.add)
@@ -163,6 +167,17 @@ class Metrics:
                 "to head.metrics() and to every update or measure, or to none ([] counts as 0)."
             )
 
+    def check_one_state(self) -> None:
+        """Refuses what `update_metrics` cannot add one batch to: a state of another head, several states in one."""
+        self.check_size()
+        if lead := jnp.shape(self.state)[:-2]:
+            raise ValueError(
+                f"update_metrics adds one batch to one state. Given a state with leading axes {lead}: the batch would "
+                "count once for each of its entries. Call it inside the pmap or vmap that made them; inside shard_map, "
+                "where an axis of size 1 is left, take jax.tree.map(lambda x: x[0], metrics), and x[None] at the end; "
+                "or merge them there, with .psum(axis_name)."
+            )
+
     def check_size(self) -> None:
         """Refuses a state of another number of slots than the head keeps: a checkpoint of another configuration."""
         given, expected = jnp.shape(self.state), slots(self.head, self.regularized)[1]
@@ -182,8 +197,8 @@ class Metrics:
         meshes.check_axis(axis_name)
         return dataclasses.replace(self, state=jax.lax.pcast(self.state, axis_name, to="varying"))
 
-    def _views(self, undefined: float, at: Any = (0, 0)) -> tuple[dict[str, Any], Any, Any, Any]:
-        """Views by key, `at` those replicas and groups; the bad count; the regularization; the array module in use."""
+    def _views(self, undefined: float, at: Any = (0, 0)) -> tuple[dict[Path, Any], Any, Any, Any]:
+        """Views by path, `at` those replicas and groups; the bad count; the regularization; the array module in use."""
         self.check_size()
         if isinstance(self.state, Tracer):
             xp, pair = jnp, self.state
@@ -199,7 +214,7 @@ class Metrics:
                 return observation.read(part, xp, undefined, at)
             return observation.read(part, xp, undefined)
 
-        views = {key: view(start, observation) for key, (start, observation) in layout.items()}
+        views = {path: view(start, observation) for path, (start, observation) in layout.items()}
         return views, sums[..., 0], sums[..., 1:3] if self.regularized else None, xp
 
     def compute(
@@ -287,9 +302,9 @@ class Metrics:
     def _counts(self, at: Any) -> dict[str | None, Any]:
         """How many elements weigh anything: by head of a `MultiHead`, and of that with the most under None."""
         views, _, _, xp = self._views(np.nan, at)
-        paths = {tuple(key.split("/")): view for key, view in views.items() if key.split("/")[-1] == "slice_count"}
-        by_head: dict[str | None, Any] = {path[-2]: view for path, view in paths.items() if len(path) > 1}
-        return {None: functools.reduce(xp.maximum, paths.values()), **by_head}
+        counts = {path[:-1]: view for path, view in views.items() if path[-1] == COUNT}
+        by_head: dict[str | None, Any] = {path[-1]: view for path, view in counts.items() if path}
+        return {None: functools.reduce(xp.maximum, counts.values()), **by_head}
 
     def _check_confidence(self, confidence: Any) -> None:
         if not isinstance(confidence, (int, float)) or not 0 < confidence < 1:
@@ -339,7 +354,7 @@ class Metrics:
         if kind not in ("roc", "pr"):
             raise ValueError(f'curve() knows "roc" and "pr". Given {kind!r}.')
         at = self._entry("curve()", slice)
-        view = self._histograms(at)[self._scores_key("curve()", key, at)]
+        view = self._histograms(at)[self._scores_path("curve()", key, at)]
         return view.roc_curve() if kind == "roc" else view.pr_curve()
 
     def reliability(
@@ -354,10 +369,9 @@ class Metrics:
         if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
             raise ValueError(f"reliability() needs a positive integer number of bins. Given {bins!r}.")
         at = self._entry("reliability()", slice)
-        key = self._scores_key("reliability()", key, at)
-        views, (path, _, source) = self._views(np.nan, at)[0], key.rpartition("/")
-        exact = views.get(joined(path, f"calibration/{bins}")) if source == "scores" else None
-        return views[key].reliability(bins) if exact is None else exact.reliability()
+        path, views = self._scores_path("reliability()", key, at), self._views(np.nan, at)[0]
+        exact = views.get((*path[:-1], calibration_key(bins))) if path[-1] == SCORES else None
+        return views[path].reliability(bins) if exact is None else exact.reliability()
 
     def _entry(self, what: str, slice: int | str | None) -> tuple[int, int]:
         """Where all data of a slice are; refused outside of one concrete state, and for a slice that is too small."""
@@ -382,19 +396,19 @@ class Metrics:
             )
         return at
 
-    def _scores_key(self, what: str, key: str | None, at: tuple[int, int]) -> str:
-        """The key of the one score histogram that is meant."""
-        views = self._histograms(at)
-        if key in views:
-            return key
-        if key is not None or len(views) != 1:
+    def _scores_path(self, what: str, key: str | None, at: tuple[int, int]) -> Path:
+        """The path of the one score histogram that is meant."""
+        paths = {joined(*path): path for path in self._histograms(at)}
+        if key is None and len(paths) == 1:
+            return next(iter(paths.values()))
+        if key not in paths:
             raise ValueError(
-                f"{what} reads one score histogram. {self.head!r} keeps {len(views)}: {list(views)}. Given key={key!r}."
+                f"{what} reads one score histogram. {self.head!r} keeps {len(paths)}: {list(paths)}. Given key={key!r}."
             )
-        return next(iter(views))
+        return paths[key]
 
-    def _histograms(self, at: tuple[int, int] = (0, 0)) -> dict[str, ScoresView]:
-        return {key: view for key, view in self._views(np.nan, at)[0].items() if isinstance(view, ScoresView)}
+    def _histograms(self, at: tuple[int, int] = (0, 0)) -> dict[Path, ScoresView]:
+        return {path: view for path, view in self._views(np.nan, at)[0].items() if isinstance(view, ScoresView)}
 
     def __repr__(self) -> str:
         from jaxheads.metrics import text

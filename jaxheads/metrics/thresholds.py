@@ -25,6 +25,7 @@ class Precision(AbstractThresholdMetric):
     """`precision = TP / (TP + FP)`: of what is predicted positive, how much is. Source: `precision_score`."""
 
     stem = "precision"
+    higher_is_better = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Recall(AbstractThresholdMetric):
     """`recall = TP / (TP + FN)`: of what is positive, how much is found. Source: `recall_score`."""
 
     stem = "recall"
+    higher_is_better = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Specificity(AbstractThresholdMetric):
     """`specificity = TN / (TN + FP)`: of what is negative, how much is left alone."""
 
     stem = "specificity"
+    higher_is_better = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Accuracy(AbstractThresholdMetric):
     """`accuracy = (TP + TN) / (TP + TN + FP + FN)`. Source: Keras `BinaryAccuracy`."""
 
     stem = "accuracy"
+    higher_is_better = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +61,7 @@ class BalancedAccuracy(AbstractThresholdMetric):
     """
 
     stem = "balanced_accuracy"
+    higher_is_better = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,8 @@ class FBeta(AbstractThresholdMetric):
 
     beta: float = 1.0
     threshold: float | None = dataclasses.field(default=None, kw_only=True)
+
+    higher_is_better = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,6 +102,7 @@ class IoU(AbstractThresholdMetric):
     """
 
     stem = "iou"
+    higher_is_better = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +126,7 @@ class MatthewsCorrcoef(AbstractThresholdMetric):
     """
 
     stem = "matthews_corrcoef"
+    higher_is_better = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +145,7 @@ class CohenKappa(AbstractThresholdMetric):
     weights: Literal["linear", "quadratic"] | None = dataclasses.field(default=None, kw_only=True)
 
     stem = "cohen_kappa"
+    higher_is_better = True
 
     def __post_init__(self):
         super().__post_init__()

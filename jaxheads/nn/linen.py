@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxheads.head import Head, check_head
+from jaxheads.head import Head, check_unbound
 from jaxheads.nn._abstract import AbstractHeadModule, Owned, check_hidden, learns, project
 from jaxheads.numerics import fields
 
@@ -79,7 +79,7 @@ class LinenHead(AbstractHeadModule, nn.Module):
     owns_head: bool = True
 
     def __post_init__(self):
-        check_head(self.head)
+        check_unbound(self.head)
         super().__post_init__()
 
     def __call__(self, hidden: Any) -> Any:

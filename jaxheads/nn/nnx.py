@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxheads.head import Head, check_head
+from jaxheads.head import Head, check_unbound
 from jaxheads.nn._abstract import AbstractHeadModule, Owned, check_hidden, project
 
 KERNEL_INIT, BIAS_INIT = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()
@@ -90,7 +90,7 @@ class NnxHead(AbstractHeadModule, nnx.Module):
         owns_head: bool = True,
         rngs: nnx.Rngs,
     ):
-        check_head(head)
+        check_unbound(head)
         self.head, self.in_features = head, in_features
         self.dtype, self.lazy, self.owns_head = dtype, lazy, owns_head
         self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, head.logits_dimension), param_dtype))

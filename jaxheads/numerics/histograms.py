@@ -44,8 +44,11 @@ def by_label(
     Where labels turn out to be 0 and 1, each entry is added once, to the bucket of its label.
     """
 
-    def in_both(buckets, labels, weights):
-        return histogram(buckets, (weights * (1 - labels), weights * labels), n, columns)
+    def by_product(buckets, labels, weights):
+        return _by_product(buckets, (weights * (1 - labels), weights * labels), n, columns)
+
+    def spread(buckets, labels, weights):
+        return _by_scatter(buckets, (weights * (1 - labels), weights * labels), n, columns)
 
     def counted(buckets, labels, weights):
         rows, _, flat = _flat(buckets, n, columns)
@@ -66,8 +69,8 @@ def by_label(
         return jax.lax.cond(_holds(usual), counted, weighed, buckets, labels, weights)
 
     # On a mesh the question would be an all-reduce of its own.
-    default = by_scatter if meshes.is_local((buckets, labels, weights)) else in_both
-    return jax.lax.platform_dependent(buckets, labels, weights, tpu=in_both, default=default)
+    default = by_scatter if meshes.is_local((buckets, labels, weights)) else spread
+    return jax.lax.platform_dependent(buckets, labels, weights, tpu=by_product, default=default)
 
 
 def _holds(condition: jax.Array) -> jax.Array:

@@ -119,8 +119,8 @@ def as_weights(x: Any, lead: tuple[int, ...], sizes: tuple[int, ...], what: str)
     return expand(as_numbers(x, what), lead, sizes, what)
 
 
-def as_where(x: Any, lead: tuple[int, ...], what: str = "where") -> Any:
-    """Bool or 0/1 `lead + [1]`; one of fewer leading axes holds for all that is inside."""
+def as_where(x: Any, lead: tuple[int, ...], what: str = "where", sizes: tuple[int, ...] = (1,)) -> Any:
+    """Bool or 0/1 `lead + [1]`, or of one of `sizes`; one of fewer leading axes holds for all that is inside."""
     array = as_array(x, what)
     if dtype_kind(array) == "other":
         raise ValueError(f"{what} must be bool, or 0 and 1. Given dtype {array.dtype}.")
@@ -128,7 +128,7 @@ def as_where(x: Any, lead: tuple[int, ...], what: str = "where") -> Any:
     if shape and len(shape) < len(lead) and shape == lead[: len(shape)]:
         xp = np if isinstance(array, np.ndarray) else jnp
         array = xp.broadcast_to(array.reshape(shape + (1,) * (len(lead) - len(shape))), lead)
-    return expand(array, lead, (1,), what)
+    return expand(array, lead, sizes, what)
 
 
 def check_where(values: np.ndarray, live: np.ndarray, what: str) -> None:

@@ -18,19 +18,21 @@ class LabelSpec:
     """What labels are legal: read by the checks, the masks and the tests' samplers.
 
     Attributes:
-        size: the last axis.
+        size: the last axis; None for any.
         kind: `"float"` (any number is taken), `"int"` or `"bool"`.
         low: the smallest legal value; None for no limit.
         high: the largest legal value; None for no limit. Labels must be finite in any case.
         fill: the legal value that masked rows are given before a formula sees them; their logits become 0. A formula
             with learned fields must be smooth there, for the gradient of those fields passes through every row.
+        axes: sizes of the axes before the last that belong to one element (boxes of an image); None for any.
     """
 
-    size: int = 1
+    size: int | None = 1
     kind: str = "float"
     low: float | None = None
     high: float | None = None
     fill: float = 0
+    axes: tuple[int | None, ...] = ()
 
     def __post_init__(self):
         if self.kind not in ("float", "int", "bool"):
@@ -46,6 +48,11 @@ class LabelSpec:
                 f"A label's fill must be legal, for formulas are given it in masked rows. Given fill={self.fill!r}, "
                 f"expected one of {self.describe()}. Pass fill= to the LabelSpec."
             )
+
+    @property
+    def event(self) -> tuple[int | None, ...]:
+        """The last axes, which belong to one element."""
+        return (*self.axes, self.size)
 
     @property
     def dtype(self) -> Any:
@@ -121,11 +128,12 @@ def encode(
     where: Any,
     label_vocabulary: tuple[str, ...] | None,
     to_array: Callable[[Any], Any],
+    entries: bool = False,
 ) -> Any:
     """Labels as `gather` makes them, in the shape they have: NumPy arrays for a later compiled step.
 
     What is illegal in rows that are absent stays so (an unknown name is -1): accepted by a step under the same `where`,
-    and visible in one without.
+    and visible in one without. With `entries`, the mask may be one of each entry.
     """
 
     def take(spec: LabelSpec, label: Any, what: str) -> Any:
@@ -138,10 +146,11 @@ def encode(
         else:
             array = array[..., None]
         if where is not None:
-            mask = np.asarray(inputs.as_where(where, array.shape[:-1]))
+            sizes = (1, array.shape[-1]) if entries else (1,)
+            mask = np.asarray(inputs.as_where(where, array.shape[:-1], sizes=sizes))
             inputs.check_where(mask, np.asarray(True), "where")
             live = mask != 0
-        vocabulary.refuse_strangers(strangers, live, spec.size, label_vocabulary)
+        vocabulary.refuse_strangers(strangers, live, spec.size or 0, label_vocabulary)
         array = settled(spec, typed(array, label, spec), label_vocabulary, live, lambda: live, True, what)
         return array.reshape(shape)
 
@@ -150,11 +159,17 @@ def encode(
 
 def leading_shape(spec: LabelSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The leading axes of labels that come without logits: `[..., 1]` is read as one label a row."""
-    return shape[:-1] if spec.size > 1 or (shape[-1:] == (1,) and len(shape) > 1) else shape
+    if spec.size != 1 or spec.axes:
+        return shape[: len(shape) - len(spec.event)]
+    return shape[:-1] if shape[-1:] == (1,) and len(shape) > 1 else shape
 
 
 def each_label(specs: Specs, labels: Any, take: Any) -> Any:
     """`take(spec, label, name)` of the one label, or of each of a dict with the keys of the specs."""
+    if not isinstance(specs, LabelSpec) and not specs:
+        if labels is not None:
+            raise ValueError("This head takes no labels: labels must be None. Given labels.")
+        return None
     if labels is None:
         raise ValueError(
             "You must provide labels. Given: None. Loss and metrics need them; for predictions alone call "
@@ -208,7 +223,13 @@ def settled(
 
 def shaped(spec: LabelSpec, array: Any, lead: tuple[int, ...], what: str) -> Any:
     """Labels of shape `lead + [spec.size]`."""
-    shape = tuple(array.shape)
+    shape, event = tuple(array.shape), spec.event
+    if len(event) > 1 or None in event:
+        fits = len(shape) == len(lead) + len(event) and shape[: len(lead)] == lead
+        if not fits or any(n not in (None, m) for n, m in zip(event, shape[len(lead) :], strict=True)):
+            axes = ", ".join("any" if n is None else str(n) for n in event)
+            raise ValueError(f"{what} must have shape {list(lead)} + [{axes}], to match the logits. Given {shape}.")
+        return array
     if len(shape) == len(lead) and shape:
         array = array.reshape((*shape, 1))
     if len(array.shape) < 2:

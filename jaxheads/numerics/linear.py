@@ -49,6 +49,11 @@ class LinearLogits:
                 f"LinearLogits needs bias [logits_dimension] = {kernel[1:]}. Given {jnp.shape(self.bias)}."
             )
 
+    def columns(self, start: int, stop: int) -> "LinearLogits":
+        """The logits `start ... stop - 1`, not multiplied either."""
+        bias = None if self.bias is None else self.bias[start:stop]
+        return LinearLogits(self.hidden, self.kernel[:, start:stop], bias)
+
     def multiply(self) -> jax.Array:
         """The logits as float32, accumulated in float32 whatever the dtype of the factors."""
         hidden, kernel = jnp.asarray(self.hidden), jnp.asarray(self.kernel)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxheads.numerics import masking
+
 
 class Reduction(enum.Enum):
     """How a head divides the weighted sum of its per-element losses.
@@ -61,5 +63,5 @@ class Divisor(NamedTuple):
 def divide(total: jax.Array, by: jax.Array) -> jax.Array:
     """`total / by`, and 0 where `by` is 0: an empty batch is a harmless step, not a NaN. A NaN total stays NaN."""
     empty = by == 0
-    nothing = jnp.where(jnp.isnan(total), total, jnp.zeros_like(total))
-    return jnp.where(empty, nothing, total / jnp.where(empty, jnp.ones_like(by), by))
+    nothing = masking.choose(jnp.isnan(total), total, jnp.zeros_like(total))
+    return masking.choose(empty, nothing, total / masking.choose(empty, jnp.ones_like(by), by))

@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxheads.numerics import meshes, pairs
-from jaxheads.numerics.linear import LinearLogits
+from jaxheads.numerics import pairs
 
 # Small tiles save memory, large ones spare the CPU the handling of many: an eighth of the rows, within these limits.
 # Each tile makes sums of its own, so it holds about as many elements as there are sums, but no more than the last.
@@ -56,31 +55,6 @@ class Late:
 def finished(parts: list[Any]) -> list[jax.Array]:
     """The sums, of what was left for later too."""
     return [part.reduced() if isinstance(part, Late) else part for part in parts]
-
-
-def summed(sums: Callable[[dict[str, Any]], list[Any]], batch: dict[str, Any], size: int) -> list[jax.Array]:
-    """The parts of `sums(batch)` of a gathered batch whose rows do not depend on each other, in tiles where that pays.
-
-    `size` numbers come of each tile. Feature columns may have any shape: a batch that carries some is not cut.
-    """
-    logits = batch["logits"]
-    rows = tile_rows(tuple(logits.shape), size)
-    if rows is None or batch["features"] or not meshes.is_local({k: v for k, v in batch.items() if k != "key"}):
-        return finished(sums(batch))
-    lazy = isinstance(logits, LinearLogits)
-    cut = {key: batch[key] for key in ("labels", "weights", "where", "scale", "slices") if key in batch}
-    cut["logits"] = logits.hidden if lazy else logits
-
-    def by_tiles(cut: Any, batch: Any) -> list[jax.Array]:
-        def of_tile(tile: Any, fresh: jax.Array, i: jax.Array) -> list[Any]:
-            inner = dataclasses.replace(batch["logits"], hidden=tile["logits"]) if lazy else tile["logits"]
-            fresh = jnp.broadcast_to(fresh.reshape(-1, *[1] * (len(inner.shape) - 1)), (*inner.shape[:-1], 1))
-            keys = {"key": jax.random.fold_in(batch["key"], i)} if "key" in batch else {}
-            return sums({**batch, **tile, **keys, "where": (*tile["where"], fresh), "logits": inner})
-
-        return sum_over_rows(of_tile, cut, logits.shape[0], rows)
-
-    return jax.lax.platform_dependent(cut, batch, cpu=by_tiles, default=lambda _, batch: finished(sums(batch)))
 
 
 def sum_over_rows(sums: Callable[..., list[Any]], batch: Any, n: int, rows: int) -> list[jax.Array]:

@@ -46,7 +46,7 @@ def fit(
     eval_step: Callable[..., Any] | None = None,
     validation: Batches | None = None,
     monitor: str = "loss",
-    higher_is_better: bool = False,
+    higher_is_better: bool | None = None,
     patience: int | None = None,
     directory: Any = None,
     checkpoint_every: int | None = None,
@@ -64,7 +64,8 @@ def fit(
         eval_step: what `make_eval_step` gave.
         validation: the batches for it.
         monitor: the validation metric that compares epochs; `"loss"` is the mean over its batches.
-        higher_is_better: True for an accuracy or an AUC.
+        higher_is_better: of the monitor; by default as the metric says. One that does not say, such as a mean of
+            predictions, needs it.
         patience: stop when this many epochs in a row were not better than the best.
         directory: where checkpoints go. If it holds one, training goes on from there and ends at the same numbers, if
             `batches` gives the same for the same epoch; a new run wants a new directory.
@@ -84,7 +85,7 @@ def fit(
     if checkpoint_every is not None and directory is None:
         raise ValueError(f"checkpoint_every needs a directory. Given checkpoint_every={checkpoint_every}.")
     if eval_step is not None and validation is not None:
-        monitor = check_monitor(monitor, state, eval_step, validation)
+        monitor, higher_is_better = check_monitor(monitor, higher_is_better, state, eval_step, validation)
     step, folders = _compiled(train_step, donate_argnums=0), ("latest", "best")
     latest, kept = (Checkpoints(None if directory is None else pathlib.Path(directory) / x) for x in folders)
     state, at = latest.restore(jax.tree.map(jnp.copy, state))
@@ -116,7 +117,7 @@ def fit(
             line |= _named("validation", found)
         _report(line, writer, progress)
         at.end_epoch(line)
-        if validation is not None and at.improved(monitor, higher_is_better):
+        if validation is not None and at.improved(monitor, bool(higher_is_better)):
             best = jax.tree.map(jnp.copy, state)
             kept.save(at.epoch, best, at)
         latest.save(int(state.step), state, at)

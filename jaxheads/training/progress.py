@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxheads.engine.reading import directions
 from jaxheads.metrics import Metrics
 from jaxheads.metrics.state import metric_names
 from jaxheads.numerics import pairs
@@ -110,15 +111,21 @@ def mean_loss_and_metrics(state: Any, step: Any, batches: Iterable[Any], key: An
     return float(at.sums[0].sum()) / at.batch, dataclasses.replace(metrics, state=at.sums[1:])
 
 
-def check_monitor(monitor: str, state: Any, eval_step: Any, validation: Any) -> str:
-    """The key in the history; refuses, before anything is trained, what is no metric, and data for one time only."""
+def check_monitor(monitor: str, higher: bool | None, state: Any, eval_step: Any, validation: Any) -> tuple[str, bool]:
+    """The key in the history, and whether more of it is better.
+
+    Refuses, before anything is trained, what is no metric, one without a direction, and data for one time only.
+    """
     if iter(validation) is validation:
         raise ValueError("validation is gone through after every epoch. Given an iterator: pass a list.")
     metrics = jax.eval_shape(eval_step, state, next(iter(validation))).metrics
     known = ["loss", *metric_names(metrics.head)]
-    if monitor.removeprefix("validation/") not in known:
+    if monitor.removeprefix("validation/") not in known:  # as in the history, or as in the metrics
         raise ValueError(f"monitor={monitor!r} is no metric of {metrics.head!r}. Expected one of {known}.")
-    return f"validation/{monitor.removeprefix('validation/')}"
+    key = monitor.removeprefix("validation/")
+    if higher is None and (higher := {"loss": False, **directions(metrics.head)}[key]) is None:
+        raise ValueError(f"Whether {key!r} is better when high, the metric does not say. Pass higher_is_better=.")
+    return f"validation/{key}", higher
 
 
 class Checkpoints:

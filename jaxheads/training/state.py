@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxheads.head import Head, check_head
+from jaxheads.engine.optimizing import check_optimizer
+from jaxheads.head import Head, check_unbound
 from jaxheads.numerics import duals, fields
-from jaxheads.spec import check_optimizer
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +54,7 @@ class TrainState:
             ValueError: an optimizer that is none, or one that would descend on multipliers; leaves that are no arrays,
                 parameters that hold the head's already.
         """
-        check_head(head)
+        check_unbound(head)
         check_optimizer(optimizer)
         params, model_state = _copied(params, "params"), _copied(model_state, "model_state")
         init_key, key = jax.random.split(key)

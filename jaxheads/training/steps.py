@@ -12,9 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxheads.head import Head, check_head
-from jaxheads.numerics import fields, meshes, pairs
-from jaxheads.spec import averaged, check_opt_state, check_optimizer, updated
+from jaxheads.contract import Given
+from jaxheads.engine import evaluating, losing, trees
+from jaxheads.engine.gathering import gather
+from jaxheads.engine.optimizing import averaged, check_opt_state, check_optimizer, updated
+from jaxheads.engine.readiness import check_parts_add_up, ready
+from jaxheads.head import Head, check_unbound
+from jaxheads.numerics import fields, inputs, meshes, pairs
 from jaxheads.training.state import TrainState, parted
 
 KEYS = ("features", "labels", "weights", "where")
@@ -89,53 +93,47 @@ def make_train_step(
     >>> state.params["w"].ravel(), out.loss  # 0.5 times (0.5 * 1, -0.5 * 2) / 2
     (Array([ 0.125, -0.25 ], dtype=float32), Array(0.6931472, dtype=float32))
     """
-    check_head(head)
+    check_unbound(head)
     check_optimizer(optimizer)
-    call = _caller(apply_fn)
+    call, labelled = _caller(apply_fn), _is_labelled(head)
     if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
         raise ValueError(f"micro_batches must be an integer of at least 1. Given {micro_batches!r}.")
     names = (rngs,) if isinstance(rngs, str) else tuple(rngs)
+    draws_keys = _draws_keys(head)
+    if micro_batches > 1:
+        check_parts_add_up(head)
 
     def rngs_of(key: jax.Array) -> dict[str, jax.Array]:
         return {name: jax.random.fold_in(key, i) for i, name in enumerate(names)}
 
-    def gradients(state: TrainState, batch: dict[str, Any], key: jax.Array, model_state: Any, divisor: Any):
-        """Of (a part of) a batch: loss, gradients, logits, regularization and the model's new state."""
-        keys = rngs_of(key)
+    def part(state: TrainState, batch: dict[str, Any], key: jax.Array, carried: Any, divisor: Any):
+        """Of (a part of) a batch: loss, gradients, metrics, and what is carried: the model's state and the head's."""
+        model_state, head_state = carried
+        keys, draws = rngs_of(key), jax.random.fold_in(key, REPLICAS) if draws_keys else None
 
         def loss_of(trainable: Any):
             params, head_params = parted(trainable, bool(state.head_params))
             logits, new = call(params, batch["features"], True, model_state, keys)
+            bound = ready(head, fields.merge(head_params, state.head_state))
+            found = gather(bound, _given(batch, logits, with_metrics, draws, divisor))
             losses = _listed(regularization_fn, params)
-            loss = head.loss(
-                **{**batch, "logits": logits},
-                regularization_losses=None if losses is None else [loss / micro_batches for loss in losses],
-                params=fields.merge(head_params, state.head_state),
-                normalizer=divisor,
-                axis_name=axis_name,
-            )
-            return loss, (logits, losses, new)
+            shares = None if losses is None else inputs.as_scalars([loss / micro_batches for loss in losses])
+            loss, found = evaluating.evaluate(bound, found, shares, axis_name)
+            return loss, (found._replace(regularization=inputs.as_scalars(losses)), new)
 
-        (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trainable)
-        return loss, grads, aux
-
-    def part(state: TrainState, batch: dict[str, Any], key: jax.Array, carried: Any, divisor: Any):
-        """What `gradients` gives, with metrics, and what is carried: the model's state and the head's."""
-        model_state, head_state = carried
-        loss, grads, (logits, losses, model_state) = gradients(state, batch, key, model_state, divisor)
-        given, bound = {**batch, "logits": logits}, fields.merge(state.head_params, state.head_state)
+        (loss, (found, model_state)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trainable)
         metrics = None
         if with_metrics:
-            draws = None if head.bootstrap is None else jax.random.fold_in(key, REPLICAS)
-            metrics = head.measure(**given, regularization_losses=losses, params=bound, key=draws)
+            metrics = evaluating.metrics_of(ready(head, state.bound), found, axis_name)
         if head_state:
-            head_state = head.update_state(head_state, **given, params=state.head_params, axis_name=axis_name)
+            bound = ready(head, fields.merge(state.head_params, head_state))
+            head_state = evaluating.advance(bound, found.batch, axis_name, found.seen)
         return loss, grads, metrics, (averaged(model_state, axis_name), head_state)
 
     def train_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, StepOutput]:
         _check_state(state)
         check_opt_state(optimizer, state.opt_state, state.trainable)
-        given, key = _unpacked(batch), jax.random.fold_in(state.key, state.step)
+        given, key = _unpacked(batch, labelled), jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             meshes.check_axis(axis_name)
             _check_shared(state, axis_name)
@@ -156,11 +154,10 @@ def make_train_step(
 
     def in_parts(state: TrainState, batch: dict[str, Any], key: jax.Array, carried: Any):
         """The sums of `part` over the micro-batches; their losses are divided by what that of the whole batch is."""
-        divisor = head.divisor(
-            **{**batch, "logits": _like_logits(functools.partial(call, rngs=rngs_of(key)), state, batch["features"])},
-            params=state.bound,
-            axis_name=axis_name,
-        )
+        bound = ready(head, state.bound)
+        logits = _like_logits(functools.partial(call, rngs=rngs_of(key)), state, batch["features"])
+        draws = key if draws_keys else None
+        divisor = losing.divisor(bound, gather(bound, _given(batch, logits, False, draws, None)), axis_name)
         parts = jax.tree.map(lambda x: _split(x, micro_batches), batch)
 
         def body(carry: Any, xs: Any):
@@ -194,18 +191,19 @@ def make_eval_step(
     Of a head with a `bootstrap` it is `(state, batch, key) -> out`, with a new key for every batch; under `axis_name`
     it is folded with the device.
     """
-    check_head(head)
-    call = _caller(apply_fn)
+    check_unbound(head)
+    call, labelled = _caller(apply_fn), _is_labelled(head)
 
     def eval_step(state: TrainState, batch: Mapping[str, Any], key: jax.Array | None = None) -> StepOutput:
         _check_state(state)
-        given = _unpacked(batch)
+        given, bound = _unpacked(batch, labelled), ready(head, state.bound)
         logits, _ = call(state.params, given["features"], False, state.model_state, None)
-        given |= {"logits": logits, "regularization_losses": _listed(regularization_fn, state.params)}
-        loss = head.loss(**given, params=state.bound, axis_name=axis_name)
         if key is not None and axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        metrics = head.measure(**given, params=state.bound, key=key)
+        found = gather(bound, _given(given, logits, True, key, None))
+        losses = inputs.as_scalars(_listed(regularization_fn, state.params))
+        loss, found = evaluating.evaluate(bound, found, losses, axis_name)
+        metrics = evaluating.metrics_of(bound, evaluating.without_gradient(found), axis_name)
         return StepOutput(loss, metrics if axis_name is None else metrics.psum(axis_name))
 
     return eval_step
@@ -218,14 +216,14 @@ def make_predict_step(
 
     `keys` are those of `head.predictions`; by default all.
     """
-    check_head(head)
+    check_unbound(head)
     call = _caller(apply_fn)
 
     def predict_step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
         _check_state(state)
-        features = _unpacked(batch, labelled=False)["features"]
+        features = _unpacked(batch, None)["features"]
         logits, _ = call(state.params, features, False, state.model_state, None)
-        return head.predictions(logits, keys, params=state.bound)
+        return head.predictions(logits, keys, params=state.bound, features=features)
 
     return predict_step
 
@@ -289,8 +287,18 @@ def _kinds(tree: Any) -> dict[str, str]:
     return {jax.tree_util.keystr(path): f"{jnp.result_type(x)}{list(jnp.shape(x))}" for path, x in leaves}
 
 
-def _unpacked(batch: Any, labelled: bool = True) -> dict[str, Any]:
-    """The entries of a batch by the names that a head knows."""
+def _is_labelled(head: Head) -> bool:
+    """Whether any head inside has labels."""
+    return any(leaf.label_spec for leaf in trees.leaves(head))
+
+
+def _draws_keys(head: Head) -> bool:
+    """Whether any head inside needs a random key."""
+    return any(leaf.samples or leaf.bootstrap is not None for leaf in trees.leaves(head))
+
+
+def _unpacked(batch: Any, labelled: bool | None) -> dict[str, Any]:
+    """The entries of a batch by the names that a head knows; of prediction, where `labelled` is None, the features."""
     needed = KEYS[: 2 if labelled else 1]
     given = sorted(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
     if not isinstance(batch, Mapping) or set(batch) - set(KEYS) or set(needed) - set(batch):
@@ -298,7 +306,13 @@ def _unpacked(batch: Any, labelled: bool = True) -> dict[str, Any]:
             f"A batch must be a dict with the keys {list(needed)}, and none but {list(KEYS)}. Given {given}. Other "
             "columns belong into features."
         )
-    return dict(batch) if labelled else {"features": batch["features"]}
+    return {"features": batch["features"]} if labelled is None else dict(batch)
+
+
+def _given(batch: Mapping[str, Any], logits: Any, with_slices: bool, key: Any, normalizer: Any) -> Given:
+    """A batch and its logits, as `head.loss` and `head.measure` would be given them."""
+    entries = {"labels": None, **batch}
+    return Given(**entries, logits=logits, normalizer=normalizer, with_slices=with_slices, key=key)
 
 
 def _listed(regularization_fn: Callable[[Any], Any] | None, params: Any) -> list[Any] | None:

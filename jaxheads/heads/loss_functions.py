@@ -1,4 +1,4 @@
-"""What several heads share."""
+"""Heads whose losses the user may replace by a `loss_fn`, and how such a function is checked and called."""
 
 import abc
 import dataclasses
@@ -11,14 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.head import Head, NoClosedForm
-from jaxheads.metrics import ScoresView
-from jaxheads.metrics.grids import AbstractGrid
-from jaxheads.numerics import stable
+from jaxheads.contract import NoClosedForm
+from jaxheads.head import Head
 
 CALLED = ("labels", "logits", "features")
-# What an infinite logit is cut at: a class that was never seen has a probability of 1e-13.
-LIMIT = 30.0
 
 
 class AbstractLossFnHead(Head):
@@ -48,8 +44,8 @@ class AbstractLossFnHead(Head):
         return takes_features(self.loss_fn)
 
     @property
-    def rowwise(self) -> bool:
-        return self.loss_fn is None
+    def coupling(self) -> str | None:
+        return "row" if self.loss_fn is None else None
 
     def losses(self, labels: jax.Array, logits: jax.Array, features: Any = None) -> jax.Array:
         if self.loss_fn is None:
@@ -128,63 +124,3 @@ def call_loss_fn(loss_fn: Callable[..., Any], labels: Any, logits: jax.Array, fe
             f"{tuple(losses.shape)}. Use keepdims=True in a sum or mean over the last axis."
         )
     return losses
-
-
-def check_thresholds(thresholds: Any) -> None:
-    """Refuses thresholds outside (0, 1), and two that print alike: they would share their metric keys."""
-    if not isinstance(thresholds, tuple):
-        raise ValueError(f"thresholds must be a sequence of numbers in (0, 1). Given {thresholds!r}.")
-    for t in thresholds:
-        if isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 < t < 1 or not stable.fits_float32(t):
-            raise ValueError(f"thresholds not in (0, 1): {t!r} in {thresholds!r}.")
-    printed: dict[str, float] = {}
-    for t in thresholds:
-        if printed.setdefault(f"{t:g}", t) != t:
-            raise ValueError(
-                f"thresholds {printed[f'{t:g}']!r} and {t!r} print alike (%g) and would share the metric keys "
-                f"positive_threshold_{t:g}. Leave one out."
-            )
-
-
-def check_bins(bins: Any) -> None:
-    """Refuses what is no grid."""
-    if not isinstance(bins, AbstractGrid):
-        raise ValueError(f"bins must be jh.LogitGrid(...) or jh.ThresholdGrid(n). Given {bins!r}.")
-
-
-def at_thresholds(scores: ScoresView, thresholds: Any) -> dict[str, Any]:
-    """`accuracy|precision|recall/positive_threshold_t` for each threshold."""
-    return {
-        f"{key}/positive_threshold_{t:g}": getattr(scores.at(t), key)
-        for t in thresholds or ()
-        for key in ("accuracy", "precision", "recall")
-    }
-
-
-def class_id_outputs(logits: jax.Array, n: int) -> dict[str, Any]:
-    """`all_class_ids`, `[D0, n]` at any rank, as in the original."""
-    return {"all_class_ids": lambda: jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None], (logits.shape[0], n))}
-
-
-def mean_constant(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The weighted mean of each column, `[n, d]` under `[n, 1]` or `[n, d]`: `[d]`."""
-    weights = np.broadcast_to(weights, values.shape)
-    totals = weights.sum(0)
-    if not totals.all():
-        raise ValueError(
-            f"There is no best constant for the logits {np.flatnonzero(totals == 0).tolist()} of {len(totals)}: none "
-            "of their elements weighs anything. Give some a weight."
-        )
-    return (values * weights).sum(0) / totals
-
-
-def log_constant(x: np.ndarray) -> np.ndarray:
-    """`ln x`, no less than -30."""
-    with np.errstate(divide="ignore"):
-        return np.maximum(np.log(x), -LIMIT)
-
-
-def log_odds_constant(p: np.ndarray) -> np.ndarray:
-    """`ln p / (1 - p)`, cut at -30 and 30."""
-    with np.errstate(divide="ignore"):
-        return np.clip(np.log(p) - np.log1p(-p), -LIMIT, LIMIT)

@@ -1,0 +1,193 @@
+"""From a batch to elements, in compiled code: masked and illegal inputs are replaced before a formula sees them."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from jaxheads.contract import AbstractHead
+from jaxheads.engine import gathering, trees
+from jaxheads.losses import terms
+from jaxheads.losses.terms import Term
+from jaxheads.metrics import Membership, Observation
+from jaxheads.metrics.base import KEPT
+from jaxheads.numerics import hooks, masking
+from jaxheads.numerics import labels as rules
+from jaxheads.numerics.batch import Batch, Devices, Elements, Rows
+from jaxheads.numerics.labels import LabelSpec
+from jaxheads.numerics.linear import LinearLogits
+
+
+class Seen(NamedTuple):
+    """What a head without heads inside has made of a batch: its elements and their losses."""
+
+    elements: Elements
+    term: Term
+
+
+def see(head: Any, batch: Batch, devices: Devices) -> Any:
+    """The elements and losses of a batch; of a head with heads inside a dict of those of each."""
+    if batch.parts is None:
+        elements = clean(head, batch, devices)
+        return Seen(elements, term_of(head, elements))
+    batch = head.prepared(batch)
+    return trees.each(head, lambda inner, part: see(inner, part, devices), batch.parts or {})
+
+
+def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices) -> Elements:
+    """The elements of the batch of a head without heads inside."""
+    specs, exists = head.label_spec, gathering.existing(batch)
+    weights = masking.ones_like(exists) if batch.weights is None else jnp.asarray(batch.weights)
+    live = exists & (weights != 0)
+    row = jnp.any(live, -1, keepdims=True)
+
+    def mask_of(spec: LabelSpec, labels: jax.Array) -> jax.Array:
+        if spec.axes:
+            return jnp.broadcast_to(masking.rows_like(row, labels), labels.shape)
+        return jnp.broadcast_to(live if live.shape[-1] in (1, labels.shape[-1]) else row, labels.shape)
+
+    def find_illegal(spec: LabelSpec, labels: Any, _: str) -> jax.Array:
+        labels = jnp.asarray(labels)
+        return mask_of(spec, labels) & spec.illegal(labels, jnp)
+
+    def fill(spec: LabelSpec, labels: Any, illegal: jax.Array, _: str) -> jax.Array:
+        labels = jnp.asarray(labels).astype(spec.dtype)
+        return masking.keep(mask_of(spec, labels) & ~illegal, labels, spec.fill)
+
+    labels, bad = batch.labels, live & ~((weights > 0) & jnp.isfinite(weights))
+    if specs:
+        illegal = rules.per_label(specs, find_illegal, labels)
+        labels = rules.per_label(specs, fill, labels, illegal)
+        for found in jax.tree.leaves(illegal):
+            if found.ndim > live.ndim:
+                found = jnp.any(found, axis=tuple(range(live.ndim, found.ndim)))
+            bad = bad | (live & (found if found.shape[-1] == live.shape[-1] else jnp.any(found, -1, keepdims=True)))
+    for mask in batch.where:
+        if jnp.asarray(mask).dtype != jnp.bool_:
+            bad = bad | (live & (jnp.asarray(mask) != 1))
+    weights = masking.choose(bad, jnp.ones_like(weights), weights)
+    weights = masking.choose(live, weights, jnp.zeros_like(weights))
+    logits = None if batch.logits is None else _masked(head, batch.logits, live, row)
+    elements = Elements(labels, logits, weights, bad, Rows(exists, weights))
+    return elements._replace(rows=_rows_of(head, batch, elements, row, devices))
+
+
+def _rows_of(head: AbstractHead, batch: Batch, elements: Elements, row: jax.Array, devices: Devices) -> Rows:
+    """What hooks may know beside labels and logits."""
+    columns = batch.features
+    if columns is not None:
+        columns = jax.tree.map(lambda column: masking.keep_rows(row, jnp.asarray(column), 1), columns)
+    rows = Rows(
+        exists=elements.rows.exists,
+        weights=elements.counted if batch.scale is None else elements.counted * batch.scale,
+        columns=columns,
+        groups=_groups(head, batch, row),
+        scale=batch.scale,
+        key=batch.key,
+        devices=devices,
+    )
+    if type(head).prepare is AbstractHead.prepare or elements.logits is None:
+        return rows
+    return dataclasses.replace(rows, prepared=hooks.call(head, "prepare", elements.labels, elements.logits, rows=rows))
+
+
+def _groups(head: AbstractHead, batch: Batch, row: jax.Array) -> jax.Array | None:
+    """In which slices each row is: 1 or 0, `[..., n]`; NaN where there is no such slice; 1 in masked rows."""
+    if not head.reads_slices or head.slices is None:
+        return None
+    groups, stray = Membership.of(jnp.asarray(batch.slices), head.slices.n)
+    return masking.keep(row, jnp.where(stray, jnp.nan, groups.indicators), 1)
+
+
+def _masked(head: AbstractHead, logits: Any, live: jax.Array, row: jax.Array) -> Any:
+    """Logits as hooks get them: float32, 0 where masked; multiplied, unless the head takes lazy ones.
+
+    Of lazy ones the rows of the hidden layer are masked, and the product again: a NaN gradient of a formula at the fill
+    would reach the kernel through the zeros of the hidden layer.
+    """
+    if isinstance(logits, Mapping):
+        return {key: _masked(head, inner, row, row) for key, inner in logits.items()}
+    if isinstance(logits, LinearLogits):
+        logits = dataclasses.replace(logits, hidden=masking.keep(row, jnp.asarray(logits.hidden), 0))
+        if head.takes_linear:
+            return logits
+        logits = logits.multiply()
+    logits = jnp.asarray(logits, jnp.float32)
+    plain = logits.ndim == live.ndim
+    mask = live if plain and live.shape[-1] == logits.shape[-1] else row
+    return masking.keep(mask if plain else masking.rows_like(mask, logits), logits, 0)
+
+
+# Hooks, called and checked.
+
+
+def term_of(head: AbstractHead, elements: Elements, hook: str = "losses") -> Term:
+    """The losses of the elements, checked."""
+    losses = hooks.call(head, hook, elements.labels, elements.logits, rows=elements.rows)
+    lead = tuple(elements.rows.exists.shape)[:-1]
+    return terms.as_term(losses, lead, _loss_sizes(elements), f"{type(head).__name__}.{hook}").scaled(
+        elements.rows.scale
+    )
+
+
+def _loss_sizes(elements: Elements) -> tuple[int, ...]:
+    """Which last axes losses may have: 1, and where elements are rows of logits as many."""
+    logits = elements.logits
+    if isinstance(logits, Mapping) or len(logits.shape) != elements.rows.exists.ndim:
+        return (1,)
+    return (1, logits.shape[-1])
+
+
+def average_term_of(head: AbstractHead, seen: Seen) -> Term:
+    """The losses whose mean is `average_loss`."""
+    if type(head).average_losses is AbstractHead.average_losses:
+        return seen.term
+    return term_of(head, seen.elements, "average_losses")
+
+
+def observations_of(head: AbstractHead, elements: Elements, extra: bool = True) -> dict[str, Observation]:
+    """What `observe` and (if `extra`) the metrics of `with_metrics` give, checked."""
+    labels, logits, rows = elements.labels, elements.logits, elements.rows
+    observations = dict(hooks.call(head, "observe", labels, logits, rows=rows))
+    sources: Mapping[str, Callable[[], Observation]] = {}
+    added = head.extra_metrics if extra else ()
+    if added:
+        sources = hooks.call(head, "sources", labels, logits, rows=rows)
+    for metric in added:
+        for key, observation in hooks.call(metric, "observe", labels, logits, sources, rows=rows).items():
+            observations[key] = observations[key].join(observation) if key in observations else observation
+    lead = tuple(rows.exists.shape)[:-1]
+    for key, observation in observations.items():
+        what = f"{type(head).__name__}.observe: {key!r}"
+        if not isinstance(observation, Observation):
+            raise ValueError(
+                f"{what} must be an observation such as jh.Mean(values). Given a {type(observation).__name__}."
+            )
+        if key in KEPT:
+            raise ValueError(f"{what} is kept by every head already. Use another key.")
+        observation.check(what, lead)
+    return observations
+
+
+def debug_check(head: AbstractHead, elements: Elements) -> None:
+    """A message under `checkify`; nothing at all in a program compiled without it."""
+    if isinstance(elements.bad, Tracer):
+        from jax.experimental import checkify
+
+        message = "{n} unmasked elements have an illegal label or weight for " + type(head).__name__
+        checkify.debug_check(~jnp.any(elements.bad), message, n=jnp.sum(elements.bad.astype(jnp.int32)))
+
+
+def dense_logits(head: AbstractHead, logits: Any) -> Any:
+    """Logits of a call as the hooks of predictions get them: float32, multiplied unless the head takes lazy ones."""
+    checked = gathering.check_logits(head.logits_spec, logits)
+
+    def dense(x: Any) -> Any:
+        if isinstance(x, LinearLogits):
+            return x if head.takes_linear else x.multiply()
+        return jnp.asarray(x, jnp.float32)
+
+    return jax.tree.map(dense, checked, is_leaf=lambda x: isinstance(x, LinearLogits))

@@ -1,0 +1,122 @@
+"""From elements to the loss: sums over rows and devices, what they are divided by, and how heads are combined."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxheads.contract import AbstractHead
+from jaxheads.engine import gathering, trees
+from jaxheads.engine.elements import Seen, debug_check, see
+from jaxheads.engine.readiness import check_parts_add_up
+from jaxheads.losses import terms
+from jaxheads.metrics.reading import joined
+from jaxheads.numerics import meshes, reduction
+from jaxheads.numerics.batch import Batch, Devices
+from jaxheads.numerics.reduction import Divisor, Reduction
+
+# What a loss is made of, in this order: the weighted sum, what it is divided by, how many elements weigh anything.
+TOTAL, DIVISOR, LIVE = range(3)
+
+
+def see_loss(head: Any, batch: Batch, devices: Devices) -> tuple[Any, Any]:
+    """What the head makes of a batch, and the sums of its loss over all devices: trees as the heads inside are.
+
+    What the head learns is typed as differing over devices for these sums alone.
+    """
+    seen = see(meshes.varying(head, devices.axis_name), batch, devices)
+    return seen, _over_devices(sums(head, seen), devices)
+
+
+def sums(head: Any, seen: Any, silent: bool = False) -> Any:
+    """The sums of the loss on this device, `[3]` for each head without heads inside; 0 for one that is silent."""
+    if isinstance(seen, Seen):
+        if not silent:
+            debug_check(head, seen.elements)
+        found = terms.loss_sums(seen.term, seen.elements, Reduction.of(head.loss_reduction))
+        return jnp.zeros_like(found) if silent else found
+    quiet = {name: silent or name in head.silent for name in seen}
+    return trees.each(head, sums, seen, quiet)
+
+
+def _over_devices(tree: Any, devices: Devices) -> Any:
+    """Sums added up over devices, in one all-reduce."""
+    if devices.axis_name is None:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    together = devices.sum(jnp.concatenate(leaves))
+    return structure.unflatten(jnp.split(together, np.cumsum([x.size for x in leaves])[:-1].tolist()))
+
+
+def value(head: Any, batch: Batch, sums: Any) -> jax.Array:
+    """The loss from sums over all devices; a normalizer is global already."""
+    if batch.parts is not None:
+        losses = trees.each(head, value, batch.parts, sums)
+        shares = trees.each(head, lambda inner, part, own: share(inner, part, own)[0], batch.parts, sums)
+        return head.combine(losses, shares)
+    normalizer = batch.normalizer
+    if normalizer is None or isinstance(normalizer, Divisor):
+        by = sums[DIVISOR] if normalizer is None else normalizer.value
+        return sums[TOTAL] if head.loss_reduction is Reduction.SUM else reduction.divide(sums[TOTAL], by)
+    return reduction.divide(sums[TOTAL], jnp.asarray(normalizer, jnp.float32))
+
+
+def share(head: Any, batch: Batch, sums: Any) -> tuple[jax.Array, jax.Array]:
+    """Which part of the whole batch this is, for what is added once a batch; and whether anything in it weighs."""
+    if batch.parts is not None:
+        found = [*trees.each(head, share, batch.parts, sums).values()]
+        shares, live = (jnp.stack(column) for column in zip(*found, strict=True))
+        return reduction.divide(jnp.sum(shares), jnp.sum(live.astype(jnp.float32))), jnp.any(live)
+    normalizer = batch.normalizer
+    if isinstance(normalizer, Divisor):
+        return reduction.divide(sums[LIVE], normalizer.live), normalizer.live > 0
+    part = jnp.float32(1)
+    if normalizer is not None:
+        part = reduction.divide(sums[DIVISOR], jnp.asarray(normalizer, jnp.float32))
+    return jnp.where(sums[LIVE] > 0, part, jnp.zeros_like(part)), sums[LIVE] > 0
+
+
+def divisor(head: AbstractHead, batch: Batch, axis_name: Any) -> Any:
+    """What the loss of a whole batch is divided by, over all devices."""
+    check_parts_add_up(head)
+    _, found = see_loss(head, _at_any_logits(head, batch), Devices(axis_name))
+    return _divisors(head, found)
+
+
+def _at_any_logits(head: Any, batch: Batch) -> Batch:
+    """A batch with logits. Elements are counted by their labels: what formulas make of zeros is thrown away."""
+    if batch.parts is not None:
+        return batch.replace(parts=trees.each(head, _at_any_logits, batch.parts))
+    if batch.logits is not None:
+        return batch
+    lead = gathering.existing(batch).shape[:-1]
+
+    def zeros(spec: Any) -> Any:
+        if isinstance(spec, Mapping):
+            return {key: zeros(inner) for key, inner in spec.items()}
+        return jnp.zeros((*lead, *(n or 1 for n in gathering.event_of(spec))), jnp.float32)
+
+    return batch.replace(logits=zeros(head.logits_spec))
+
+
+def _divisors(head: Any, sums: Any) -> Any:
+    if isinstance(sums, dict):
+        return trees.unnested(trees.each(head, _divisors, sums))
+    return Divisor(sums[DIVISOR], sums[LIVE])
+
+
+def summaries(head: Any, batch: Batch, sums: Any, loss: jax.Array, regularization: Any) -> dict[str, jax.Array]:
+    """The scalars of a training step that the original wrote, by tag: the loss, then that of each head inside."""
+    if batch.parts is not None and "" in batch.parts:
+        return summaries(head.parts()[""], batch.parts[""], sums[""], loss, regularization)
+    if batch.parts is None:
+        out, suffix = {joined("loss", head.suffix): loss}, head.suffix
+    else:
+        out, suffix = {}, None
+        for name, inner in head.parts().items():
+            own = value(inner, batch.parts[name], sums[name])
+            out |= {**summaries(inner, batch.parts[name], sums[name], own, None), joined("loss", name): own}
+        out = {**out, "loss": loss}
+    return out if regularization is None else {**out, joined("regularization_loss", suffix): regularization}

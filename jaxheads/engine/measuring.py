@@ -1,0 +1,137 @@
+"""From a batch to the packed sums of a metric state; of large batches, on a CPU, tile by tile."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxheads.contract import AVERAGE_LOSS, AbstractHead
+from jaxheads.engine import reading
+from jaxheads.engine.elements import Seen, average_term_of, observations_of, see
+from jaxheads.losses import terms
+from jaxheads.metrics import Count, Mean, Membership, Observation, reduced
+from jaxheads.metrics.base import COUNT
+from jaxheads.numerics import inputs, masking, meshes, pairs, tiles
+from jaxheads.numerics.batch import Batch, Devices, Elements, mean_of_entries
+from jaxheads.numerics.linear import LinearLogits
+from jaxheads.numerics.reduction import Reduction
+from jaxheads.numerics.tiles import Late
+
+
+def measure(
+    head: AbstractHead, batch: Batch, losses: list[Any] | None, axis_name: Any = None, seen: Any = None
+) -> jax.Array:
+    """The packed sums `[slots, 1]` of this device's rows, with the regularization after the first, if it is kept.
+
+    Args:
+        losses: of regularization; None if it is not kept.
+        axis_name: where the rows of other devices are, for heads that look at them. What is summed is not.
+        seen: what `see` made of the batch already, and what comes out of `jax.value_and_grad` beside the loss: it has
+            no gradient that could be stopped.
+    """
+    if seen is None:
+        head, batch, losses = jax.tree.map(without_gradient, (head, batch, losses))
+    bad, *sums = _sums(head, batch, seen, Devices(axis_name), inside=False)
+    kept = [] if losses is None else [jnp.stack([inputs.add_scalars(losses), jnp.float32(1)])]
+    return jnp.concatenate([bad, *kept, *sums])[:, None]
+
+
+def without_gradient(x: Any) -> Any:
+    """The same value; a random key has no gradient that could be stopped."""
+    return x if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key) else jax.lax.stop_gradient(x)
+
+
+def update(
+    state: jax.Array, head: AbstractHead, batch: Batch, losses: list[Any] | None, axis_name: Any = None
+) -> jax.Array:
+    """A state with one batch more."""
+    return pairs.add(state, measure(head, batch, losses, axis_name))
+
+
+def _sums(head: Any, batch: Batch, seen: Any, devices: Devices, inside: bool) -> list[jax.Array]:
+    """The bad elements, then what is observed, part by part, in the order of `reading.layout`.
+
+    Where the head is inside a `MultiHead`, also what its loss is divided by.
+    """
+    if batch.parts is None:
+        return _sums_of_leaf(head, batch, seen, devices, inside)
+    batch, found = head.prepared(batch), []
+    for name, inner in head.parts().items():
+        own = None if seen is None else seen[name]
+        found.append(_sums(inner, (batch.parts or {})[name], own, devices, inside or bool(name)))
+    return [functools.reduce(jnp.add, (sums[0] for sums in found)), *(x for sums in found for x in sums[1:])]
+
+
+def _sums_of_leaf(head: Any, batch: Batch, seen: Any, devices: Devices, inside: bool) -> list[jax.Array]:
+    def whole(batch: Batch, seen: Any = None) -> list[Any]:
+        return _parts(head, batch, see(head, batch, devices) if seen is None else seen, inside)
+
+    rows = _rows_of_a_tile(head, batch)
+    if rows is None:
+        return tiles.finished(whole(batch, seen))
+    lazy = isinstance(batch.logits, LinearLogits)
+    cut = {name: getattr(batch, name) for name in ("labels", "weights", "where", "scale", "slices")}
+    cut["logits"] = batch.logits.hidden if lazy else batch.logits
+
+    def by_tiles(cut: Any, batch: Batch) -> list[jax.Array]:
+        def of_tile(tile: Any, fresh: jax.Array, i: jax.Array) -> list[Any]:
+            logits = dataclasses.replace(batch.logits, hidden=tile["logits"]) if lazy else tile["logits"]
+            lead = logits.shape[: len(logits.shape) - 1 if batch.rank is None else batch.rank]
+            fresh = jnp.broadcast_to(fresh.reshape(-1, *[1] * len(lead)), (*lead, 1))
+            key = None if batch.key is None else jax.random.fold_in(batch.key, i)
+            return whole(batch.replace(**{**tile, "where": (*tile["where"], fresh), "logits": logits, "key": key}))
+
+        return tiles.sum_over_rows(of_tile, cut, batch.logits.shape[0], rows)
+
+    return jax.lax.platform_dependent(cut, batch, cpu=by_tiles, default=lambda _, batch: tiles.finished(whole(batch)))
+
+
+def _rows_of_a_tile(head: Any, batch: Batch) -> int | None:
+    """How many rows make a tile; None where a batch is not worth cutting, or must not be cut.
+
+    Feature columns may have any shape: a batch that carries some is not cut.
+    """
+    if head.coupling not in ("row", "sequence") or isinstance(batch.logits, dict) or head.samples:
+        return None
+    if batch.features or len(batch.logits.shape) < (3 if head.coupling == "sequence" else 2):
+        return None
+    layout, _ = reading.slots_of(head)
+    size = sum(observation.size for _, observation in layout.values() if not observation.is_late)
+    rows = tiles.tile_rows(tuple(batch.logits.shape), size)
+    return rows if rows is not None and meshes.is_local(batch.replace(key=None)) else None
+
+
+def _parts(head: AbstractHead, batch: Batch, seen: Seen, inside: bool) -> list[Any]:
+    """The bad elements, then what the head observes: sums, or what is to be reduced later."""
+    elements = seen.elements
+    observations = {AVERAGE_LOSS: Mean(*average_term_of(head, seen)), **observations_of(head, elements)}
+    bad, weights, groups = elements.bad, elements.counted, None
+    if head.slices is not None:
+        observations[COUNT] = Count(weights)
+        groups, stray = Membership.of(jnp.asarray(batch.slices), head.slices.n)
+        # In no group that there is: left out and counted, as an illegal label is.
+        bad = bad | (stray & (weights != 0))
+        weights = jnp.where(stray, jnp.zeros_like(weights), weights)
+    replicas = None if head.bootstrap is None else jax.random.split(batch.key, head.bootstrap.replicas)
+    parts: list[Any] = [masking.total(bad.astype(jnp.float32))[None]]
+    for observation in observations.values():
+        late = Late(observation, _weights_for(observation, weights, elements), groups, replicas, reduced)
+        parts.append(late if observation.is_late else late.reduced())
+    if inside:
+        exists = elements.rows.exists
+        # A bad entry is left out alone where entries have masks of their own, else with its row.
+        gone = bad if exists.shape[-1] == bad.shape[-1] else jnp.any(bad, -1, keepdims=True)
+        rows = dataclasses.replace(elements.rows, exists=exists & ~gone)
+        good = elements._replace(weights=weights, rows=rows)
+        of = terms.DivisorOf(seen.term, good, Reduction.of(head.loss_reduction))
+        parts.append(Late(of, masking.ones_like(good.rows.exists[..., :1]), groups, replicas, reduced).reduced())
+    return parts
+
+
+def _weights_for(observation: Observation, weights: jax.Array, elements: Elements) -> jax.Array:
+    """The weights of what is observed: of one value a row the mean weight of the row's entries."""
+    if weights.shape[-1] == 1 or any(jnp.shape(x)[-1] != 1 for x in jax.tree.leaves(observation)):
+        return weights
+    return mean_of_entries(weights, elements.rows.exists)

@@ -1,0 +1,69 @@
+"""What a head says without labels: predictions, export outputs; and the constant logits that do best."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxheads.contract import AbstractHead
+from jaxheads.engine import trees
+from jaxheads.engine.elements import clean, dense_logits
+from jaxheads.engine.gathering import leading_shape
+from jaxheads.numerics import columns, hooks
+from jaxheads.numerics.batch import Batch, Given, Rows
+
+
+def predict(head: Any, given: Given) -> dict[str, Any]:
+    """Predictions by key, only those that are asked for; by head of several."""
+    if head.parts():
+        return trees.unnested(trees.each(head, predict, head.route(given)))
+    logits = dense_logits(head, given.logits)
+    lead = leading_shape(head.logits_spec, logits)
+    found = columns.numeric_columns(given.features) if head.reads_features and given.features is not None else None
+    ones = jnp.ones((*lead, 1), jnp.float32)
+    rows = Rows(ones > 0, ones, columns=found, key=given.key)
+    outputs: dict[str, Any] = dict(hooks.call(head, "outputs", logits, rows=rows))
+    asked = (given.keys,) if isinstance(given.keys, str) else tuple(given.keys or outputs)
+    for key in asked:
+        if key not in outputs:
+            raise ValueError(f"Unknown prediction key {key!r}. Valid prediction keys include {list(outputs)}.")
+    return {key: value() if callable(value) else value for key, value in outputs.items() if key in asked}
+
+
+def constants(head: Any, batch: Batch) -> np.ndarray:
+    """The best constant logits of a batch that was gathered without logits, float64."""
+    if batch.parts is not None:
+        batch = head.prepared(batch)
+        return np.concatenate(list(trees.each(head, constants, batch.parts or {}).values()))
+    elements = clean(head, batch)
+    scale = 1.0 if elements.rows.scale is None else np.asarray(elements.rows.scale, np.float64)
+    weights = np.asarray(elements.counted, np.float64) * scale
+    weights = weights.reshape(-1, weights.shape[-1])
+    seen = np.asarray(weights.any(-1))
+    if not seen.any():
+        raise ValueError(
+            f"constant_logits needs elements that weigh something. Given {seen.size} for {type(head).__name__}, of "
+            "which none does: they are masked, or their weight is zero."
+        )
+    labels = jax.tree.map(lambda x: np.asarray(x, np.float64).reshape(seen.size, -1)[seen], elements.labels)
+    found = np.asarray(head.best_constant(labels, weights[seen]), np.float64)
+    if found.shape != (head.logits_dimension,):
+        raise ValueError(
+            f"{type(head).__name__}.best_constant must return shape {(head.logits_dimension,)}. Given {found.shape}."
+        )
+    return found
+
+
+def decoded(head: AbstractHead, predictions: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Predictions as NumPy arrays, with the names of classes."""
+    out = {key: np.asarray(value) for key, value in predictions.items()}
+    names = head.class_names()
+    if names is None or not out:
+        return out
+    if "class_ids" in out:
+        out["classes"] = np.asarray(names, object)[out["class_ids"]]
+    rows = next(iter(out.values())).shape[0]
+    out["all_classes"] = np.tile(np.asarray(names, object), (rows, 1))
+    return out

@@ -1,0 +1,134 @@
+"""A head is made ready: with its parameters, and, if it does not say how far its rows look, tried once."""
+
+import functools
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxheads.contract import AbstractHead
+from jaxheads.engine import trees
+from jaxheads.engine.elements import observations_of, see
+from jaxheads.numerics import fields
+from jaxheads.numerics.batch import Batch, Devices
+
+ROWS = 4
+LOOKS = ("row", "sequence", "batch")
+
+
+def ready(head: Any, params: Mapping[str, Any] | None) -> Any:
+    """The head with its parameters, for a loss or metrics: refused if its rows look at each other in silence."""
+    for leaf in trees.leaves(head):
+        check(leaf)
+    return bound(head, params)
+
+
+def bound(head: Any, params: Mapping[str, Any] | None) -> Any:
+    """The head with its parameters, or an error that says how to give them."""
+    head = head if params is None else fields.bind(head, params)
+    if missing := fields.missing(head):
+        raise ValueError(
+            f"{type(head).__name__} has learned or running fields without values: {missing}. Make them with "
+            "params = head.init(key) (and head.init_state()), then pass params=params, or use head.bind(params)."
+        )
+    return head
+
+
+def check(head: AbstractHead) -> None:
+    """Refuses a head whose rows look at each other, and which does not say so."""
+    if head.coupling not in (None, *LOOKS):
+        raise ValueError(f"{type(head).__name__}.coupling must be one of {LOOKS}. Given {head.coupling!r}.")
+    found = _tried(head)
+    if found in ("loss", "observation"):
+        raise ValueError(
+            f"{type(head).__name__} gives a row another {found} when the other rows change, and does not declare that "
+            'rows look at each other. Declare it in the class: coupling = "batch" (take the rows of all devices from '
+            'rows.devices.all(x), and which of them exist from rows), or coupling = "sequence" for the steps of a '
+            "sequence. If rows should not matter to each other, mend the formula: sums and means go over the last axis "
+            "alone."
+        )
+
+
+def check_parts_add_up(head: AbstractHead) -> None:
+    """Refuses a head whose rows look at each other, where a batch is taken in parts; and one of which nobody knows."""
+    for leaf in trees.leaves(head):
+        if leaf.coupling == "batch":
+            raise ValueError(
+                f"The loss of a row of {type(leaf).__name__} looks at the other rows of its batch, and pairs across "
+                "the parts of a batch would be lost: micro_batches and head.divisor are not for it. Given "
+                f"{leaf!r}. Take the whole batch at once."
+            )
+        if _tried(leaf) == UNKNOWN:
+            raise ValueError(
+                f"Whether rows of {type(leaf).__name__} look at each other is not known: it failed on labels drawn "
+                'from its label_spec. Declare it in the class: coupling = "row" where they do not. Micro-batches and '
+                f"head.divisor need to know. Given {leaf!r}."
+            )
+
+
+UNKNOWN = "unknown"
+
+
+def _tried(head: AbstractHead) -> str | None:
+    """What of a row changes with other rows, by trying; None where nothing does, or where there is no need to try.
+
+    Heads that read features are believed: nobody knows what their columns look like.
+    """
+    return _try(fields.unbound(head)) if head.coupling is None and not head.reads_features else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _try(head: AbstractHead) -> str | None:
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(_difference(head))
+        except Exception as error:
+            found.append(error)
+
+    # In a thread of its own: the call may stand in the middle of a trace, or under a mesh.
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def _difference(head: Any) -> str | None:
+    """Two batches of the same shape share their first row: what the head gives it must be the same in both."""
+    from jaxheads.engine.samplers import sample_labels, sample_logits
+
+    rng, key = np.random.default_rng(0), jax.random.key(0)
+
+    def nudged(x: jax.Array) -> jax.Array:
+        # What is learned may start at a value at which rows do not matter yet.
+        return x + 0.1 * jax.random.normal(key, x.shape, x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    def values(labels: Any, logits: Any, weights: Any, where: Any) -> dict[str, Any]:
+        learned = jax.tree.map(nudged, fields.init(head, key))
+        bound = fields.bind(head, fields.merge(learned, fields.init_state(head)))
+        batch = Batch(labels, logits, weights, (where,), key=key if head.samples else None, rank=1)
+        seen = see(bound, batch, Devices())
+        return {"loss": seen.term, "observation": tuple(observations_of(bound, seen.elements).values())}
+
+    batches = [(sample_labels(head, rng, (ROWS,)), sample_logits(head, rng, (ROWS,))) for _ in range(2)]
+    second = jax.tree.map(lambda x, other: np.concatenate([x[:1], other[1:]]), *batches)
+    weights = rng.uniform(0.5, 2, (2, ROWS, 1)).astype(np.float32)
+    weights[1, 0] = weights[0, 0]
+    where = np.arange(ROWS)[:, None]
+    step = jax.jit(values)
+    try:
+        first = jax.device_get(step(*batches[0], weights[0], where != 1))
+    except Exception:  # what was drawn is not legal for it, or it needs an axis: a fault of its own shows in the call
+        return UNKNOWN
+    other = jax.device_get(step(*second, weights[1], where != 2))
+    for name, found in first.items():
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(other[name]), strict=True)
+        if not all(np.allclose(a[0], b[0], rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in pairs):
+            return name
+    return None

@@ -1,0 +1,181 @@
+"""How the state of a head is laid out, and how metrics are read from it."""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxheads.contract import AVERAGE_LOSS, AbstractHead
+from jaxheads.engine import gathering
+from jaxheads.engine.elements import observations_of
+from jaxheads.metrics import Count, Grouped, Mean, Observation
+from jaxheads.metrics.base import COUNT, DIVISOR, RESERVED, Path
+from jaxheads.metrics.mean import Total
+from jaxheads.metrics.reading import joined, slots
+from jaxheads.metrics.state import views_of_nothing
+from jaxheads.numerics import fields, hooks
+from jaxheads.numerics import labels as rules
+from jaxheads.numerics.batch import Elements, Rows
+from jaxheads.numerics.labels import LabelSpec
+
+
+def layout(head: Any, inside: bool = False) -> dict[Path, Observation]:
+    """What a state keeps, by its path: the names of the heads around it, then its key. In the order of the state."""
+    if not (inner := head.parts()):
+        return _layout_of_leaf(head, inside)
+    found: dict[Path, Observation] = {}
+    for name, part in inner.items():
+        below = layout(part, inside or bool(name))
+        found |= {(name, *path) if name else path: observation for path, observation in below.items()}
+    return found
+
+
+def _layout_of_leaf(head: Any, inside: bool) -> dict[Path, Observation]:
+    found = dict(_observations(fields.unbound(head), True))
+    if head.slices is not None:
+        found[COUNT] = Count(jax.ShapeDtypeStruct((1, 1), jnp.float32))
+    if inside:
+        found[DIVISOR] = Total()
+    return {(key,): _in_groups(head, observation) for key, observation in found.items()}
+
+
+def _in_groups(head: Any, observation: Observation) -> Observation:
+    """With groups and replicas, an observation is kept for each."""
+    if head.slices is None and head.bootstrap is None:
+        return observation
+    replicas, groups = head.bootstrap.replicas if head.bootstrap else 0, head.slices.n if head.slices else 0
+    return Grouped(observation, replicas, groups)
+
+
+@functools.lru_cache(maxsize=1024)
+def _observations(head: Any, extra: bool) -> tuple[tuple[str, Observation], ...]:
+    """The observations of a head without heads inside, as shapes: hooks run without data, abstractly.
+
+    Without `extra` those of its own alone: what is kept for metrics of `with_metrics` is theirs to read.
+    """
+
+    def label(spec: LabelSpec, _: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, *(n or 1 for n in spec.event)), spec.dtype)
+
+    def of_logits(spec: Any) -> Any:
+        if isinstance(spec, Mapping):
+            return {key: of_logits(inner) for key, inner in spec.items()}
+        return jax.ShapeDtypeStruct((1, *(n or 1 for n in gathering.event_of(spec))), jnp.float32)
+
+    labels = rules.per_label(head.label_spec, label) if head.label_spec else None
+    keys: list[str] = []
+
+    def observe(params: Any, labels: Any, logits: Any) -> Any:
+        bound, ones = fields.bind(head, params), jnp.ones((1, 1), jnp.float32)
+        groups = jnp.zeros((1, head.slices.n), jnp.float32) if head.slices is not None else None
+        columns = _NoColumns() if head.reads_features else None
+        rows = Rows(ones > 0, ones, columns, groups, key=jax.random.key(0) if head.samples else None)
+        if type(head).prepare is not AbstractHead.prepare:
+            rows = dataclasses.replace(rows, prepared=hooks.call(bound, "prepare", labels, logits, rows=rows))
+        elements = Elements(labels, logits, ones, ones > 1, rows)
+        found = {AVERAGE_LOSS: Mean(ones), **observations_of(bound, elements, extra)}
+        keys[:] = found  # a pytree would sort them
+        return tuple(found.values())
+
+    found = jax.eval_shape(observe, fields.abstract(head), labels, of_logits(head.logits_spec))
+    return tuple(zip(keys, found, strict=True))
+
+
+class _NoColumns(dict):
+    """Columns of a layout without data: any that is asked for is there."""
+
+    def __missing__(self, key: Any) -> jax.Array:
+        return jnp.ones((1,), jnp.float32)
+
+
+def read(head: Any, seen: Mapping[Path, Any]) -> dict[tuple[str, str | None], Any]:
+    """All metrics from views of what was observed, by key and the name that is appended to it."""
+    if not (inner := head.parts()):
+        return _read_leaf(head, {path[0]: view for path, view in seen.items()})
+    views = {name: _below(seen, name) for name in inner}
+    out: dict[tuple[str, str | None], Any] = {
+        ("loss", name): read_loss(part, views[name]) for name, part in inner.items() if name
+    }
+    for name, part in inner.items():
+        out |= read(part, views[name])
+    return out
+
+
+@functools.lru_cache(maxsize=1024)
+def directions(head: Any) -> dict[str, bool | None]:
+    """Whether a metric is better when high, by its full name; None where neither is better, or nobody says."""
+    with np.errstate(all="ignore"):
+        return {joined(*key): higher for key, higher in _directions(head, views_of_nothing(head)).items()}
+
+
+def _directions(head: Any, seen: Mapping[Path, Any]) -> dict[tuple[str, str | None], bool | None]:
+    if inner := head.parts():
+        found: dict[tuple[str, str | None], bool | None] = {("loss", name): False for name in inner if name}
+        for name, part in inner.items():
+            found |= _directions(part, _below(seen, name))
+        return found
+    views = {path[0]: view for path, view in seen.items()}
+    each: dict[str, bool | None] = {AVERAGE_LOSS: False}
+    # What is told of one class or one threshold has the direction of the whole: "auc/sun" that of "auc".
+    each |= {key: head.higher_is_better.get(key.split("/")[0]) for key in head.summarize(_own(head, views))}
+    for metric in head.extra_metrics:
+        each |= {key: metric.direction(key) for key in metric.summarize(views)}
+    return {(key, head.suffix): higher for key, higher in each.items()}
+
+
+def _own(head: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
+    """What a head observes itself, without what is kept for metrics of `with_metrics`."""
+    return {key: seen[key] for key, _ in _observations(fields.unbound(head), False)}
+
+
+def _below(seen: Mapping[Path, Any], name: str) -> dict[Path, Any]:
+    """What one of the heads inside has seen."""
+    return {path[1:]: view for path, view in seen.items() if path[0] == name} if name else dict(seen)
+
+
+def _read_leaf(head: Any, seen: Mapping[str, Any]) -> dict[tuple[str, str | None], Any]:
+    values = {AVERAGE_LOSS: seen[AVERAGE_LOSS].mean, **head.summarize(_own(head, seen))}
+    for metric in head.extra_metrics:
+        for key, value in metric.summarize(seen).items():
+            if key in values or key in RESERVED:
+                raise ValueError(
+                    f"{metric!r} gives {key!r}, which {type(head).__name__} has already. Leave it out, or give it "
+                    "another name."
+                )
+            values[key] = value
+    return {(key, head.suffix): value for key, value in values.items()}
+
+
+def read_loss(head: Any, seen: Mapping[Path, Any]) -> Any:
+    """The loss of all data seen; of heads inside that have seen none, 0. What is learned is not applied."""
+    inner = head.parts()
+    if not inner:
+        views = {path[0]: view for path, view in seen.items()}
+        return head.read_loss(views, views[DIVISOR].total)
+    view, losses, shares = next(iter(seen.values())), {}, {}
+    for name, part in inner.items():
+        below = _below(seen, name)
+        there, loss = was_seen(part, below), read_loss(part, below)
+        # A head that counts for nothing hides a NaN too.
+        losses[name] = view.xp.where(there & (name not in head.silent), loss, view.xp.zeros_like(loss))
+        shares[name] = view.xp.where(there, view.xp.ones_like(loss), view.xp.zeros_like(loss))
+    total = head.combine(losses, shares)
+    return view.xp.where(was_seen(head, seen), total, view.xp.full_like(total, view.undefined))
+
+
+def was_seen(head: Any, seen: Mapping[Path, Any]) -> Any:
+    """Whether any head that counts has seen anything."""
+    if not (inner := head.parts()):
+        return seen[DIVISOR,].total > 0
+    found = (was_seen(part, _below(seen, name)) for name, part in inner.items() if name not in head.silent)
+    return functools.reduce(operator.or_, found, False)
+
+
+def slots_of(head: Any) -> tuple[dict[Path, tuple[int, Observation]], int]:
+    """`slots` of a head, bound or not."""
+    return slots(fields.unbound(head), False)

@@ -1,0 +1,52 @@
+"""What heads with scores share: thresholds, bins, ids of classes."""
+
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxheads.metrics import ScoresView
+from jaxheads.metrics.grids import AbstractGrid
+from jaxheads.numerics import stable
+
+# The metrics of decisions and of ranking that heads of classes have.
+HIGHER_IS_BETTER = MappingProxyType(
+    dict.fromkeys(("accuracy", "precision", "recall", "auc", "auc_precision_recall"), True)
+)
+
+
+def check_thresholds(thresholds: Any) -> None:
+    """Refuses thresholds outside (0, 1), and two that print alike: they would share their metric keys."""
+    if not isinstance(thresholds, tuple):
+        raise ValueError(f"thresholds must be a sequence of numbers in (0, 1). Given {thresholds!r}.")
+    for t in thresholds:
+        if isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 < t < 1 or not stable.fits_float32(t):
+            raise ValueError(f"thresholds not in (0, 1): {t!r} in {thresholds!r}.")
+    printed: dict[str, float] = {}
+    for t in thresholds:
+        if printed.setdefault(f"{t:g}", t) != t:
+            raise ValueError(
+                f"thresholds {printed[f'{t:g}']!r} and {t!r} print alike (%g) and would share the metric keys "
+                f"positive_threshold_{t:g}. Leave one out."
+            )
+
+
+def check_bins(bins: Any) -> None:
+    """Refuses what is no grid."""
+    if not isinstance(bins, AbstractGrid):
+        raise ValueError(f"bins must be jh.LogitGrid(...) or jh.ThresholdGrid(n). Given {bins!r}.")
+
+
+def at_thresholds(scores: ScoresView, thresholds: Any) -> dict[str, Any]:
+    """`accuracy|precision|recall/positive_threshold_t` for each threshold."""
+    return {
+        f"{key}/positive_threshold_{t:g}": getattr(scores.at(t), key)
+        for t in thresholds or ()
+        for key in ("accuracy", "precision", "recall")
+    }
+
+
+def class_id_outputs(logits: jax.Array, n: int) -> dict[str, Any]:
+    """`all_class_ids`, `[D0, n]` at any rank, as in the original."""
+    return {"all_class_ids": lambda: jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None], (logits.shape[0], n))}

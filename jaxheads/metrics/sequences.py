@@ -1,0 +1,65 @@
+"""Metrics whose unit is a sequence, not a step of one."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxheads.metrics.base import Metric, Observation
+from jaxheads.metrics.mean import Mean
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactMatch(Metric):
+    """`exact_match`, the share of sequences of which every step is right; undefined without any.
+
+    A sequence is one entry of the first axis, with all steps of the axes behind it that exist and weigh anything. It
+    weighs as much as its steps do in the mean. A step is right if the class that is predicted is the label, or if every
+    entry of a row of scores is on the side of z = 0 where its label is (a soft label is rounded). Without axes between
+    the first and the last, it is the accuracy of whole rows. The steps of a sequence must be on one device. It is
+    refused beside a `bootstrap`, which draws steps one by one.
+
+    Source: `sklearn.metrics.accuracy_score` of multilabel rows, which is the same of rows.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxheads as jh
+    >>> head = jh.SequentialHeadWrapper(jh.MultiClassHead(3), "mask").with_metrics(jh.metrics.ExactMatch())
+    >>> logits = jnp.eye(3)[jnp.array([[0, 1, 2], [1, 1, 0]])]
+    >>> labels, mask = jnp.array([[0, 1, 0], [1, 2, 0]]), jnp.array([[1, 1, 0], [1, 1, 1]])
+    >>> head.measure(labels=labels, logits=logits, features={"mask": mask}).compute()["exact_match"]
+    np.float32(0.5)
+    """
+
+    higher_is_better = True
+    unit = "sequence"
+
+    def observe(  # pyright: ignore[reportIncompatibleMethodOverride]  # with `rows`, which metrics may ask for
+        self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]], rows: Any
+    ) -> Mapping[str, Observation]:
+        right = self._right(sources)
+        live = rows.weights > 0
+        steps = jnp.any(live, axis=-1, keepdims=True)
+        axes = tuple(range(1, right.ndim))
+        wrong = jnp.any(live & ~right, axis=axes, keepdims=True)
+        # What each step is of its sequence.
+        number = jnp.sum(steps.astype(jnp.float32), axis=axes, keepdims=True)
+        share = steps.astype(jnp.float32) / jnp.maximum(number, jnp.ones_like(number))
+        return {"exact_match": Mean(share * (~wrong).astype(jnp.float32), share)}
+
+    def _right(self, sources: Mapping[str, Callable[[], Observation]]) -> jax.Array:
+        """Which entries are right, `[..., 1]` or `[..., d]`."""
+        if "confusion" in sources:
+            made: Any = sources["confusion"]()
+            return made.right
+        if "scores" in sources:
+            made = sources["scores"]()
+            right = (made.logits > 0) == (jnp.asarray(made.labels, jnp.float32) > 0.5)
+            return right & ~jnp.isnan(made.logits)
+        raise ValueError(
+            f"{self!r} reads the decisions of a head of classes. Given a head with {sorted(sources) or 'no sources'}."
+        )
+
+    def summarize(self, seen: Mapping[str, Any]) -> dict[str, Any]:
+        return {"exact_match": seen["exact_match"].mean}

@@ -1,0 +1,48 @@
+"""Hooks are called with what they ask for: the names of their arguments tell."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+# What a hook may ask for beside labels and logits; the last three are parts of the first.
+EXTRA = ("rows", "features", "weights", "psum")
+
+# The hooks that may ask.
+HOOKS = ("losses", "average_losses", "prepare", "advance", "outputs", "observe", "sources")
+
+
+def hook(method: Callable[..., Result]) -> Callable[..., Result]:
+    """Marks a hook: to a type checker an override may have fewer arguments, or more of `EXTRA`."""
+    return method
+
+
+@functools.lru_cache(maxsize=4096)
+def asked(cls: type, hook: str) -> dict[str, str]:
+    """The arguments of a class's hook that are among `EXTRA`, and which each is."""
+    parameters = inspect.signature(getattr(cls, hook)).parameters
+    named: dict[str, str] = {name: name for name in EXTRA if name in parameters}
+    others = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    if hook == "advance" and not named and len(others) == 5:
+        # `advance(labels, logits, w, total)`, as it was called before hooks were called by name.
+        named = {others[3]: "weights", others[4]: "psum"}
+    return named
+
+
+def takes(cls: type, hook: str, name: str) -> bool:
+    """Whether the hook of a class asks for it."""
+    return name in asked(cls, hook)
+
+
+def call(head: Any, hook: str, *arguments: Any, rows: Any) -> Any:
+    """`head.hook(*arguments)`, with what the hook asks for of the rows."""
+    extra = {argument: _part(rows, name) for argument, name in asked(type(head), hook).items()}
+    return getattr(head, hook)(*arguments, **extra)
+
+
+def _part(rows: Any, name: str) -> Any:
+    if name == "rows":
+        return rows
+    return {"features": rows.columns, "weights": rows.weights, "psum": rows.devices.sum}[name]
