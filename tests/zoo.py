@@ -4,12 +4,15 @@ A new head adds one `Entry`. Oracles are NumPy formulas that do not call the lib
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxheads as jh
@@ -292,7 +295,7 @@ class TemperatureHead(jh.Head):
     log_temperature: jax.Array = jh.learned(lambda head, key: jnp.full((1,), 0.25))
 
     @property
-    def logits_dimension(self):  # pyright: ignore[reportIncompatibleVariableOverride]  # see Head
+    def logits_dimension(self):
         return self.inner.logits_dimension
 
     @property
@@ -784,3 +787,183 @@ def marked(entries: Any = ZOO, quick: Any = None) -> list[Any]:
         pytest.param(entry, id=entry.name, marks=slow if entry.slow or (quick and entry.name not in quick) else [])
         for entry in entries
     ]
+
+
+# Heads whose rows look at each other, or whose elements have an inside. `jaxheads.testing.check_head` runs the laws on
+# them: `tests/test_testing.py`.
+
+
+@dataclasses.dataclass(frozen=True)
+class Shaped:
+    """A head of another shape than rows of logits.
+
+    Attributes:
+        head: the instance.
+        oracle: `(labels, logits[, weights]) -> losses`, or `(losses, counts)`, in float64.
+        labels: `(rng, lead) -> labels`; None to draw them from the label spec.
+    """
+
+    head: jh.Head
+    oracle: Callable[..., Any]
+    labels: Callable[[np.random.Generator, tuple[int, ...]], Any] | None = None
+
+
+def across(rows, x):
+    """`x [..., 1]` of the rows of every device, on the last axis."""
+    every = rows.devices.all(x)
+    return jnp.reshape(every, (1,) * (x.ndim - 1) + every.shape[:1])
+
+
+class CoxHead(jh.Head):
+    """Partial likelihood (Cox 1972, ties as Breslow): of those still at risk, who has the event."""
+
+    logits_dimension = 1
+    label_spec = MappingProxyType({"time": jh.LabelSpec(1, "float", low=0), "event": jh.LabelSpec(1, "bool")})
+    coupling = "batch"
+
+    def losses(self, labels, logits, rows):
+        times, scores, weights = (across(rows, x) for x in (labels["time"], logits, rows.weights))
+        at_risk = jnp.where(times >= labels["time"], weights, 0.0)
+        at_risk = jnp.where(rows.weights > 0, at_risk, 1.0)  # of a hidden row all, for a logarithm that is finite
+        log_risk = jax.nn.logsumexp(scores, axis=-1, b=at_risk, keepdims=True)
+        events = labels["event"].astype(jnp.float32)
+        return jh.Term(events * (log_risk - logits), events)
+
+
+def cox_losses(labels, logits, weights):
+    time, event, risks = labels["time"], np.float64(labels["event"]), weights * np.exp(logits)
+    at_risk = np.array([[risks[time[:, 0] >= t[0]].sum()] for t in time])
+    return event * (np.log(at_risk) - logits), event
+
+
+class InfoNceHead(jh.Head):
+    """In-batch contrastive loss of two towers (van den Oord et al. 2018): the key of the same row among all keys."""
+
+    size: int = 3
+    label_spec = MappingProxyType({})
+    coupling = "batch"
+
+    @property
+    def logits_dimension(self):
+        return 2 * self.size
+
+    @property
+    def logits_spec(self):
+        return {"query": self.size, "key": self.size}
+
+    def losses(self, labels, logits, rows):
+        query, key = logits["query"], logits["key"]
+        weights = jnp.where(rows.weights > 0, across(rows, rows.weights), 1.0)
+        scores = query @ rows.devices.all(key).T
+        return jax.nn.logsumexp(scores, axis=-1, b=weights, keepdims=True) - jnp.sum(query * key, -1, keepdims=True)
+
+
+def info_nce_losses(labels, logits, weights):
+    scores = logits["query"] @ logits["key"].T
+    return np.log((np.exp(scores) * weights.T).sum(-1, keepdims=True)) - np.diag(scores)[:, None]
+
+
+class ListwiseHead(jh.Head):
+    """Softmax over the items of a list (ListNet, Cao et al. 2007); `where [..., items]` says which items are there."""
+
+    items: int = 4
+    coupling = "row"
+    per_logit_where = True
+
+    @property
+    def logits_dimension(self):
+        return self.items
+
+    @property
+    def label_spec(self):
+        return jh.LabelSpec(self.items, "float", low=0)
+
+    def losses(self, labels, logits, rows):
+        there = rows.exists | ~jnp.any(rows.exists, -1, keepdims=True)
+        normalizer = jax.nn.logsumexp(logits, axis=-1, where=jnp.broadcast_to(there, logits.shape), keepdims=True)
+        return jnp.sum(labels * (normalizer - logits), axis=-1, keepdims=True)
+
+
+def listwise_losses(labels, logits):
+    return (labels * (np.log(np.exp(logits).sum(-1, keepdims=True)) - logits)).sum(-1, keepdims=True)
+
+
+class CtcHead(jh.Head):
+    """Connectionist temporal classification (Graves et al. 2006), by optax: `[..., T, V]` logits, `[..., L]` labels."""
+
+    steps: int = 5
+    symbols: int = 3  # the blank, 0, included; labels are filled up with it
+    coupling = "row"
+
+    logits_dimension = 1
+
+    @property
+    def logits_spec(self):
+        return (self.steps, self.symbols)
+
+    @property
+    def label_spec(self):
+        return jh.LabelSpec(2, "int", 0, self.symbols - 1)
+
+    def losses(self, labels, logits):
+        logits, ids = logits.reshape(-1, *self.logits_spec), labels.reshape(-1, 2)
+        found = optax.ctc_loss(logits, jnp.zeros(logits.shape[:2]), ids, (ids == 0).astype(jnp.float32))
+        return found.reshape(*labels.shape[:-1], 1)
+
+
+def ctc_labels(rng, lead):
+    """One or two symbols, then blanks."""
+    ids = rng.integers(1, 3, (*lead, 2))
+    ids[..., 1] *= rng.integers(0, 2, lead)
+    return ids.astype(np.int32)
+
+
+def ctc_losses(labels, logits):
+    """The probability of all paths of blanks and symbols that read as the label, path by path."""
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    steps, symbols = p.shape[1:]
+    paths = list(itertools.product(range(symbols), repeat=steps))
+
+    def read(path):
+        return tuple(symbol for symbol, _ in itertools.groupby(path) if symbol)
+
+    def loss(row, label):
+        target = tuple(int(symbol) for symbol in label if symbol)
+        return -np.log(sum(np.prod([row[t, s] for t, s in enumerate(path)]) for path in paths if read(path) == target))
+
+    return np.array([[loss(*pair)] for pair in zip(p, labels, strict=True)])
+
+
+class RetrievalHead(jh.Head):
+    """Softmax over items by two towers, `hidden @ kernel`, two items at a time: the product is never whole."""
+
+    items: int = 6
+    coupling = "row"
+    takes_linear = True
+
+    @property
+    def logits_dimension(self):
+        return self.items
+
+    @property
+    def label_spec(self):
+        return jh.LabelSpec(1, "int", 0, self.items - 1)
+
+    def losses(self, labels, logits):
+        if not isinstance(logits, jh.LinearLogits):
+            return jax.nn.logsumexp(logits, -1, keepdims=True) - jnp.take_along_axis(logits, labels, -1)
+        normalizer, own = jnp.full(labels.shape, -jnp.inf), jnp.zeros(labels.shape)
+        for start in range(0, self.items, 2):
+            block, inside = logits.columns(start, start + 2).multiply(), labels // 2 == start // 2
+            normalizer = jnp.logaddexp(normalizer, jax.nn.logsumexp(block, -1, keepdims=True))
+            own += jnp.where(inside, jnp.take_along_axis(block, labels % 2, -1), 0.0)
+        return normalizer - own
+
+
+SHAPED = {
+    "cox": Shaped(CoxHead(), cox_losses, times),
+    "info_nce": Shaped(InfoNceHead(), info_nce_losses),
+    "listwise": Shaped(ListwiseHead(), listwise_losses),
+    "ctc": Shaped(CtcHead(), ctc_losses, ctc_labels),
+    "retrieval": Shaped(RetrievalHead(), lambda y, z: softmax_cross_entropy(y, z, None)),
+}

@@ -1,0 +1,149 @@
+"""A head with a few rows, and the one program by which most laws are tried."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxheads.contract import AbstractHead
+from jaxheads.engine import trees
+from jaxheads.engine.samplers import sample_labels, sample_logits
+from jaxheads.head import Head
+from jaxheads.metrics import Metrics
+from jaxheads.numerics import fields
+
+
+class Skipped(Exception):
+    """Why a law does not apply."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """What a head gives of a batch.
+
+    Attributes:
+        loss: under the head's own reduction.
+        by_logits, by_params: its gradients.
+        sums: the loss under `SUM` and `MEAN`, where the head says its reduction itself.
+        metrics: of the batch.
+    """
+
+    loss: Any
+    by_logits: Any
+    by_params: Any
+    sums: dict[str, Any]
+    metrics: Metrics
+
+
+jax.tree_util.register_dataclass(Values, [field.name for field in dataclasses.fields(Values)], [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A head and rows for it.
+
+    Attributes:
+        head: unbound.
+        params: values of what it learns and keeps.
+        labels, logits, features: of `size` rows.
+        size: how many.
+        tail: leading axes behind the rows: steps, of a head of sequences.
+    """
+
+    head: Head
+    params: dict[str, Any]
+    labels: Any
+    logits: Any
+    features: Any
+    size: int
+    tail: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, head: Head, labels: Any, features: Any, size: int) -> "Case":
+        """Rows drawn for a head; of one of sequences, sequences of three steps."""
+        rng = np.random.default_rng(0)
+        params = fields.merge(head.init(jax.random.key(0)), head.init_state())
+        tail = (3,) if _is_of_sequences(head) else ()
+        lead = (size, *tail)
+        drawn = sample_labels(head, rng, lead) if labels is None else labels(rng, lead)
+        logits = sample_logits(head, rng, lead)
+        return cls(head, params, drawn, logits, features and features(rng, lead), size, tail)
+
+    def spread(self, rows: Any, dtype: Any) -> np.ndarray:
+        """One value a row, for each of its steps: `[size, ..., 1]`."""
+        rows = np.asarray(rows, dtype).reshape(-1, *[1] * (len(self.tail) + 1))
+        return np.broadcast_to(rows, (len(rows), *self.tail, 1))
+
+    @property
+    def key(self) -> Any:
+        """A random key, where a head inside needs one."""
+        needed = any(leaf.samples or leaf.bootstrap is not None for leaf in self.leaves)
+        return jax.random.key(0) if needed else None
+
+    def check_not_random(self) -> None:
+        """Leaves out a law that compares other rows than these: what is drawn for a row would differ."""
+        if any(leaf.samples for leaf in self.leaves):
+            raise Skipped("it draws at random")
+
+    def rows(self, chosen: Any) -> "Case":
+        """The case with some of its rows, or some of them again."""
+        labels, logits, features = jax.tree.map(
+            lambda x: np.asarray(x)[chosen], (self.labels, self.logits, self.features)
+        )
+        return dataclasses.replace(self, labels=labels, logits=logits, features=features, size=len(chosen))
+
+    @property
+    def leaves(self) -> list[AbstractHead]:
+        """The heads inside that have losses of their own."""
+        return trees.leaves(self.head)
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether rows look at each other."""
+        return any(leaf.coupling == "batch" for leaf in self.leaves)
+
+    def values(self, weights: Any = None, where: Any = None, scale: float = 1.0, logits: Any = None) -> Values:
+        """What the head gives of these rows, in one compiled program for each number of rows."""
+        weights = self.spread(np.ones(self.size) if weights is None else weights, np.float32)
+        where = self.spread(np.ones(self.size) if where is None else where, bool)
+        logits = self.logits if logits is None else logits
+        given = self.labels, logits, self.features, weights, where, self.params, np.float32(scale)
+        # What the head refuses on the host a compiled step shows: arrays of a device are not looked at.
+        return program(self.head)(*jax.device_put(given), self.key)
+
+
+def _is_of_sequences(head: AbstractHead) -> bool:
+    """Whether a head, or one inside, has steps between rows and logits."""
+    inside = head.parts()
+    return head.coupling == "sequence" or "" in inside or any(map(_is_of_sequences, inside.values()))
+
+
+@functools.lru_cache(maxsize=64)
+def program(head: Head) -> Any:
+    """The compiled function from rows to `Values`, the loss multiplied by a scale."""
+    others = {}
+    if not head.parts() and "loss_reduction" in {field.name for field in dataclasses.fields(head)}:
+        others = {name: dataclasses.replace(head, loss_reduction=name) for name in ("sum", "mean")}
+
+    def run(
+        labels: Any, logits: Any, features: Any, weights: Any, where: Any, params: Any, scale: Any, key: Any
+    ) -> Values:
+        rest = {"features": features, "weights": weights, "where": where, "key": key}
+
+        def loss(logits: Any, params: Any) -> jax.Array:
+            return scale * head.loss(labels, logits, **rest, params=params)
+
+        value, (by_logits, by_params) = jax.value_and_grad(loss, argnums=(0, 1), allow_int=True)(logits, params)
+        sums = {name: other.loss(labels, logits, **rest, params=params) for name, other in others.items()}
+        metrics = head.measure(labels, logits, **rest, params=params)
+        return Values(value, by_logits, _floats(by_params), sums, metrics)
+
+    return jax.jit(run)
+
+
+def _floats(tree: Any) -> Any:
+    """Gradients of what is a number; an integer of the running fields has none."""
+    return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, tree)

@@ -1,0 +1,168 @@
+"""`jaxheads.testing.check_head`: it passes the heads that are right, and names the law that a broken one breaks."""
+
+import dataclasses
+import re
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from zoo import SHAPED, ZOO, CoxHead, marked, times
+
+import jaxheads as jh
+from jaxheads.testing import check_head
+
+ABSENCE, WEIGHTS = "where=False is absence", "a weight of 0 hides, a weight of 2 is twice"
+DEVICES, EXTREMES = "devices do not matter", "extreme logits and empty batches are harmless"
+
+
+# Heads that are right.
+
+
+@pytest.mark.parametrize("devices", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4))])
+@pytest.mark.parametrize("name", SHAPED)
+def test_heads_of_other_shapes_obey_the_laws(name, devices):
+    given = SHAPED[name]
+    report = check_head(given.head, given.labels, given.oracle, devices=jax.devices()[:devices], raises=False)
+    if name == "ctc" and devices > 1:
+        # The loop inside optax' ctc_loss begins with constants, which the default check of shard_map refuses.
+        (found,) = report.broken
+        assert found.law == DEVICES
+        assert re.fullmatch(r"shard_map: scan body function carry(.|\n)*", found.broken)
+        report = dataclasses.replace(report, findings=tuple(set(report.findings) - {found}))
+    assert not report.broken, report
+
+
+def oracle_of(entry):
+    """Losses and counts of an entry of the zoo; None where its losses are of pairs."""
+    if entry.whole is not None:
+        return None
+
+    def oracle(labels, logits):
+        values = entry.losses(labels, logits, entry.params())
+        return values, np.ones_like(values) if entry.count is None else entry.count(labels)
+
+    return oracle
+
+
+# Every law runs on these heads in test_laws.py and its neighbours, more strictly. What is tested here is `check_head`.
+@pytest.mark.parametrize("entry", marked(ZOO, quick=("ordinal",)))
+def test_heads_of_the_zoo_obey_the_laws(entry):
+    check_head(entry.head, entry.labels, oracle_of(entry), devices=jax.devices()[:2])
+
+
+# Heads that are broken, as authors have written them.
+
+
+class RowlessContrastiveHead(jh.Head):
+    """In-batch contrastive loss without `rows`: keys of hidden rows and of other devices are not seen."""
+
+    logits_dimension = 4
+
+    label_spec = MappingProxyType({})
+    coupling = "batch"
+
+    def losses(self, labels, logits):
+        query, key = logits[..., :2], logits[..., 2:]
+        return jax.nn.logsumexp(query @ key.T, -1, keepdims=True) - jnp.sum(query * key, -1, keepdims=True)
+
+
+class RowlessCoxHead(CoxHead):
+    """Partial likelihood without `rows`."""
+
+    def losses(self, labels, logits):  # pyright: ignore[reportIncompatibleMethodOverride]  # what is tested
+        at_risk = (labels["time"].T >= labels["time"]).astype(jnp.float32)
+        log_risk = jax.nn.logsumexp(logits.T, -1, b=at_risk, keepdims=True)
+        events = labels["event"].astype(jnp.float32)
+        return jh.Term(events * (log_risk - logits), events)
+
+
+class ScaledLogHead(jh.Head):
+    """A learned scale times a logarithm that is infinite at the fill: under a mask its gradient is NaN."""
+
+    scale: jax.Array = jh.learned(lambda head, key: jnp.ones((1,)))
+    logits_dimension = 1
+    coupling = "row"
+
+    def losses(self, labels, logits):
+        return (jnp.expand_dims(self.scale, 0) * jnp.log(jnp.abs(labels)) - logits) ** 2
+
+
+class MaskedMeanHead(jh.Head):
+    """A mean over rows that are there, of this device alone."""
+
+    logits_dimension = 1
+    coupling = "batch"
+
+    def losses(self, labels, logits, rows):
+        mean = jnp.sum(logits * rows.weights) / jnp.maximum(jnp.sum(rows.weights), 1)
+        return (labels - logits + mean) ** 2
+
+
+class HalfPrecisionHead(jh.Head):
+    """Squared error in bfloat16."""
+
+    logits_dimension = 1
+    coupling = "row"
+
+    def losses(self, labels, logits):
+        return ((labels - logits).astype(jnp.bfloat16) ** 2).astype(jnp.float32)
+
+
+class OverflowingHead(jh.Head):
+    """Cross-entropy by its definition, not by its stable form."""
+
+    logits_dimension = 1
+    label_spec = jh.LabelSpec(1, "float", 0, 1)
+    coupling = "row"
+
+    def losses(self, labels, logits):
+        p = 1 / (1 + jnp.exp(-logits))
+        return -labels * jnp.log(p) - (1 - labels) * jnp.log(1 - p)
+
+
+class LenientHead(jh.Head):
+    """A loss that turns the NaN of an illegal label into 0."""
+
+    logits_dimension = 1
+    coupling = "row"
+
+    def losses(self, labels, logits):
+        return jax.lax.stop_gradient((labels - logits) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("head", "broken", "given"),
+    [
+        (RowlessContrastiveHead(), {ABSENCE, WEIGHTS, DEVICES}, {}),
+        (RowlessCoxHead(), {WEIGHTS, DEVICES}, {"labels": times}),
+        (ScaledLogHead(), {ABSENCE}, {}),
+        (MaskedMeanHead(), {DEVICES}, {}),
+        (OverflowingHead(), {EXTREMES}, {"labels": lambda rng, lead: rng.integers(0, 2, (*lead, 1))}),
+        (LenientHead(), {"bad input is refused or visible"}, {}),
+        (HalfPrecisionHead(), {"the loss is the oracle's"}, {"oracle": lambda labels, logits: (labels - logits) ** 2}),
+    ],
+    ids=lambda given: type(given).__name__ if isinstance(given, jh.Head) else "",
+)
+def test_a_broken_head_is_told_which_laws_it_breaks(head, broken, given):
+    report = check_head(head, devices=jax.devices()[: 2 if DEVICES in broken else 0], raises=False, **given)
+    assert broken <= {finding.law for finding in report.broken}
+
+
+def test_a_broken_law_is_an_error_that_shows_the_smallest_input():
+    with pytest.raises(AssertionError, match=rf"ScaledLogHead breaks \d of 13 laws(.|\n)*{ABSENCE} +BROKEN") as error:
+        check_head(ScaledLogHead(), devices=())
+    # Of two rows, one of them hidden.
+    assert re.search(r"labels = array\(\[\[[^\[]*\[[^\[]*\]\]", str(error.value))
+    assert "left out: there is one device" in str(error.value)
+
+
+def test_what_is_no_broken_law_is_refused():
+    with pytest.raises(ValueError, match="weight_column"):
+        check_head(jh.BinaryClassHead("w"))
+    with pytest.raises(ValueError, match="the class CoxHead"):
+        check_head(CoxHead)
+    sliced = jh.BinaryClassHead(slices=jh.Slices("origin", 2))
+    with pytest.raises(ValueError, match="origin"):
+        check_head(sliced)
