@@ -42,6 +42,8 @@ import jaxheads as jh
 from jaxheads.boosting import evaluation
 from jaxheads.boosting.datasets import prepare
 from jaxheads.boosting.engines import ENGINES
+from jaxheads.engine.reading import directions
+from jaxheads.metrics.state import metric_names
 
 N = 12
 WEIGHTS = np.resize(np.array([0.5, 2, 1, 0, 0.3, 7], np.float32), N)
@@ -469,22 +471,39 @@ def test_counts_of_a_log_do_not_stop(monkeypatch):
     assert 2**24 + 11 in np.asarray(found.state, np.float64).sum(-1)
 
 
-@pytest.mark.parametrize(
-    ("key", "higher"),
-    [
-        *(
-            (key, True)
-            for key in ("auc", "auc/late", "auc_precision_recall", "accuracy/positive_threshold_0.3", "recall")
+def test_directions_are_what_metrics_say():
+    m = jh.metrics
+    binary = jh.BinaryClassHead(thresholds=(0.3,), name="late").with_metrics(
+        m.BestThreshold(), m.BestThreshold(cost_false_positive=1.0, cost_false_negative=2.0), m.LogLoss(),
+        m.BrierScore(), m.BaseRate(), m.ExpectedCalibrationError(), my_own=lambda y, z: z,
+    )  # fmt: skip
+    classes = jh.MultiClassHead(6).with_metrics(
+        m.TopKAccuracy(5), m.OneVsRestAuc(average="macro"), m.CohenKappa(), m.MeanIoU(), m.Perplexity(),
+        m.IoU(average="weighted"), m.Recall(average=None), m.Support(),
+    )  # fmt: skip
+    both = jh.MultiHead([binary, jh.RegressionHead(name="minutes").with_metrics(m.R2Score())])
+    rate = jh.GlobalObjectiveHead(jh.BinaryClassHead(), "fpr_at_tpr", 0.9, label_priors=0.5)
+    for head, higher, lower, neither in (
+        (
+            both,
+            "auc/late auc_precision_recall/late accuracy/positive_threshold_0.3/late best_f1/late r2_score/minutes",
+            "average_loss/late loss/late loss/minutes log_loss/late brier_score/late lowest_cost/late "
+            "expected_calibration_error/late",
+            "label/mean/late accuracy_baseline/late best_f1_threshold/late lowest_cost_logit/late base_rate/late "
+            "my_own/late prediction/mean/minutes",
         ),
-        *((key, True) for key in ("top_5_accuracy", "best_f1", "best_fbeta_2", "f1_macro", "precision_at_recall_0.8")),
-        *((key, True) for key in ("auc_ovr_macro", "r2_score", "cohen_kappa", "mean_iou", "iou_weighted")),
-        *((key, False) for key in ("average_loss", "loss/late", "log_loss", "root_mean_squared_error", "brier_score")),
-        *((key, False) for key in ("lowest_cost", "expected_calibration_error", "perplexity")),
-        *((key, None) for key in ("label/mean", "accuracy_baseline", "best_f1_threshold", "base_rate", "my_own")),
-    ],
-)
-def test_directions_follow_from_names(key, higher):
-    assert evaluation.higher_is_better(key) is higher
+        (
+            classes,
+            "accuracy top_5_accuracy auc_ovr_macro cohen_kappa mean_iou iou_weighted recall/class1",
+            "average_loss perplexity",
+            "support/class1",
+        ),
+        (rate, "auc", "fpr_at_tpr_0.9 objective constraint_violation", "fpr_at_tpr_0.9_threshold"),
+    ):
+        found = directions(head)
+        assert set(found) == set(metric_names(head))
+        for keys, direction in ((higher, True), (lower, False), (neither, None)):
+            assert {key: found[key] for key in keys.split()} == dict.fromkeys(keys.split(), direction)
 
 
 def test_probabilities_are_refused_where_they_can_be_told():
@@ -1034,7 +1053,7 @@ def test_the_libraries_own_stopping_goes_by_the_loss():
     assert booster.best_iteration == np.argmin(losses)
     assert len(losses) == booster.best_iteration + 5
     # Of LightGBM any metric stops: one that cannot improve, a mean of labels, would at once.
-    assert all(evaluation.higher_is_better(key) is not None for key in metric("lightgbm", head).keys)
+    assert all(directions(head)[key] is not None for key in metric("lightgbm", head).keys)
     y = (s > 0).astype(int)
     train = lightgbm.Dataset(x[:300], y[:300], params={"verbosity": -1})
     found: Any = {}

@@ -159,7 +159,7 @@ def test_advance_gives_what_init_state_made(new):
 def test_features_of_any_shape_reach_large_batches(rows):
     class ScaledHead(jh.Head):
         logits_dimension = 1
-        rowwise = True  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]  # as the README shows
+        coupling = "row"
 
         def losses(self, labels, logits, features):  # pyright: ignore[reportIncompatibleMethodOverride]  # a third
             table = features["table"][features["city"]]

@@ -127,6 +127,28 @@ def test_training_stops_when_nothing_gets_better():
         same(stopped.best, whole.best)
 
 
+def test_the_monitor_says_which_way_is_better():
+    """Trained on labels upside down from the third epoch on, the model is best before: by its loss and by its AUC."""
+
+    def turning(epoch):
+        return [{"features": {"x": X[:64]}, "labels": LABELS[:64] if epoch < 2 else 1 - LABELS[:64]}] * 4
+
+    def run(monitor, **given):
+        validation = {"eval_step": EVALUATE, "validation": VALIDATION}
+        return jh.fit(start(), STEP, turning, epochs=5, monitor=monitor, progress=False, **validation, **given)
+
+    by_loss, by_auc = run("loss"), run("auc")
+    areas = [line["validation/auc"] for line in by_auc.history]
+    assert int(np.argmax(areas)) != int(np.argmin(areas))
+    best = run("validation/auc", higher_is_better=True).best
+    np.testing.assert_array_equal(by_auc.best.params["w"], best.params["w"])
+    assert (by_auc.best.params["w"] != run("auc", higher_is_better=False).best.params["w"]).any()
+    assert by_loss.best.step in (4, 8)
+    with pytest.raises(ValueError, match=r"'label/mean' is better when high(.|\n)*higher_is_better="):
+        run("label/mean")
+    assert run("label/mean", higher_is_better=False).history
+
+
 def test_without_validation_the_last_is_the_best():
     fitted = jh.fit(start(), STEP, list(batches(0)), epochs=2, progress=False)
     same(fitted.best, fitted.state)

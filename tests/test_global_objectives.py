@@ -594,10 +594,13 @@ def test_what_would_go_the_wrong_way_is_refused():
             r"precision_range must be two numbers in \[0, 1\], rising. Given \(0.9, 0.1\)",
         ),
         ({"operating_point": math.inf}, "operating_point of precision_at_recall must be a finite logit. Given inf"),
-        ({"base": BINARY.with_metrics(objective=lambda labels, logits: logits)}, "has a metric 'objective'"),
+        (
+            {"base": BINARY.with_metrics(objective=lambda labels, logits: logits)},
+            "gives 'objective', which GlobalObjectiveHead has already",
+        ),
         (
             {"base": BINARY.with_metrics(**{"precision_at_recall_0.9": lambda labels, logits: logits})},
-            r"has a metric 'precision_at_recall_0\.9'",
+            r"gives 'precision_at_recall_0\.9', which GlobalObjectiveHead has already",
         ),
     ],
 )
@@ -621,7 +624,7 @@ def test_the_base_may_have_the_metric_of_what_is_achieved():
 
 
 def test_a_plain_head_has_no_metrics_of_its_own_to_add():
-    with pytest.raises(ValueError, match="has the metrics of the heads inside"):
+    with pytest.raises(ValueError, match="'auc', which BinaryClassHead has already"):
         objective("roc_auc", base=BINARY, priors=None).with_metrics(jh.metrics.RocAuc())
 
 
@@ -762,7 +765,7 @@ def test_objectives_go_where_heads_go():
     both = jh.MultiHead([inner, jh.RegressionHead(name="minutes")])
     assert pickle.loads(pickle.dumps(both)) == both
     # Metrics of large batches are made in tiles, as the base head's are.
-    assert inner.rowwise
+    assert inner.coupling == "row"
     optimizer = primal_dual(optax.sgd(0.1))
     variables = {"w": np.ones((1, 2), np.float32), "head": both.init(jax.random.key(0))}
     labels = {"late": LABELS[:, 0], "minutes": LOGITS[:, 1]}

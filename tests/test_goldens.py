@@ -22,7 +22,7 @@ import scipy.sparse
 import zoo
 from goldens import behaviours, loader, oracle
 from goldens.callables import LOSS_FNS
-from goldens.differs import DIFFERS, POOLED, REQUIRED_ANYWAY
+from goldens.differs import DIFFERS, POOLED, REQUIRED_ANYWAY, SINCE
 from goldens.loader import GARBAGE, Batch, Case, SparseTensor
 from goldens.refusals import words
 
@@ -974,6 +974,15 @@ def _(case: Case):
     close(call(case), zoo.cross_entropy(batch.labels * 1.0, batch.logits.astype(np.float64), None).mean(), "loss")
 
 
+@differs("multi_label/error/weight_per_class")
+def _(case: Case):
+    (batch,) = case.batches
+    weights = batch.inputs["features"]["w"].astype(np.float64)
+    entries = zoo.cross_entropy(batch.labels * 1.0, batch.logits.astype(np.float64), None)
+    assert weights.shape == entries.shape
+    close(call(case), (weights * entries).mean(), "loss")
+
+
 @differs("multi_label/error/sparse_string_no_vocabulary")
 def _(case: Case):
     refused(lambda: call(case), "labels", "label_vocabulary", "'a'")
@@ -1143,7 +1152,7 @@ def test_oracle_of_counting_metrics(case: Case):
 
 def test_only_the_excused_differ():
     """Required is everything but `excused.json` and what is tagged an accident."""
-    assert set(DIFFERS) == loader.excused_ids()
+    assert set(DIFFERS) == loader.excused_ids() | set(SINCE)
     assert set(CHECKS) == set(DIFFERS)
     assert all(loader.by_id()[name].required for name in REQUIRED_ANYWAY)
 

@@ -131,16 +131,16 @@ def test_an_unknown_name_of_two_classes_is_visible_under_jit():
 
 def test_masks_on_the_device_are_read_only_for_unknown_names(monkeypatch):
     """Reading them waits for the device."""
-    from jaxheads.numerics import batch
+    from jaxheads.engine import gathering
 
     read = []
-    original = batch._live_on_host
+    original = gathering._live_on_host
 
     def spy(where, weights, check):
         read.append(check)
         return original(where, weights, check)
 
-    monkeypatch.setattr(batch, "_live_on_host", spy)
+    monkeypatch.setattr(gathering, "_live_on_host", spy)
     THREE.loss(["ant", "bee", "cat"], LOGITS, where=jnp.asarray(HERE))
     assert read == [None]
     THREE.loss(["ant", "dog", "cat"], LOGITS, where=jnp.asarray(HERE))

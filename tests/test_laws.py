@@ -381,9 +381,9 @@ def count_calls_of_losses(entry, monkeypatch):
     def count_calls(cls):
         original = cls.losses
 
-        def counting(self, *args):
+        def counting(self, *args, **kwargs):
             traces.append(1)
-            return original(self, *args)
+            return original(self, *args, **kwargs)
 
         counting.__signature__ = inspect.signature(original)  # pyright: ignore[reportFunctionMemberAccess]
         monkeypatch.setattr(cls, "losses", counting)

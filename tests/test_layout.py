@@ -21,16 +21,18 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 
 FLOORS = (
     ("numerics",),
-    ("losses", "metrics"),
-    ("head", "spec"),
+    ("losses", "metrics", "spec"),
+    ("contract",),
+    ("engine",),
+    ("head",),
     ("heads",),
     ("compose",),
-    ("training", "export", "boosting", "nn", "plots"),
+    ("training", "export", "boosting", "nn", "testing", "plots"),
     ("__init__",),
 )
 FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
-# The files of these belong together; every other folder or file of a floor is a stranger to its neighbours.
-SAME_UNIT = {"spec": "head"}
+# What several heads share, in files of their own.
+SHARED = ("constants", "loss_functions", "scoring")
 
 TOP_LEVEL = {"pyproject.toml", "README.md", "BUILD_NOTES.md", "jaxheads", "tests", "examples"}
 TOP_LEVEL |= {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "docs", "findings"}
@@ -104,10 +106,11 @@ def complaint(found: Import) -> str | None:
         return None
     if FLOOR[target] > FLOOR[source]:
         return f"upward, from floor {FLOOR[source]} to floor {FLOOR[target]}"
-    if SAME_UNIT.get(source, source) != SAME_UNIT.get(target, target):
+    if source != target:
         return f"sideways, on floor {FLOOR[source]}"
-    if source == "heads" and found.source != "jaxheads.heads" and found.target != "jaxheads.heads._abstract":
-        return "sideways: heads share through heads/_abstract.py alone"
+    shared = [f"jaxheads.heads.{name}" for name in SHARED]
+    if source == "heads" and found.source != "jaxheads.heads" and found.target not in shared:
+        return f"sideways: heads share through heads/{SHARED} alone"
     return None
 
 
@@ -233,8 +236,10 @@ def test_imports_go_down():
         ({"losses/__init__.py": "from ..metrics.b import c"}, ["jaxheads.metrics.b", "sideways"]),
         ({"metrics/a.py": "from jaxheads import losses"}, ["jaxheads.losses", "sideways"]),
         ({"nn/a.py": "from jaxheads.training.b import c"}, ["jaxheads.training.b", "sideways"]),
-        ({"heads/a.py": "from jaxheads.heads import b"}, ["jaxheads.heads.b", "_abstract"]),
-        ({"heads/a.py": "from jaxheads.heads import B"}, ["imports jaxheads.heads:", "_abstract"]),
+        ({"heads/a.py": "from jaxheads.heads import b"}, ["jaxheads.heads.b", "loss_functions"]),
+        ({"heads/a.py": "from jaxheads.heads import B"}, ["imports jaxheads.heads:", "loss_functions"]),
+        ({"engine/a.py": "from jaxheads.head import Head"}, ["jaxheads.head", "upward"]),
+        ({"contract.py": "from jaxheads.engine import b"}, ["jaxheads.engine.b", "upward"]),
         (
             {"heads/a.py": "if TYPE_CHECKING:\n    import jaxheads.compose"},
             ["a.py:2", "jaxheads.compose", "upward"],
@@ -271,7 +276,7 @@ def test_right_imports_are_not_complained_of(tmp_path):
         "metrics/__init__.py": "from jaxheads.metrics.a import A",
         "head.py": "def f():\n    from jaxheads import spec\n    from jaxheads.metrics import A",
         "heads/__init__.py": "from jaxheads.heads.a import A",
-        "heads/a.py": "from jaxheads import losses\nfrom jaxheads.heads import _abstract\nfrom .. import metrics",
+        "heads/a.py": "from jaxheads import losses\nfrom jaxheads.heads import scoring\nfrom .. import metrics",
         "training/a.py": "from ..compose import factories",
         "__init__.py": "import importlib\nfrom jaxheads.head import Head\nimportlib.import_module(name)",
     }
@@ -281,8 +286,8 @@ def test_right_imports_are_not_complained_of(tmp_path):
 def _package(folder: pathlib.Path, files: dict[str, str]) -> pathlib.Path:
     """A package with the units of the library, and in each a file `b.py` to import."""
     package = folder / "jaxheads"
-    empty = ["__init__.py", "head.py", "spec.py", "heads/_abstract.py", "compose/factories.py"]
-    for unit in ("numerics", "losses", "metrics", "heads", "compose", "training", "nn"):
+    empty = ["__init__.py", "contract.py", "head.py", "spec.py", "heads/scoring.py", "compose/factories.py"]
+    for unit in ("numerics", "losses", "metrics", "engine", "heads", "compose", "training", "nn"):
         empty += [f"{unit}/__init__.py", f"{unit}/b.py"]
     for name, text in {**dict.fromkeys(empty, ""), **files}.items():
         path = package / name

@@ -558,7 +558,7 @@ def test_intervals_hold_what_rounding_has_moved(mean):
 
 def test_the_shift_that_mends_is_named():
     def interval(shift):
-        moments = explained(1e4, shift)._views(np.nan)[0]["moments"]
+        moments = explained(1e4, shift)._views(np.nan)[0]["moments",]
         return M.R2Score(shift=shift).values(moments)["r2_score"]
 
     for shift in (None, -3000.0):
@@ -575,7 +575,7 @@ def test_the_shift_that_mends_is_named():
 def test_one_shift_serves_all():
     given = (M.R2Score(shift=5), M.PearsonCorrelation(), M.ExplainedVariance(shift=5.0))
     heads = [jh.RegressionHead().with_metrics(*given), jh.RegressionHead(2).with_metrics(M.R2Score(shift=5))]
-    moments: list[Any] = [head.observed()["moments"] for head in heads]
+    moments: list[Any] = [head.observed()["moments",] for head in heads]
     assert [x.shift for x in moments] == [(5.0,), (5.0, 5.0)]
     with pytest.raises(ValueError, match="shift must be equal"):
         jh.RegressionHead().with_metrics(M.R2Score(shift=5), M.PearsonCorrelation(shift=6))

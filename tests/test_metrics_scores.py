@@ -224,7 +224,7 @@ class ScoredHead(jh.Head):
     names: tuple[str, ...] = ()
 
     @property
-    def logits_dimension(self):  # pyright: ignore[reportIncompatibleVariableOverride]  # see Head
+    def logits_dimension(self):
         return self.n
 
     @property

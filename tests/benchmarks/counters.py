@@ -44,7 +44,7 @@ def _ours() -> Counter:
         return head.update_metrics(metrics, features=None, logits=logits, labels=jnp.ones_like(right, jnp.int32))
 
     def read(metrics: jh.Metrics) -> tuple[Any, Any]:
-        start, _ = slots(head, False)[0]["average_loss"]
+        start, _ = slots(head, False)[0]["average_loss",]
         count = np.asarray(metrics.state, np.float64)[start + 1].sum()
         return metrics.compute()["accuracy"], count
 
