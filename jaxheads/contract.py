@@ -1,7 +1,8 @@
-"""The contract: what the author of a head writes. Read this first: it names every hook, and nothing else.
+"""The contract: what the author of a head writes. Read this first.
 
-A head is a frozen dataclass of configuration. Given logits it computes loss, predictions and metrics, as pure
-functions. A new head says its `logits_dimension`, its `losses` and its `outputs`, and `observe` for metrics of its own:
+A head is a class of configuration: annotated attributes are constructor arguments. Given logits it computes loss,
+predictions and metrics, as pure functions. A new head says its `logits_dimension`, its `losses` and its `outputs`, and
+`observe` for metrics of its own:
 
 >>> import jax.numpy as jnp
 >>> import jaxheads as jh
@@ -24,9 +25,21 @@ Metrics of QuantileHead(quantile=0.9, name='p90')
   average_loss/p90  0.95
   coverage/p90      0.5
 
-Every hook that gets labels or logits may have a further argument `rows`, and then gets a `Rows`: which rows exist, what
-they weigh, the features, and the rows of the other devices. Masks, weights, checks, dtypes, reductions, devices and
-compiled updates are the engine's, once, for every head.
+What hooks get and give:
+
+* `labels`: `[..., size]` as the `LabelSpec(size, kind, low, high, fill)` says, float32, int32 or bool, and `fill` in
+  masked rows. A dict where `label_spec` is one; None where it is `{}`, and then users pass `labels=None`.
+* `logits`: float32 `[..., logits_dimension]`, 0 in masked rows; of another shape, or a dict, as `logits_spec` says.
+* `rows`, for every hook that has such an argument: `rows.exists` and `rows.weights` `[..., 1]`, `rows.features`, and
+  `rows.devices.all(x)` and `.sum(x)`, over the rows of all devices. A loss need not look at masks: they are applied
+  after it. It must be finite, and have a finite gradient, at the fill.
+* Losses are one an element, `[..., 1]` or `[..., d]`; or `Term(values, count)`, where `count` takes the place of 1 in
+  every denominator.
+* Observations are `Mean(values[, count])`, `ColumnMeans(values, columns)` or `Scores(labels, logits, grid)`, of one
+  value an element each, unmasked and unweighted.
+
+Masks, weights, checks, dtypes, reductions, devices and compiled updates are the engine's, once, for every head.
+`jaxheads.testing.check_head(head)` tries a new one by all laws.
 """
 
 import abc
@@ -73,16 +86,17 @@ class Declared(abc.ABC):  # noqa: B024  # outside of type checking, logits_dimen
             for structured labels; `{}` for a head without labels.
         vocabulary: the names by which labels may be given; by default the field `label_vocabulary`, if there is one.
         coupling: how far the loss and the observations of a row look: `"row"`, at that row alone; `"sequence"`, along
-            the axes between the first and the last; `"batch"`, at the rows of all devices. None: the engine tries once,
-            and refuses a head that looks further.
-        signed: whether the loss may be negative.
+            the axes between the first and the last; `"batch"`, at the rows of all devices. None: the engine tries the
+            head once, and refuses it if its rows look at each other.
+        signed: whether the loss may be negative, as one from which a constant was left out: such a head is refused
+            where losses must not be (`MultiHead(weighting="uncertainty")`).
         per_logit_weights, per_logit_where: whether weights, and masks, may have the shape of the logits.
         reads_features: whether hooks read `rows.features`; by default, if one has an argument `features`.
         reads_slices: whether hooks read `rows.groups`.
         takes_linear: whether hooks take `LinearLogits`; else they are multiplied first.
         samples: whether hooks read `rows.key`: calls then need `key=`.
-        higher_is_better: whether more is better, by the first part of a metric's key: `{"accuracy": True}`. A loss
-            falls.
+        higher_is_better: whether more is better, by the part of a metric's key before a slash: `{"accuracy": True}`.
+            `average_loss` is better when low; of a metric that is not listed nobody knows.
         silent: of a head made of heads, those that count for nothing.
     """
 

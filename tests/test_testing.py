@@ -20,8 +20,18 @@ DEVICES, EXTREMES = "devices do not matter", "extreme logits and empty batches a
 # Heads that are right.
 
 
-@pytest.mark.parametrize("devices", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4))])
-@pytest.mark.parametrize("name", SHAPED)
+# What compiles long is slow.
+QUICK = {("cox", 8), ("info_nce", 8), ("listwise", 2), ("retrieval", 1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [
+        pytest.param(name, n, marks=[] if (name, n) in QUICK else pytest.mark.slow)
+        for name in SHAPED
+        for n in (1, 2, 4, 8)
+    ],
+)
 def test_heads_of_other_shapes_obey_the_laws(name, devices):
     given = SHAPED[name]
     report = check_head(given.head, given.labels, given.oracle, devices=jax.devices()[:devices], raises=False)
@@ -47,7 +57,8 @@ def oracle_of(entry):
 
 
 # Every law runs on these heads in test_laws.py and its neighbours, more strictly. What is tested here is `check_head`.
-@pytest.mark.parametrize("entry", marked(ZOO, quick=("ordinal",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", marked(ZOO))
 def test_heads_of_the_zoo_obey_the_laws(entry):
     check_head(entry.head, entry.labels, oracle_of(entry), devices=jax.devices()[:2])
 
@@ -136,12 +147,22 @@ class LenientHead(jh.Head):
     ("head", "broken", "given"),
     [
         (RowlessContrastiveHead(), {ABSENCE, WEIGHTS, DEVICES}, {}),
-        (RowlessCoxHead(), {WEIGHTS, DEVICES}, {"labels": times}),
+        pytest.param(RowlessCoxHead(), {WEIGHTS, DEVICES}, {"labels": times}, marks=pytest.mark.slow),
         (ScaledLogHead(), {ABSENCE}, {}),
-        (MaskedMeanHead(), {DEVICES}, {}),
-        (OverflowingHead(), {EXTREMES}, {"labels": lambda rng, lead: rng.integers(0, 2, (*lead, 1))}),
-        (LenientHead(), {"bad input is refused or visible"}, {}),
-        (HalfPrecisionHead(), {"the loss is the oracle's"}, {"oracle": lambda labels, logits: (labels - logits) ** 2}),
+        pytest.param(MaskedMeanHead(), {DEVICES}, {}, marks=pytest.mark.slow),
+        pytest.param(
+            OverflowingHead(),
+            {EXTREMES},
+            {"labels": lambda rng, lead: rng.integers(0, 2, (*lead, 1))},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(LenientHead(), {"bad input is refused or visible"}, {}, marks=pytest.mark.slow),
+        pytest.param(
+            HalfPrecisionHead(),
+            {"the loss is the oracle's"},
+            {"oracle": lambda labels, logits: (labels - logits) ** 2},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda given: type(given).__name__ if isinstance(given, jh.Head) else "",
 )
@@ -162,7 +183,7 @@ def test_what_is_no_broken_law_is_refused():
     with pytest.raises(ValueError, match="weight_column"):
         check_head(jh.BinaryClassHead("w"))
     with pytest.raises(ValueError, match="the class CoxHead"):
-        check_head(CoxHead)
+        check_head(CoxHead)  # pyright: ignore[reportArgumentType]  # what is tested
     sliced = jh.BinaryClassHead(slices=jh.Slices("origin", 2))
     with pytest.raises(ValueError, match="origin"):
         check_head(sliced)

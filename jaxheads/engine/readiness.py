@@ -1,5 +1,6 @@
 """A head is made ready: with its parameters, and, if it does not say how far its rows look, tried once."""
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from jaxheads.engine import trees
 from jaxheads.engine.elements import observations_of, see
 from jaxheads.numerics import fields
 from jaxheads.numerics.batch import Batch, Devices
+from jaxheads.numerics.reduction import Reduction
 
 ROWS = 4
 LOOKS = ("row", "sequence", "batch")
@@ -77,7 +79,15 @@ def _tried(head: AbstractHead) -> str | None:
 
     Heads that read features are believed: nobody knows what their columns look like.
     """
-    return _try(fields.unbound(head)) if head.coupling is None and not head.reads_features else None
+    return _try_like(fields.unbound(head)) if head.coupling is None and not head.reads_features else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _try_like(head: AbstractHead) -> str | None:
+    """Of heads that differ by a name or a reduction alone, one is tried."""
+    plain = {"name": None, "loss_reduction": Reduction.SUM, "weight_column": None, "bootstrap": None}
+    own = {field.name for field in dataclasses.fields(head)}
+    return _try(dataclasses.replace(head, **{name: value for name, value in plain.items() if name in own}))
 
 
 @functools.lru_cache(maxsize=1024)

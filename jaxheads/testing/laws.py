@@ -166,8 +166,8 @@ def ways(case: Case, devices: Sequence[Any]) -> dict[str, Callable[[Any, Any], V
         n = len(devices)
         rows = jax.tree.map(lambda x: np.reshape(x, (n, -1, *np.shape(x)[1:])), given(weights, where))
 
-        def local(*arguments: Any) -> Values:
-            found = run("devices", *arguments, case.params)
+        def local(labels: Any, logits: Any, features: Any, weights: Any, where: Any) -> Values:
+            found = run("devices", labels, logits, features, weights, where, case.params)
             by_params = jax.lax.pmean(found.by_params, "devices")
             return Values(found.loss, found.by_logits, by_params, {}, found.metrics.psum("devices"))
 
