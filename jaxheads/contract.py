@@ -1,8 +1,8 @@
 """The contract: what the author of a head writes. Read this first.
 
-A head is a class of configuration: annotated attributes are constructor arguments. Given logits it computes loss,
-predictions and metrics, as pure functions. A new head says its `logits_dimension`, its `losses` and its `outputs`, and
-`observe` for metrics of its own:
+A head is a class of configuration: annotated attributes are constructor arguments. From logits it computes loss,
+predictions and metrics, as pure functions. A new head declares its `logits_dimension`, its `losses` and its `outputs`,
+and `observe` if it has metrics of its own:
 
 >>> import jax.numpy as jnp
 >>> import jaxheads as jh
@@ -25,21 +25,21 @@ Metrics of QuantileHead(quantile=0.9, name='p90')
   average_loss/p90  0.95
   coverage/p90      0.5
 
-What hooks get and give:
+The arguments and the results of hooks:
 
-* `labels`: `[..., size]` as the `LabelSpec(size, kind, low, high, fill)` says, float32, int32 or bool, and `fill` in
-  masked rows. A dict where `label_spec` is one; None where it is `{}`, and then users pass `labels=None`.
-* `logits`: float32 `[..., logits_dimension]`, 0 in masked rows; of another shape, or a dict, as `logits_spec` says.
-* `rows`, for every hook that has such an argument: `rows.exists` and `rows.weights` `[..., 1]`, `rows.features`, and
-  `rows.devices.all(x)` and `.sum(x)`, over the rows of all devices. A loss need not look at masks: they are applied
-  after it. It must be finite, and have a finite gradient, at the fill.
-* Losses are one an element, `[..., 1]` or `[..., d]`; or `Term(values, count)`, where `count` takes the place of 1 in
-  every denominator.
-* Observations are `Mean(values[, count])`, `ColumnMeans(values, columns)` or `Scores(labels, logits, grid)`, of one
-  value an element each, unmasked and unweighted.
+* `labels`: `[..., size]`, as the `LabelSpec(size, kind, low, high, fill)` says: float32, int32 or bool, and `fill` in
+  masked rows. A dict where `label_spec` is a dict; None where it is `{}`: users then pass `labels=None`.
+* `logits`: float32 `[..., logits_dimension]`, 0 in masked rows. `logits_spec` may ask for another shape, or a dict.
+* `rows`, for each hook that has this argument: `rows.exists` and `rows.weights` `[..., 1]`, `rows.features`, and
+  `rows.devices.all(x)` and `.sum(x)`, over the rows of all devices. A loss need not look at masks: the engine applies
+  them after it. At the fill, the loss and its gradient must be finite.
+* Losses: one for each element, `[..., 1]` or `[..., d]`; or `Term(values, count)`, where `count` replaces the 1 of
+  each element in every denominator.
+* Observations: `Mean(values[, count])`, `ColumnMeans(values, columns)` or `Scores(labels, logits, grid)`, with one
+  value for each element, unmasked and unweighted.
 
-Masks, weights, checks, dtypes, reductions, devices and compiled updates are the engine's, once, for every head.
-`jaxheads.testing.check_head(head)` tries a new one by all laws.
+The engine handles masks, weights, checks, dtypes, reductions, devices and compiled updates, once, for every head.
+`jaxheads.testing.check_head(head)` tests a new head against all laws.
 """
 
 import abc
@@ -72,32 +72,32 @@ WeightColumn: TypeAlias = str | Callable[[Any], Any] | None
 
 
 class NoClosedForm(ValueError):
-    """A head whose best constant logits no formula gives."""
+    """Raised by a head that has no formula for its best constant logits."""
 
 
 class Declared(abc.ABC):  # noqa: B024  # outside of type checking, logits_dimension is abstract
-    """What a head says of itself: each a class attribute or a property, as the author likes.
+    """The declarations of a head. Each is a class attribute or a property, as the author prefers.
 
     Attributes:
-        logits_dimension: the size of the last axis of the logits; of a dict of logits the sum. The one that must be
-            there.
-        logits_spec: the last axes of the logits of one element: `d`; `(None, d)` for `[..., T, d]`; or a dict of these.
+        logits_dimension: the size of the last axis of the logits; for a dict of logits, the sum of these sizes. Only
+            this declaration is required.
+        logits_spec: the last axes of one element's logits: `d`; `(None, d)` for `[..., T, d]`; or a dict of these.
         label_spec: which labels are legal: a `LabelSpec`, by default floats `[..., logits_dimension]`; a dict of them
             for structured labels; `{}` for a head without labels.
-        vocabulary: the names by which labels may be given; by default the field `label_vocabulary`, if there is one.
-        coupling: how far the loss and the observations of a row look: `"row"`, at that row alone; `"sequence"`, along
-            the axes between the first and the last; `"batch"`, at the rows of all devices. None: the engine tries the
-            head once, and refuses it if its rows look at each other.
-        signed: whether the loss may be negative, as one from which a constant was left out: such a head is refused
-            where losses must not be (`MultiHead(weighting="uncertainty")`).
-        per_logit_weights, per_logit_where: whether weights, and masks, may have the shape of the logits.
+        vocabulary: the names that may be given as labels; by default the field `label_vocabulary`, if there is one.
+        coupling: which rows the loss and the observations of a row depend on: `"row"`, that row alone; `"sequence"`,
+            the rows along the axes between the first and the last; `"batch"`, the rows of all devices. None: the
+            engine tries the head once, and refuses it if its rows depend on each other.
+        signed: whether the loss may be negative, for example because a constant was left out. Such a head is refused
+            where losses must not be negative (`MultiHead(weighting="uncertainty")`).
+        per_logit_weights, per_logit_where: whether weights, or masks, may have the shape of the logits.
         reads_features: whether hooks read `rows.features`; by default, if one has an argument `features`.
         reads_slices: whether hooks read `rows.groups`.
-        takes_linear: whether hooks take `LinearLogits`; else they are multiplied first.
+        takes_linear: whether hooks take `LinearLogits`; if not, the engine multiplies them first.
         samples: whether hooks read `rows.key`: calls then need `key=`.
-        higher_is_better: whether more is better, by the part of a metric's key before a slash: `{"accuracy": True}`.
-            `average_loss` is better when low; of a metric that is not listed nobody knows.
-        silent: of a head made of heads, those that count for nothing.
+        higher_is_better: whether a higher value is better, by the part of a metric's key before a slash:
+            `{"accuracy": True}`. `average_loss` is better when low; the direction of a metric not listed is unknown.
+        silent: for a head made of heads, the names of the heads inside that count for nothing.
     """
 
     if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Declared(abc.ABC):  # noqa: B024  # outside of type checking, logits_dimen
 
         @property
         def logits_spec(self) -> Any:
-            """The last axes of the logits of one element."""
+            """The last axes of one element's logits."""
             return self.logits_dimension
 
         @property
@@ -137,7 +137,7 @@ class Declared(abc.ABC):  # noqa: B024  # outside of type checking, logits_dimen
 
         @property
         def vocabulary(self) -> tuple[str, ...] | None:
-            """The names by which labels may be given."""
+            """The names that may be given as labels."""
             return vars(self).get("label_vocabulary")
 
         @property
@@ -147,17 +147,17 @@ class Declared(abc.ABC):  # noqa: B024  # outside of type checking, logits_dimen
 
 
 class AbstractHead(Configuration, Declared):
-    """The fields that every head has, and the hooks that an author may override. Users' methods are `Head`'s.
+    """The fields that every head has, and the hooks that an author may override. The methods for users are in `Head`.
 
-    Annotated attributes are constructor arguments. A class is either abstract, and named so, or never subclassed.
+    Annotated attributes are constructor arguments. A class is either abstract, with a name that says so, or final.
 
     Args:
         weight_column: a key of `features`, or a function `features -> weights`.
         loss_reduction: a `Reduction` or its text.
-        name: suffixes the metric keys, as in `auc/NAME`.
-        extra_metrics: what `with_metrics` adds.
+        name: is appended to the metric keys, as in `auc/NAME`.
+        extra_metrics: the metrics that `with_metrics` adds.
         slices: groups of the data that get every metric too.
-        bootstrap: replicas from which `metrics.compute(confidence=0.95)` makes intervals; updates then need a `key`.
+        bootstrap: replicas for the intervals of `metrics.compute(confidence=0.95)`; updates then need a `key`.
     """
 
     weight_column: WeightColumn = dataclasses.field(default=None, kw_only=True)
@@ -172,31 +172,31 @@ class AbstractHead(Configuration, Declared):
     @hook
     @abc.abstractmethod
     def losses(self, labels: Any, logits: Any) -> Any:
-        """One loss an element, `[..., 1]` or `[..., d]`, unreduced and unweighted; or a `Term`."""
+        """Returns one loss for each element, `[..., 1]` or `[..., d]`, unreduced and unweighted; or a `Term`."""
 
     @hook
     def average_losses(self, labels: Any, logits: Any, rows: Rows) -> Any:
-        """The losses whose mean is the metric `average_loss`, where they are not those that are trained on."""
+        """Returns the losses whose mean is the metric `average_loss`, if these differ from the training losses."""
         raise NotImplementedError  # the engine takes `losses`, unless this is overridden
 
     @hook
     def prepare(self, labels: Any, logits: Any, rows: Rows) -> Any:
-        """A value that `losses` and `observe` share, made once: `rows.prepared`."""
+        """Returns a value that `losses` and `observe` share. It is computed once, and read as `rows.prepared`."""
         return None
 
     @hook
     def advance(self, labels: Any, logits: Any, rows: Rows) -> Mapping[str, Any]:
-        """The next values of the running fields, from a batch; `rows.devices.sum(x)` adds up over devices.
+        """Returns the next values of the running fields, after a batch; `rows.devices.sum(x)` sums over devices.
 
-        A head that holds a head passes on what that one needs: `{"inner": self.inner.advance(labels, logits, rows)}`.
+        A head that holds another head passes on its values: `{"inner": self.inner.advance(labels, logits, rows)}`.
         """
         return {}
 
     def best_constant(self, labels: Any, weights: np.ndarray) -> Any:
-        """The constant logits `[logits_dimension]` at which the weighted loss is least, for `constant_logits`.
+        """Returns the constant logits `[logits_dimension]` of least weighted loss, for `constant_logits`.
 
-        On the host, in NumPy: `labels` float64 `[n, size]` and `weights` float64 `[n, 1]` or `[n, d]`, of the elements
-        that weigh anything.
+        It runs on the host, in NumPy: `labels` is float64 `[n, size]`, `weights` is float64 `[n, 1]` or `[n, d]`. Both
+        hold only elements with a weight that is not 0.
         """
         raise NoClosedForm(
             f"{type(self).__name__} has no best constant logits in closed form. Start from zeros, or fit them: "
@@ -207,42 +207,42 @@ class AbstractHead(Configuration, Declared):
 
     @hook
     def outputs(self, logits: Any) -> Mapping[str, Any]:
-        """Predictions by key: arrays, or functions without arguments that make them when asked for."""
+        """Returns predictions by key: arrays, or functions without arguments that compute them when asked for."""
         return {"logits": logits}
 
     def signatures(self, predictions: Mapping[str, Any]) -> Mapping[str, ExportOutput]:
-        """What a server returns, from all predictions: by default they all, as `serving_default` and `predict`."""
+        """Returns the outputs of a server. By default `serving_default` and `predict` each hold all predictions."""
         everything = PredictOutput(dict(predictions))
         return {"serving_default": everything, "predict": everything}
 
     def served(self, predictions: dict[str, Any], features: Any) -> dict[str, Any]:
-        """Predictions with what of the features a server needs beside them, such as the mask of a sequence."""
+        """Returns the predictions and the features that a server needs with them, such as the mask of a sequence."""
         return predictions
 
     def class_names(self) -> tuple[str, ...] | None:
-        """The names of the classes, for heads whose predictions are of classes."""
+        """Returns the names of the classes, for heads that predict classes."""
         return None
 
     def to_array(self, labels: Any, ids: bool) -> Any:
-        """Host labels of a form of the head's own (lists of names a row) encoded; `ids`: lists of numbers too."""
+        """Encodes host labels of the head's own form (a list of names for each row); `ids`: lists of numbers too."""
         return labels
 
     # Metrics.
 
     @hook
     def observe(self, labels: Any, logits: Any) -> Mapping[str, Observation]:
-        """What the metrics accumulate beside `average_loss`, by a static key."""
+        """Returns the observations that metrics accumulate beside `average_loss`, by a static key."""
         return {}
 
     @hook
     def sources(self, labels: Any, logits: Any) -> Mapping[str, Callable[[], Observation]]:
-        """What metrics of `with_metrics` may read, by name, as functions that make it: nothing unread is computed."""
+        """Returns functions, by name, that make observations for `with_metrics`. Unread ones are not called."""
         return {}
 
     def summarize(self, seen: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Metrics by name from what was observed.
+        """Returns metrics by name, from the accumulated observations.
 
-        By default each mean under its own key, and of a score histogram the areas, `KEY/auc` and
+        By default: each mean under its own key, and for each score histogram the areas, `KEY/auc` and
         `KEY/auc_precision_recall`.
         """
         out: dict[str, Any] = {}
@@ -254,26 +254,26 @@ class AbstractHead(Configuration, Declared):
         return out
 
     def read_loss(self, seen: Mapping[str, Any], divisor: Any) -> Any:
-        """The training loss of all data seen, `loss/NAME` in a `MultiHead`; `divisor` is what it is divided by."""
+        """Returns the training loss of all data seen, `loss/NAME` in a `MultiHead`. Its sum is divided by `divisor`."""
         mean = seen[AVERAGE_LOSS]
         if self.loss_reduction is not Reduction.SUM:
             return mean.ratio(mean.total, divisor)
         return mean.xp.where(divisor > 0, mean.total, mean.xp.full_like(mean.total, mean.undefined))
 
-    # A head made of heads overrides these four, and says no more of what its heads are given and give.
+    # A head made of heads overrides these four, and declares nothing else about the inputs and outputs of its heads.
 
     def parts(self) -> Mapping[str, Any]:
-        """The heads inside by name. What they take and give is a dict by these names, but for one named ""."""
+        """Returns the heads inside, by name. Inputs and outputs are dicts by these names, except for the name ""."""
         return {}
 
     def route(self, given: Given) -> Mapping[str, Given]:
-        """What each head inside is given of a call."""
+        """Returns the part of a call that each head inside is given."""
         return {}
 
     def prepared(self, batch: Batch) -> Batch:
-        """What is done to a batch in compiled code, before the heads inside see it."""
+        """Changes a batch in compiled code, before the heads inside see it."""
         return batch
 
     def combine(self, losses: Mapping[str, Any], shares: Mapping[str, Any]) -> Any:
-        """One loss from those of the heads inside; `shares` say which part of its whole batch each has seen."""
+        """Combines the losses of the heads inside; `shares` say which part of its whole batch each head has seen."""
         return sum(losses.values())

@@ -1,4 +1,4 @@
-"""`Head`: what a user calls. What an author writes is in `contract.py`, what is done in `engine/`."""
+"""`Head`: the methods that users call. The part for authors is in `contract.py`, the algorithms are in `engine/`."""
 
 import dataclasses
 import functools
@@ -30,10 +30,10 @@ class Head(AbstractHead):
     Args:
         weight_column: a key of `features`, or a function `features -> weights`.
         loss_reduction: a `Reduction` or its text.
-        name: suffixes the metric keys, as in `auc/NAME`.
-        extra_metrics: what `with_metrics` adds.
+        name: is appended to the metric keys, as in `auc/NAME`.
+        extra_metrics: the metrics that `with_metrics` adds.
         slices: groups of the data that get every metric too.
-        bootstrap: replicas from which `metrics.compute(confidence=0.95)` makes intervals; updates then need a `key`.
+        bootstrap: replicas for the intervals of `metrics.compute(confidence=0.95)`; updates then need a `key`.
     """
 
     def loss(
@@ -52,21 +52,21 @@ class Head(AbstractHead):
         key: jax.Array | None = None,
         check: bool | None = None,
     ) -> jax.Array:
-        """The regularized training loss.
+        """Returns the regularized training loss.
 
         Args:
             labels: as the head's docstring says, `[...]` or `[..., 1]`; strings where there is a vocabulary (eagerly).
             logits: `[D0, ..., DN, logits_dimension]`, or `LinearLogits`.
-            features: a mapping; only the weight column and what `loss_fn` reads is looked at.
+            features: a mapping; only the weight column and the inputs of `loss_fn` are read.
             mode: one of "train", "eval", "infer"; changes nothing in the loss.
             regularization_losses: scalars, added after the reduction.
-            weights: float, `[...]` or `[..., 1]`; multiplicities, fractions included. 0 hides the values.
-            where: bool or 0/1, `[...]` or `[..., 1]`; False is absence.
+            weights: float, `[...]` or `[..., 1]`; multiplicities, also fractions. A weight of 0 hides the values.
+            where: bool or 0/1, `[...]` or `[..., 1]`; an element with False counts as absent.
             params: the learned (and running) fields, as `bind` takes them.
             normalizer: replaces the divisor; one global number, not negative, never summed over devices.
-            axis_name: sum numerator and denominator over this mapped axis; then `pmean` the gradients.
+            axis_name: numerator and denominator are summed over this mapped axis; `pmean` the gradients afterwards.
             key: a random key, for heads that sample.
-            check: True looks at the values of device arrays too (and waits for them); False at none.
+            check: True checks the values of device arrays too (and waits for them); False checks no values.
 
         Returns:
             A float32 scalar. 0 for an empty batch. NaN, with a NaN gradient, if an unmasked label or weight is illegal
@@ -92,7 +92,7 @@ class Head(AbstractHead):
         features: Any = None,
         key: jax.Array | None = None,
     ) -> dict[str, Any]:
-        """Predictions by key; only those asked for are computed. An unknown key is refused with the valid ones."""
+        """Returns predictions by key, only those asked for. An unknown key is refused, with a list of valid keys."""
         return predicting.predict(bound(self, params), Given(logits=logits, features=features, keys=keys, key=key))
 
     def export_outputs(
@@ -103,12 +103,12 @@ class Head(AbstractHead):
         features: Any = None,
         key: jax.Array | None = None,
     ) -> dict[str, ExportOutput]:
-        """What a server returns, by signature: pytrees of arrays, with class names as static metadata."""
+        """Returns the outputs of a server, by signature: pytrees of arrays, with class names as static metadata."""
         head = bound(self, params)
         return dict(head.signatures(predicting.predict(head, Given(logits=logits, features=features, key=key))))
 
     def metrics(self, regularization_losses: Any = None) -> Metrics:
-        """Zero metrics: the identity of `+`. Keeps `regularization_loss` if a list is given."""
+        """Returns zero metrics, the identity of `+`. They keep `regularization_loss` if a list is given."""
         head, regularized = fields.unbound(self), regularization_losses is not None
         return Metrics(jnp.zeros((slots(head, regularized)[1], 2), jnp.float32), head, regularized)
 
@@ -128,7 +128,7 @@ class Head(AbstractHead):
         check: bool | None = None,
         key: jax.Array | None = None,
     ) -> Metrics:
-        """`eval_metrics + measure(...)`, compiled once. The arguments are those of `measure`."""
+        """Returns `eval_metrics + measure(...)`, compiled once. The arguments are those of `measure`."""
         _check_mode(mode)
         if not isinstance(eval_metrics, Metrics):
             raise ValueError(f"eval_metrics must be what head.metrics() gives. Given {type(eval_metrics).__name__}.")
@@ -142,14 +142,14 @@ class Head(AbstractHead):
         return dataclasses.replace(eval_metrics, state=update(eval_metrics.state, head, batch, losses, axis_name))
 
     def with_metrics(self, *metrics: Metric, **functions: Callable[[Any, jax.Array], Any]) -> Self:
-        """The same head with more metrics: what nobody asks for costs nothing, what shares a state is paid once.
+        """Returns the same head with more metrics. Only metrics in use cost time; a shared state is computed once.
 
         Args:
-            metrics: of the catalogue `jh.metrics`, or your own.
-            functions: by name, `(labels, logits) -> one value an element`, of which the weighted mean is kept.
+            metrics: from the catalogue `jh.metrics`, or your own.
+            functions: functions by name, `(labels, logits) -> one value per element`; the weighted mean is kept.
 
         Raises:
-            ValueError: what is no metric; a metric that reads what this head does not have; a name that is taken.
+            ValueError: an argument that is no metric; a metric that reads a value that this head lacks; a taken name.
 
         >>> import jaxheads as jh
         >>> head = jh.RegressionHead().with_metrics(bias=lambda labels, logits: logits - labels)
@@ -173,11 +173,11 @@ class Head(AbstractHead):
         check: bool | None = None,
         key: jax.Array | None = None,
     ) -> Metrics:
-        """The metrics of this batch alone, as plain float32 sums; a notebook cell prints their values.
+        """Returns the metrics of this batch alone, as plain float32 sums; a notebook cell prints their values.
 
         The arguments are those of `loss`. A head with a `bootstrap` needs a `key`, a new one for every batch and
-        device. Sums are those of this device's rows: `axis_name` tells where a head whose `coupling` is "batch" finds
-        the other rows that it looks at.
+        device. The sums cover this device's rows. A head whose `coupling` is "batch" also looks at the rows of other
+        devices, and finds them by `axis_name`.
         """
         head = ready(self, params)
         given = Given(labels, logits, features, weights, where, with_slices=True, key=key, check=check)
@@ -189,21 +189,21 @@ class Head(AbstractHead):
     def constant_logits(
         self, labels: Any, weights: Any = None, where: Any = None, *, features: Any = None
     ) -> np.ndarray:
-        """The logits that do best if all examples get the same: at them the weighted loss is least. Host side.
+        """Returns the best logits that are the same for all examples: the weighted loss is least there. Host side.
 
-        Where gradient boosting starts, a bias initializer, and a baseline: `head.measure` of them, broadcast.
+        Uses: the start of gradient boosting, a bias initializer, and a baseline (`head.measure` of them, broadcast).
 
         Args:
             labels, weights, where: as for `loss`; the values of device arrays are checked too.
-            features: where a `weight_column`, or the mask of sequences, is looked up.
+            features: the columns that hold a `weight_column`, or the mask of sequences.
 
         Returns:
-            Float32 `[logits_dimension]`; of a `MultiHead` those of its heads, in their order. What would be infinite,
-            the logit of a class that was never or always seen, is cut at -30 and 30.
+            Float32 `[logits_dimension]`; for a `MultiHead` the logits of its heads, in their order. Infinite values,
+            such as the logit of a class that was never or always seen, are cut at -30 and 30.
 
         Raises:
-            ValueError: a head without a closed form, as with a `loss_fn`; no element that weighs anything; what `loss`
-                raises.
+            ValueError: a head without a closed form, for example with a `loss_fn`; no element with a weight; also the
+                errors of `loss`.
 
         >>> import flax.linen as nn
         >>> import numpy as np
@@ -223,10 +223,10 @@ class Head(AbstractHead):
         return np.asarray(predicting.constants(self, jax.tree.map(np.asarray, batch)), np.float32)
 
     def encode_labels(self, labels: Any, where: Any = None) -> Any:
-        """Class names as the ids that a jitted step takes, and legal numbers in its dtype. Host side.
+        """Encodes class names as the ids that a jitted step takes, and legal numbers in its dtype. Host side.
 
-        Refuses what an eager loss refuses. Rows where `where` is False may hold anything; they stay illegal (an unknown
-        name is -1), which the step accepts under the same `where` and shows without it.
+        It refuses the labels that an eager loss refuses. Rows where `where` is False may hold anything. Their illegal
+        labels stay illegal (an unknown name is -1): a step accepts them with the same `where`, and shows them without.
         """
         if inputs.is_traced((labels, where)):
             raise ValueError("encode_labels works on the host: call it before the jitted step.")
@@ -234,19 +234,19 @@ class Head(AbstractHead):
         return rules.encode(self.label_spec, labels, where, self.vocabulary, to_array, self.per_logit_where)
 
     def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, Any]:
-        """Predictions as NumPy arrays, with `classes` (where `class_ids` is there) and `all_classes` `[D0, n]`."""
+        """Returns predictions as NumPy arrays, with `classes` (if `class_ids` exists) and `all_classes` `[D0, n]`."""
         return predicting.decoded(self, predictions)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        """The first values of the learned fields: a plain dict for your parameter tree, `{}` if there are none."""
+        """Returns the first values of the learned fields: a plain dict for your parameter tree, `{}` if none exist."""
         return fields.init(self, key)
 
     def init_state(self) -> dict[str, Any]:
-        """The first values of the running fields: a plain dict to carry beside batch statistics."""
+        """Returns the first values of the running fields: a plain dict to carry beside batch statistics."""
         return fields.init_state(self)
 
     def bind(self, params: Mapping[str, Any]) -> "Head":
-        """The same head with learned and running fields filled in from dicts as `init` and `init_state` make them."""
+        """Returns the same head with learned and running fields from dicts in the form of `init` and `init_state`."""
         return fields.bind(self, params)
 
     def update_state(
@@ -262,7 +262,7 @@ class Head(AbstractHead):
         axis_name: Any = None,
         key: jax.Array | None = None,
     ) -> dict[str, Any]:
-        """The running fields after a training batch; the same on all devices of `axis_name`."""
+        """Returns the running fields after a training batch; they are the same on all devices of `axis_name`."""
         fields.check_state(self, state, "state", "as head.init_state() makes it")
         head = ready(self, fields.merge(params or {}, state))
         batch = gather(head, Given(labels, logits, features, weights, where, key=key))
@@ -279,7 +279,7 @@ class Head(AbstractHead):
         params: Mapping[str, Any] | None = None,
         axis_name: Any = None,
     ) -> Any:
-        """What the loss of a whole batch is divided by: given as `normalizer`, the losses of its parts add up to it.
+        """Returns the divisor of a whole batch's loss. With it as `normalizer`, losses of parts add up to the whole.
 
         Only the shape of the logits matters, unless the head counts elements by them.
         """
@@ -306,7 +306,7 @@ class Head(AbstractHead):
         axis_name: Any = None,
         key: jax.Array | None = None,
     ) -> EstimatorSpec:
-        """All that a step of training, evaluation or prediction gives, as one pytree.
+        """Returns the results of a step of training, evaluation or prediction, as one pytree.
 
         Args:
             features, labels, weights, where: as for `loss`.
@@ -318,18 +318,18 @@ class Head(AbstractHead):
             train_op_fn: `loss -> train_op`, or `(loss, grads) -> train_op` if it has such an argument without default.
             update_ops: a pytree of other updates (batch statistics) to carry along; functions in it are called.
             regularization_losses: scalars, or functions of the trainable variables.
-            opt_state: of the optimizer; made by `optimizer.init` if None.
+            opt_state: the state of the optimizer; made by `optimizer.init` if None.
             params: the learned and running fields, as `bind` takes them, or a function of the trainable variables.
             axis_name: as for `loss`; metrics are summed over it too, and gradients averaged.
-            key: for the replicas of a head with a `bootstrap`.
+            key: a random key, for the replicas of a head with a `bootstrap`.
 
         Returns:
             An `EstimatorSpec`. In training its `train_op` is what `train_op_fn` returned, or a `TrainOp` with the new
             variables, optimizer state, model state and running fields.
 
         Raises:
-            ValueError: an unknown mode; in training neither or both of `optimizer` and `train_op_fn`, logits that are
-                no function of the variables that the optimizer is to change; and what `loss` raises.
+            ValueError: an unknown mode; in training neither or both of `optimizer` and `train_op_fn`, or logits that
+                are no function of the variables that the optimizer changes; also the errors of `loss`.
         """
         from jaxheads.engine import specs
 
@@ -338,19 +338,19 @@ class Head(AbstractHead):
         training = specs.Training(optimizer, trainable_variables, train_op_fn, update_ops, opt_state)
         return specs.create(self, mode, call, training)
 
-    # What a metric state asks of its head.
+    # The methods of a head that a metric state calls.
 
     @property
     def suffix(self) -> str | None:
-        """What is appended to the keys of the metrics."""
+        """The name that is appended to the keys of the metrics."""
         return self.name
 
     def observed(self) -> dict[Path, Observation]:
-        """The observations of this head, without data: the layout of its metric state."""
+        """Returns the observations of this head, without data: the layout of its metric state."""
         return reading.layout(self)
 
     def read(self, seen: Mapping[Path, Any]) -> dict[tuple[str, str | None], Any]:
-        """All metrics from views of what was observed, by key and the name that is appended to it."""
+        """Returns all metrics from views of the observations, by key and the name that is appended to it."""
         return reading.read(self, seen)
 
     def __post_init__(self):
@@ -379,10 +379,10 @@ class Head(AbstractHead):
             )
         super().__post_init__()
         if self.extra_metrics:
-            metric_names(fields.unbound(self))  # refuses names that clash, and metrics that read what is not there
+            metric_names(fields.unbound(self))  # refuses names that clash, and metrics that read missing values
 
     def _check_declarations(self) -> None:
-        """Refuses a field, or an attribute of before, under a name that the contract has for something else."""
+        """Refuses a field, or an attribute of an old version, whose name the contract uses for something else."""
         for name in ("signed", "per_logit_weights", "per_logit_where", "reads_slices", "takes_linear", "samples"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(
@@ -401,7 +401,7 @@ class Head(AbstractHead):
 
 
 def check_unbound(head: Any) -> None:
-    """Refuses what is no head, and heads that hold values: programs carry what a head learns beside it."""
+    """Refuses values that are no head, and bound heads: programs carry learned values beside the head."""
     if not isinstance(head, Head):
         given = f"the class {head.__name__}: make one" if isinstance(head, type) else f"a {type(head).__name__}"
         raise ValueError(f"head must be a head, such as jh.BinaryClassHead(). Given {given}.")

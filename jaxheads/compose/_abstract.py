@@ -1,4 +1,4 @@
-"""What heads made of heads share."""
+"""The common base of heads made of heads."""
 
 import abc
 import dataclasses
@@ -13,7 +13,7 @@ from jaxheads.spec import ExportOutput
 
 
 class AbstractCompositeHead(Head):
-    """A head made of heads: what weights, names and reductions say is said by the heads inside, not by arguments."""
+    """A head made of heads. The heads inside have the weights, names and reductions; it has no such arguments."""
 
     weight_column: ClassVar[None] = None  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
     name: ClassVar[Any] = None  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
@@ -27,7 +27,7 @@ class AbstractCompositeHead(Head):
         Configuration.__post_init__(self)
 
     def with_metrics(self, *metrics: Any, **functions: Any) -> Any:
-        """Refused: the heads inside have metrics."""
+        """Raises `ValueError`: the metrics belong to the heads inside."""
         raise ValueError(
             f"A {type(self).__name__} has the metrics of the heads inside it. Give them to those: build it of "
             "head.with_metrics(...)."
@@ -35,7 +35,7 @@ class AbstractCompositeHead(Head):
 
 
 class AbstractWrapperHead(AbstractCompositeHead):
-    """A head around one other, which it gives the name "": what it does not say itself, that one says."""
+    """A head around one other head, under the name "". It takes from the inner head all that it does not override."""
 
     @property
     @abc.abstractmethod
@@ -47,12 +47,12 @@ class AbstractWrapperHead(AbstractCompositeHead):
 
     @property
     def suffix(self) -> str | None:
-        """The inner head's."""
+        """The inner head's suffix."""
         return self.wrapped.suffix
 
     @property
     def loss_reduction(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the inner head's
-        """The inner head's."""
+        """The inner head's reduction."""
         return self.wrapped.loss_reduction
 
     @property
@@ -93,23 +93,23 @@ class AbstractWrapperHead(AbstractCompositeHead):
 
     @hook
     def losses(self, labels: Any, logits: Any, *extra: Any) -> Any:
-        """The inner head's."""
+        """Returns the inner head's losses."""
         return self.wrapped.losses(labels, logits, *extra)
 
     def outputs(self, logits: Any) -> Mapping[str, Any]:
         return self.wrapped.outputs(logits)
 
     def with_metrics(self, *metrics: Any, **functions: Any) -> Any:
-        """The same head around the inner head with more metrics, which see the mask as all others do."""
+        """Returns the same head around the inner head with more metrics, which see the mask as all others do."""
         (field,) = fields.of_kind(type(self), fields.HEADS)
         return dataclasses.replace(self, **{field.name: self.wrapped.with_metrics(*metrics, **functions)})
 
     def encode_labels(self, labels: Any, where: Any = None) -> Any:
-        """As the inner head encodes them."""
+        """Encodes labels as the inner head does."""
         return self.wrapped.encode_labels(labels, where)
 
     def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, Any]:
-        """As the inner head decodes them."""
+        """Decodes predictions as the inner head does."""
         return self.wrapped.decode_predictions(predictions)
 
     def signatures(self, predictions: Mapping[str, Any]) -> Mapping[str, ExportOutput]:

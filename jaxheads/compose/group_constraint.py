@@ -1,4 +1,4 @@
-"""The constraint that no group of the data is worse off than all of it: a term that is added to each entry's loss."""
+"""The constraint that no group of the data is worse off than all rows: a term added to the loss of each entry."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from jaxheads.losses import global_objectives as formulas
 from jaxheads.metrics.mean import SumsView
 from jaxheads.numerics import masking, pairs
 
-# The entries that each rate is of: positives, negatives, all.
+# The entries that each rate counts: positives, negatives, all.
 RATES = {
     "true_positive_rate": lambda labels: labels,
     "false_positive_rate": lambda labels: 1 - labels,
@@ -21,11 +21,11 @@ RATES = {
 
 @dataclasses.dataclass(frozen=True)
 class GroupConstraint:
-    """A rate that each group must have, up to a tolerance, as all rows together have it.
+    """A constraint: a rate of each group may be worse than that of all rows by a tolerance at most.
 
     Attributes:
         rate: one of `RATES`.
-        tolerance: by how much a group may be worse off.
+        tolerance: how much worse off a group may be.
         labels: how many labels an example has.
         groups: how many groups there are.
         zero_one: whether the multipliers see the rates themselves, not their soft forms.
@@ -38,13 +38,13 @@ class GroupConstraint:
     zero_one: bool
 
     def first_multipliers(self) -> jax.Array:
-        """One for each label and group, which holds nobody back before a violation."""
+        """Returns one multiplier for each label and group; they have no effect before a violation."""
         return jnp.zeros((self.labels, self.groups), jnp.float32)
 
     def first_counts(self) -> jax.Array:
-        """For each label the number of all rows, of those that the rate is of, and of those in each group.
+        """Returns for each label the number of all rows, of rows that the rate counts, and of those in each group.
 
-        Compensated pairs `[labels, 2 + groups, 2]`, as counts of labels are.
+        They are compensated pairs `[labels, 2 + groups, 2]`, like the counts of labels.
         """
         support = 1.0 if self.rate == "positive_rate" else 0.5
         first = np.array([1.0, support, *[support / self.groups] * self.groups], np.float32)
@@ -52,10 +52,10 @@ class GroupConstraint:
         return jnp.stack([first, np.zeros_like(first)], axis=-1)
 
     def errors(self, labels: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The entries that the rate is of, then its errors there: softly (`sigmoid(-z)`), and as they are.
+        """Returns the entries that the rate counts, then their errors: softly (`sigmoid(-z)`), and as indicators.
 
-        An error is an entry that is not taken for positive; of a false positive rate, one that is. A loss would not do
-        in the place of a sigmoid: the rate of all rows is subtracted, and a loss has no upper bound.
+        An error is an entry predicted negative; for a false positive rate, one predicted positive. A loss cannot
+        replace the sigmoid: the rate of all rows is subtracted, and a loss has no upper bound.
         """
         support = RATES[self.rate](labels)
         signed = logits if self.rate == "false_positive_rate" else -logits
@@ -66,12 +66,12 @@ class GroupConstraint:
     def terms(
         self, labels: jax.Array, logits: jax.Array, inside: jax.Array, counts: jax.Array, multipliers: jax.Array
     ) -> jax.Array:
-        """The mean over groups of what each constraint adds to an entry, `[..., labels]`.
+        """Returns the mean over groups of the terms that the constraints add to an entry, `[..., labels]`.
 
         Args:
             labels, logits: `[..., labels]`.
             inside: 1 where a row is in a group, else 0, `[..., 1, groups]`.
-            counts: as `first_counts`.
+            counts: counts in the form of `first_counts`.
             multipliers: `[labels, groups]`.
         """
         total, support, each = (counts.sum(-1)[:, part] for part in (slice(1), slice(1, 2), slice(2, None)))
@@ -85,7 +85,7 @@ class GroupConstraint:
     def advance(
         self, counts: jax.Array, labels: jax.Array, logits: jax.Array, inside: jax.Array, rows: Any
     ) -> jax.Array:
-        """The counts with one batch more, of all devices."""
+        """Returns the counts with one more batch added, from all devices."""
         support = self.errors(labels, logits)[0][..., None]
         columns = jnp.concatenate([masking.ones_like(support), support, support * jnp.nan_to_num(inside)], axis=-1)
         weighted = masking.weighted(columns, rows.weights[..., None])
@@ -94,19 +94,19 @@ class GroupConstraint:
     def columns(
         self, labels: jax.Array, logits: jax.Array, inside: jax.Array, multipliers: jax.Array
     ) -> list[jax.Array]:
-        """What `violations` reads the sums of: ones and `errors`, of the latter those in each group, multipliers."""
+        """Returns the columns that `violations` reads as sums: ones, `errors`, `errors` in each group, multipliers."""
         each = [x[..., None] for x in self.errors(labels, logits)]
         priced = masking.ones_like(each[0]) * leading(multipliers, inside)
         return [masking.ones_like(logits), *each, *(x * inside for x in each), priced]
 
     def violations(self, sums: SumsView) -> dict[str, Any]:
-        """Violations of the worst group and label and of each group, and the largest multiplier."""
+        """Returns the violations of the worst group and label and of each group, and the largest multiplier."""
         xp = sums.xp
         weight, support, soft, counted = (x[..., None] for x in sums.sums[:4])
         inside, soft_in, counted_in, multipliers = (
             x.reshape(*x.shape[:-1], self.labels, self.groups) for x in sums.sums[4:]
         )
-        # A group that is all there is, as in a slice of itself, has nothing to be compared with.
+        # A group of all rows, such as a slice of the group itself, has nothing to compare with.
         there = (inside > 0) & (inside < (1 - 1e-6) * support)
 
         def excess(errors: Any, errors_in: Any) -> Any:
@@ -127,6 +127,6 @@ class GroupConstraint:
 
 
 def leading(x: Any, like: jax.Array) -> Any:
-    """An array with the leading axes that let it meet `like`; a number as it is."""
+    """Returns an array with new leading axes, so that it broadcasts with `like`; a number is returned unchanged."""
     rank = np.ndim(x)
     return x if rank == 0 else jnp.expand_dims(x, tuple(range(like.ndim - rank)))

@@ -23,25 +23,25 @@ RESERVED = ("serving_default", "predict")
 class MultiHead(AbstractCompositeHead):
     """Several heads on one network: multi-task learning.
 
-    What each head takes and gives is a dict by the heads' names. Heads may be of any kind, heads that learn and
-    `MultiHead`s among them.
+    The inputs and outputs of the heads are dicts by the heads' names. Heads may be of any kind, also heads that learn
+    and other `MultiHead`s.
 
-    **Domain**: `labels` a dict by head, each as its head wants them. `logits` a dict by head, or one array (or
-    `LinearLogits`) `[D0, ..., DN, logits_dimension]` that is split in the order of the heads. `weights`, `where` and
-    `normalizer` one value for all, or a dict by head (none for heads that are not in it): so each task has missing
-    labels of its own. `keys` of predictions likewise, but heads that are not in a dict predict nothing.
+    **Domain**: `labels` is a dict by head, with labels as each head takes them. `logits` is a dict by head, or one
+    array (or `LinearLogits`) `[D0, ..., DN, logits_dimension]`, which is split in the order of the heads. `weights`,
+    `where` and `normalizer` are one value for all, or a dict by head (heads not in it get none): so each task has its
+    own missing labels. `keys` of predictions likewise, but heads that are not in a dict predict nothing.
 
     **Link**: that of each head.
 
-    **loss** = `sum_k w_k loss_k`, each head's loss under its own reduction, w the `head_weights`. With
-    `weighting="uncertainty"`, `sum_k exp(-s_k) w_k loss_k + s_k / 2` with a learned s_k for each head (Kendall, Gal and
-    Cipolla 2018), kept within 20 of 0; without the last term for a head whose weight is 0 or that has no labels in the
-    batch. This loss may be negative. For losses that are not: a head under constraints is refused, and one that is
-    weighted so itself.
+    **loss** = `sum_k w_k loss_k`, with each head's loss under its own reduction and w the `head_weights`. With
+    `weighting="uncertainty"` it is `sum_k exp(-s_k) w_k loss_k + s_k / 2`, with a learned s_k for each head (Kendall,
+    Gal and Cipolla 2018), kept within 20 of 0. The last term is left out for a head of weight 0 or without labels in
+    the batch. This loss may be negative. The losses inside may not: a head under constraints is refused, and so is a
+    `MultiHead` with this weighting.
 
     **Predictions**: a dict by head.
     **Metrics**: those of each head, `auc/NAME`, and `loss/NAME`, the loss of all data seen under that head's reduction
-    (head weights not applied); `regularization_loss/A_B` if one is given.
+    (without head weights); `regularization_loss/A_B` if a regularization is given.
 
     Args:
         heads: heads with names, all different.
@@ -49,8 +49,8 @@ class MultiHead(AbstractCompositeHead):
         weighting: `"fixed"` or `"uncertainty"`.
 
     Raises:
-        ValueError: no heads, heads without a name or of equal names, metric keys that collide; weights of another
-            length; dicts without a head; one array of another size.
+        ValueError: no heads, heads without a name or with equal names, metric keys that collide; `head_weights` of
+            another length; dicts that lack a head; one array of another size.
 
     Source: `tf.estimator.MultiHead` (TensorFlow 2.15); uncertainty weighting by Kendall et al., CVPR 2018.
 
@@ -166,14 +166,14 @@ class MultiHead(AbstractCompositeHead):
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
             raise ValueError(f"Metric keys of these heads collide: {twice}. Give the heads of {names} other names.")
 
-    # What the engine asks of a head made of heads.
+    # The hooks of a head made of heads, for the engine.
 
     def parts(self) -> dict[str, Head]:
         return self._by_name
 
     @property
     def silent(self) -> frozenset[str]:
-        """The heads of weight 0: hidden as an element of weight 0 is, a NaN in them and its gradient too."""
+        """The heads of weight 0. They are hidden like an element of weight 0, with any NaN in loss or gradient."""
         return frozenset(name for name, weight in self._weights.items() if weight == 0)
 
     @property
@@ -207,14 +207,14 @@ class MultiHead(AbstractCompositeHead):
             own = weights[name] * losses[name]
             if self.log_variances is not None:
                 s = self.log_variances[i]
-                # A clip that passes the gradient on: an s that has overshot comes back.
+                # This clip passes the gradient on, so that an s beyond the limits can come back.
                 s = s + jax.lax.stop_gradient(jnp.clip(s, -20, 20) - s)
                 own = jnp.exp(-s) * own + shares[name] * s / 2
             total = own if total is None else total + own
         return total
 
     def _by_head(self, value: Any, what: str) -> dict[str, Any]:
-        """One value for all heads, or a dict by head."""
+        """Returns a dict by head, from one value for all heads or from such a dict."""
         if not isinstance(value, Mapping):
             return dict.fromkeys(self._by_name, value)
         if unknown := [key for key in value if key not in self._by_name]:
@@ -222,7 +222,7 @@ class MultiHead(AbstractCompositeHead):
         return {name: value.get(name) for name in self._by_name}
 
     def _split(self, logits: Any, asked: Sequence[str]) -> dict[str, Any]:
-        """The logits of the heads that are asked for, from a dict or one array."""
+        """Returns the logits of the heads that are asked for, from a dict or one array."""
         if isinstance(logits, Mapping):
             return _of_each(logits, "logits", asked)
         sizes = [head.logits_dimension for head in self.heads]
@@ -244,10 +244,10 @@ class MultiHead(AbstractCompositeHead):
             return {name: logits.columns(start, stop) for name, (start, stop) in columns.items()}
         return {name: logits[..., start:stop] for name, (start, stop) in columns.items()}
 
-    # What users call.
+    # The methods for users.
 
     def losses(self, labels: Any, logits: Any) -> Any:
-        """The per-element losses of each head, by name."""
+        """Returns the per-element losses of each head, by name."""
         split = self._split(logits, [*self._by_name])
         return {name: head.losses(labels[name], split[name]) for name, head in self._by_name.items()}
 
@@ -256,12 +256,12 @@ class MultiHead(AbstractCompositeHead):
         return {name: head.outputs(split[name]) for name, head in self._by_name.items()}
 
     def encode_labels(self, labels: Any, where: Any = None) -> Any:
-        """Each head's labels, encoded by it; `where` for all, or by head."""
+        """Encodes each head's labels with that head; `where` is one mask for all heads, or a dict by head."""
         where, labels = self._by_head(where, "where"), _of_each(labels, "labels", [*self._by_name])
         return trees.each(self, lambda head, own, mask: head.encode_labels(own, mask), labels, where)
 
     def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, Any]:
-        """Each head's predictions, decoded by it."""
+        """Decodes each head's predictions with that head."""
         return {name: self._by_name[name].decode_predictions(value) for name, value in predictions.items()}
 
     def signatures(self, predictions: Mapping[str, Any]) -> dict[str, ExportOutput]:
@@ -269,7 +269,7 @@ class MultiHead(AbstractCompositeHead):
 
 
 def _of_each(value: Any, what: str, asked: Sequence[str]) -> dict[str, Any]:
-    """The values of the heads that are asked for, from a dict by head."""
+    """Returns the values of the heads that are asked for, from a dict by head."""
     if not isinstance(value, Mapping):
         raise ValueError(f"You must provide {what}: {what} must be a dict by head, {[*asked]}. Given: {value!r}.")
     if missing := [name for name in asked if name not in value]:

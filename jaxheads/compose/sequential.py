@@ -19,17 +19,17 @@ AVERAGES = ("steps", "sequences")
 class SequentialHeadWrapper(AbstractWrapperHead):
     """A head applied at every step of padded sequences: tagging, forecasting, language.
 
-    The steps that a mask (or lengths) says are there are the batch of the inner head; nothing is reshaped, so it works
-    under `jit`. The inner head may be of any kind, a `MultiHead` too.
+    The batch of the inner head is the steps that exist, by a mask or by lengths. Nothing is reshaped, so it works under
+    `jit`. The inner head may be of any kind, also a `MultiHead`.
 
     **Domain**: `labels` and `logits` as the inner head takes them, with leading axes `[B, T]`. The mask is a column of
     `features`, bool or 0/1 `[B, T]`, not necessarily a prefix; or `sequence_lengths` names a column of lengths `[B]`.
-    With `sequence_length_mask=None` all steps are there that `where` says.
+    With `sequence_length_mask=None`, every step exists that `where` does not mask.
 
     **Link**: that of the inner head.
 
-    **loss** = the inner head's loss of the steps that are there. `average_over="sequences"` first takes the mean over
-    the steps of each sequence, so that long ones do not count more; `average_loss` likewise, other metrics count steps.
+    **loss** = the inner head's loss of the steps that exist. `average_over="sequences"` first takes the mean over the
+    steps of each sequence, so that long ones do not count more. So does `average_loss`; other metrics count steps.
 
     **Predictions**: those of the inner head, at every step, padding included.
     **Metrics**: those of the inner head, under its names.
@@ -37,14 +37,14 @@ class SequentialHeadWrapper(AbstractWrapperHead):
     Args:
         static_head: the inner head.
         sequence_length_mask: the key of the mask in `features`; None if there is none.
-        feature_columns: keys of `features` that reach the inner head (a weight column, what a `loss_fn` reads),
-            `[B, T]` columns as `[B, T, 1]`; others do not reach it.
+        feature_columns: keys of `features` that reach the inner head (such as a weight column, or the inputs of a
+            `loss_fn`), `[B, T]` columns as `[B, T, 1]`; other keys do not reach it.
         sequence_lengths: the key of a column of lengths, in place of the mask.
         average_over: `"steps"` or `"sequences"`. For the latter the steps of a sequence must be on one device.
 
     Raises:
         ValueError: keys that are not strings; features without the mask or without a listed column; a mask that is not
-            `[B, T]`, or lengths outside 0 ... T; and what the inner head raises.
+            `[B, T]`, or lengths outside 0 ... T; also the errors of the inner head.
 
     Source: `SequentialHeadWrapper` of `tf.estimator` (TensorFlow 2.15), behind its `RNNClassifier`.
 
@@ -65,7 +65,7 @@ class SequentialHeadWrapper(AbstractWrapperHead):
 
     @property
     def name(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]  # made of the inner head's
-        """The inner head's, with `_sequential` appended; its metrics keep the inner head's own."""
+        """The inner head's name with `_sequential` appended; metrics keep the inner head's own name."""
         return f"{self.static_head.name}_sequential" if self.static_head.name else None
 
     @property
@@ -97,7 +97,7 @@ class SequentialHeadWrapper(AbstractWrapperHead):
         """The feature columns, one or several."""
         return (self.feature_columns,) if isinstance(self.feature_columns, str) else tuple(self.feature_columns or ())
 
-    # What the engine asks of a head made of heads.
+    # The hooks of a head made of heads, for the engine.
 
     def route(self, given: Given) -> dict[str, Given]:
         table = columns.table(given.features)
@@ -111,7 +111,7 @@ class SequentialHeadWrapper(AbstractWrapperHead):
                 where=_with_mask(self.static_head, given.where, Mask(*self._mask(every, lead, given.check)))
             )
         if given.features is not None:
-            # Groups, of sequences or of steps, are no column of the inner head's: they are looked up in all columns.
+            # Slices of sequences or of steps are looked up in all columns, not only in those of the inner head.
             given = given.replace(
                 features=self._listed_columns(table), columns=given.features if given.columns is None else given.columns
             )
@@ -124,11 +124,11 @@ class SequentialHeadWrapper(AbstractWrapperHead):
         raise ValueError(f"logits of sequences must be [B, T, ..., {self.logits_dimension}]. Given shape {shape}.")
 
     def prepared(self, batch: Batch) -> Batch:
-        """The batch with each step counted as its share of a sequence, where that is asked for."""
+        """Counts each step as its share of a sequence, if `average_over` is "sequences"."""
         return batch if self.average_over == "steps" else batch.map_leaves(_shares_of_sequences)
 
     def _mask(self, features: Any, lead: tuple[int, ...], check: bool | None) -> tuple[Any, str]:
-        """Which steps are there, in the leading shape of the logits, and its name."""
+        """Returns the mask of the steps that exist, in the leading shape of the logits, and its name."""
         key = self.sequence_lengths or self.sequence_length_mask
         if features is None or key not in features:
             raise _without_mask(key, features)
@@ -147,7 +147,7 @@ class SequentialHeadWrapper(AbstractWrapperHead):
             if inputs.is_readable(mask, check) and np.asarray(illegal).any():
                 raise ValueError(f"features[{key!r}]: lengths must lie in 0 ... {lead[1]}. Given {np.asarray(mask)}.")
             there = xp.arange(lead[1], dtype=np.int32)[None] < mask.astype(np.int32)[:, None]
-            # What cannot be refused is made a mask that no element may have, for the compiled check to see.
+            # An illegal length that cannot be refused here becomes an illegal mask value, for the compiled check.
             mask = xp.where(illegal[:, None], np.int32(2), there.astype(np.int32))
         elif len(shape) != 2 or shape != lead[:2]:
             raise ValueError(
@@ -160,7 +160,7 @@ class SequentialHeadWrapper(AbstractWrapperHead):
         return mask, f"features[{key!r}]"
 
     def _listed_columns(self, features: Any, needed: bool = True) -> dict[str, Any]:
-        """The listed columns, as the inner head gets them; those that are missing are refused, if they are needed."""
+        """Returns the listed columns as the inner head gets them; refuses missing columns, if they are needed."""
         kept = {}
         if not needed:
             features = {key: features[key] for key in self._listed if key in features}
@@ -188,7 +188,7 @@ class SequentialHeadWrapper(AbstractWrapperHead):
         return kept
 
     def served(self, predictions: dict[str, Any], features: Any) -> dict[str, Any]:
-        """With the mask (or the lengths) under its key, for a server to tell which steps are there."""
+        """Adds the mask (or the lengths) to the predictions, so that a server can tell which steps exist."""
         key = self.sequence_lengths or self.sequence_length_mask
         if key is None:
             return predictions
@@ -216,12 +216,12 @@ def _shares_of_sequences(batch: Batch) -> Batch:
 
 
 def _weight_columns(head: Head) -> list[str]:
-    """The weight columns that the heads inside look for."""
+    """Returns the keys of the weight columns of the heads inside."""
     return [leaf.weight_column for leaf in trees.leaves(head) if isinstance(leaf.weight_column, str)]
 
 
 def _lead(head: Head, given: Given) -> tuple[int, ...]:
-    """The leading axes of what the heads inside are given."""
+    """Returns the leading axes of the inputs of the heads inside."""
     while inside := head.parts():
         routed = head.route(given.replace(where=None, features=None)) if "" not in inside else {"": given}
         name = next(iter(routed))
@@ -230,7 +230,7 @@ def _lead(head: Head, given: Given) -> tuple[int, ...]:
 
 
 def _with_mask(head: Head, where: Any, mask: Mask) -> Any:
-    """`where`, one for all or nested by head, and the mask of the sequences."""
+    """Adds the mask of the sequences to `where`, which is one for all heads or nested by head."""
     inside = head.parts()
     if not isinstance(where, Mapping):
         return Masks((mask, *Masks.of(where)))

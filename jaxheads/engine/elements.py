@@ -22,14 +22,14 @@ from jaxheads.numerics.linear import LinearLogits
 
 
 class Seen(NamedTuple):
-    """What a head without heads inside has made of a batch: its elements and their losses."""
+    """The elements of a batch and their losses, for a head without heads inside."""
 
     elements: Elements
     term: Term
 
 
 def see(head: Any, batch: Batch, devices: Devices) -> Any:
-    """The elements and losses of a batch; of a head with heads inside a dict of those of each."""
+    """Returns the elements and losses of a batch; for a head with heads inside, a dict of those of each head."""
     if batch.parts is None:
         elements = clean(head, batch, devices)
         return Seen(elements, term_of(head, elements))
@@ -38,7 +38,7 @@ def see(head: Any, batch: Batch, devices: Devices) -> Any:
 
 
 def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices) -> Elements:
-    """The elements of the batch of a head without heads inside."""
+    """Returns the elements of the batch of a head without heads inside."""
     specs, exists = head.label_spec, gathering.existing(batch)
     weights = masking.ones_like(exists) if batch.weights is None else jnp.asarray(batch.weights)
     live = exists & (weights != 0)
@@ -76,7 +76,7 @@ def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices) -> 
 
 
 def _rows_of(head: AbstractHead, batch: Batch, elements: Elements, row: jax.Array, devices: Devices) -> Rows:
-    """What hooks may know beside labels and logits."""
+    """Returns what hooks may know about the rows, beside labels and logits."""
     columns = batch.features
     if columns is not None:
         columns = jax.tree.map(lambda column: masking.keep_rows(row, jnp.asarray(column), 1), columns)
@@ -95,7 +95,7 @@ def _rows_of(head: AbstractHead, batch: Batch, elements: Elements, row: jax.Arra
 
 
 def _groups(head: AbstractHead, batch: Batch, row: jax.Array) -> jax.Array | None:
-    """In which slices each row is: 1 or 0, `[..., n]`; NaN where there is no such slice; 1 in masked rows."""
+    """Returns the slices of each row: 1 or 0, `[..., n]`; NaN where its slice does not exist; 1 in masked rows."""
     if not head.reads_slices or head.slices is None:
         return None
     groups, stray = Membership.of(jnp.asarray(batch.slices), head.slices.n)
@@ -103,10 +103,10 @@ def _groups(head: AbstractHead, batch: Batch, row: jax.Array) -> jax.Array | Non
 
 
 def _masked(head: AbstractHead, logits: Any, live: jax.Array, row: jax.Array) -> Any:
-    """Logits as hooks get them: float32, 0 where masked; multiplied, unless the head takes lazy ones.
+    """Returns logits as hooks get them: float32, 0 where masked; multiplied, unless the head takes lazy logits.
 
-    Of lazy ones the rows of the hidden layer are masked, and the product again: a NaN gradient of a formula at the fill
-    would reach the kernel through the zeros of the hidden layer.
+    For lazy logits the rows of the hidden layer are masked, and the product is masked again. Otherwise a formula with a
+    NaN gradient at the fill would send NaN through the zeros of the hidden layer to the kernel.
     """
     if isinstance(logits, Mapping):
         return {key: _masked(head, inner, row, row) for key, inner in logits.items()}
@@ -121,11 +121,11 @@ def _masked(head: AbstractHead, logits: Any, live: jax.Array, row: jax.Array) ->
     return masking.keep(mask if plain else masking.rows_like(mask, logits), logits, 0)
 
 
-# Hooks, called and checked.
+# Calls of hooks, with checks.
 
 
 def term_of(head: AbstractHead, elements: Elements, hook: str = "losses") -> Term:
-    """The losses of the elements, checked."""
+    """Returns the checked losses of the elements."""
     losses = hooks.call(head, hook, elements.labels, elements.logits, rows=elements.rows)
     lead = tuple(elements.rows.exists.shape)[:-1]
     return terms.as_term(losses, lead, _loss_sizes(elements), f"{type(head).__name__}.{hook}").scaled(
@@ -134,7 +134,7 @@ def term_of(head: AbstractHead, elements: Elements, hook: str = "losses") -> Ter
 
 
 def _loss_sizes(elements: Elements) -> tuple[int, ...]:
-    """Which last axes losses may have: 1, and where elements are rows of logits as many."""
+    """Returns the sizes that losses may have in the last axis: 1, and that of the logits where elements are rows."""
     logits = elements.logits
     if isinstance(logits, Mapping) or len(logits.shape) != elements.rows.exists.ndim:
         return (1,)
@@ -142,14 +142,14 @@ def _loss_sizes(elements: Elements) -> tuple[int, ...]:
 
 
 def average_term_of(head: AbstractHead, seen: Seen) -> Term:
-    """The losses whose mean is `average_loss`."""
+    """Returns the losses whose mean is `average_loss`."""
     if type(head).average_losses is AbstractHead.average_losses:
         return seen.term
     return term_of(head, seen.elements, "average_losses")
 
 
 def observations_of(head: AbstractHead, elements: Elements, extra: bool = True) -> dict[str, Observation]:
-    """What `observe` and (if `extra`) the metrics of `with_metrics` give, checked."""
+    """Returns the checked observations of `observe` and (if `extra`) of the metrics from `with_metrics`."""
     labels, logits, rows = elements.labels, elements.logits, elements.rows
     observations = dict(hooks.call(head, "observe", labels, logits, rows=rows))
     sources: Mapping[str, Callable[[], Observation]] = {}
@@ -173,7 +173,7 @@ def observations_of(head: AbstractHead, elements: Elements, extra: bool = True) 
 
 
 def debug_check(head: AbstractHead, elements: Elements) -> None:
-    """A message under `checkify`; nothing at all in a program compiled without it."""
+    """Adds a check with a message for `checkify`; a program compiled without `checkify` gets no code from it."""
     if isinstance(elements.bad, Tracer):
         from jax.experimental import checkify
 
@@ -182,7 +182,7 @@ def debug_check(head: AbstractHead, elements: Elements) -> None:
 
 
 def dense_logits(head: AbstractHead, logits: Any) -> Any:
-    """Logits of a call as the hooks of predictions get them: float32, multiplied unless the head takes lazy ones."""
+    """Returns logits as the hooks of predictions get them: float32, multiplied unless the head takes lazy logits."""
     checked = gathering.check_logits(head.logits_spec, logits)
 
     def dense(x: Any) -> Any:

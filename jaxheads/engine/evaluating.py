@@ -1,4 +1,4 @@
-"""One evaluation of a batch: its loss, its metrics and the next running state, from one pass over its rows."""
+"""The evaluation of a batch: its loss, its metrics and the next running state, from one pass over its rows."""
 
 import functools
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ from jaxheads.numerics.batch import Batch, Devices
 
 
 class Evaluated(NamedTuple):
-    """A batch whose loss is known, from which the rest can be read.
+    """A batch with its loss, from which metrics, state and summaries can be read.
 
     Attributes:
         batch: the batch.
-        seen: what the head has made of it.
-        sums: of its loss, over all devices.
-        regularization: losses that are added, or None.
+        seen: the elements and losses that the head made from it.
+        sums: the sums of its loss, over all devices.
+        regularization: the losses that are added, or None.
     """
 
     batch: Batch
@@ -33,7 +33,7 @@ class Evaluated(NamedTuple):
 def evaluate(
     head: AbstractHead, batch: Batch, regularization: list[Any] | None, axis_name: Any
 ) -> tuple[jax.Array, Evaluated]:
-    """The regularized loss of a batch, over all devices, and what else can be read from it."""
+    """Returns the regularized loss of a batch, over all devices, and the values for all further results."""
     seen, sums = losing.see_loss(head, batch, Devices(axis_name))
     loss = losing.value(head, batch, sums)
     if regularization is not None:
@@ -42,37 +42,37 @@ def evaluate(
 
 
 def metrics_of(head: AbstractHead, found: Evaluated, axis_name: Any) -> Metrics:
-    """The metrics of an evaluated batch, of the rows of this device."""
+    """Returns the metrics of an evaluated batch, for the rows of this device."""
     state = measuring.measure(head, found.batch, found.regularization, axis_name, found.seen)
     return Metrics(state, fields.unbound(head), found.regularization is not None)
 
 
 def without_gradient(found: Evaluated) -> Evaluated:
-    """The same, for a caller who may differentiate the loss afterwards."""
+    """Returns the same values without gradient, for a caller who may differentiate the loss afterwards."""
     return jax.tree.map(measuring.without_gradient, found)
 
 
 def summaries_of(head: AbstractHead, found: Evaluated, loss: jax.Array) -> dict[str, jax.Array]:
-    """The scalars that the original wrote in training, by tag."""
+    """Returns the scalars, by tag, that the original wrote in training."""
     losses = found.regularization
     regularization = None if losses is None else inputs.add_scalars(losses)
     return losing.summaries(head, found.batch, found.sums, loss, regularization)
 
 
 def loss_of(head: AbstractHead, batch: Batch, axis_name: Any = None) -> jax.Array:
-    """The loss of a batch, without regularization."""
+    """Returns the loss of a batch, without regularization."""
     return evaluate(head, batch, None, axis_name)[0]
 
 
 def advance(head: AbstractHead, batch: Batch, axis_name: Any, seen: Any = None) -> dict[str, Any]:
-    """The new running state of a bound head from a batch, checked."""
+    """Returns the new running state of a bound head after a batch, checked."""
     new = fields.carry(head, fields.state_of(head), _moved(head, batch, seen, Devices(axis_name)))
     fields.check_state(head, new, f"{type(head).__name__}.advance", "those of the heads inside it included")
     return jax.tree.map(jax.lax.stop_gradient, new)
 
 
 def _moved(head: Any, batch: Batch, seen: Any, devices: Devices) -> Mapping[str, Any]:
-    """What moves in the running state."""
+    """Returns the values of the running state that change."""
     if not fields.has_state(head):
         return {}
     if batch.parts is None:
@@ -81,7 +81,7 @@ def _moved(head: Any, batch: Batch, seen: Any, devices: Devices) -> Mapping[str,
     batch = head.prepared(batch)
     own = {name: None for name in head.parts()} if seen is None else seen
     moved = trees.each(head, functools.partial(_moved, devices=devices), batch.parts or {}, own)
-    # The state is nested by the names of fields, or of heads in a list.
+    # The state is nested by the names of fields, or by the names of heads in a list.
     named = {id(inner): name for name, inner in fields.children(head).items()}
     return {named[id(inner)]: moved[name] for name, inner in head.parts().items() if fields.has_state(inner)}
 

@@ -1,6 +1,6 @@
-"""From what a call was given to a batch: shapes, dtypes and the values of host arrays are checked, strings encoded.
+"""From the inputs of a call to a batch: checks shapes, dtypes and the values of host arrays, and encodes strings.
 
-It runs in Python at every call, and picks what enters compiled code.
+It runs in Python at every call, and selects the arrays that enter compiled code.
 """
 
 import functools
@@ -21,7 +21,7 @@ from jaxheads.numerics.linear import LinearLogits
 
 
 def gather(head: AbstractHead, given: Given) -> Batch:
-    """The checked batch of a head. Without logits, for what reads labels alone, its shape is that of the labels."""
+    """Returns the checked batch of a head. Without logits, for uses of labels alone, it has the shape of the labels."""
     if inside := head.parts():
         routed, parts = head.route(given), {}
         if set(routed) != set(inside):
@@ -67,7 +67,7 @@ def gather(head: AbstractHead, given: Given) -> Batch:
 
 
 def at(head: AbstractHead, batch: Batch, logits: Any) -> Batch:
-    """A batch that was gathered without logits, at some logits."""
+    """Adds logits to a batch that was gathered without them."""
     if batch.parts is None:
         return batch.replace(logits=check_logits(head.logits_spec, logits))
     inside, routed = head.parts(), head.route(Given(logits=logits))
@@ -77,20 +77,20 @@ def at(head: AbstractHead, batch: Batch, logits: Any) -> Batch:
 
 
 def lead_of(head: AbstractHead, given: Given) -> tuple[int, ...]:
-    """The leading axes of what a head without heads inside is given: of its logits, else of its labels."""
+    """Returns the leading axes of the inputs of a head without heads inside: of its logits, else of its labels."""
     if given.logits is ABSENT:
         return _lead_of_labels(head, given.labels)
     return leading_shape(head.logits_spec, check_logits(head.logits_spec, given.logits))
 
 
 def existing(batch: Batch) -> jax.Array:
-    """Which elements (or entries of them) exist, laid out over a mesh as the logits are."""
+    """Returns a mask of the elements (or of their entries) that exist, with the mesh layout of the logits."""
     masks = (jnp.asarray(mask).astype(jnp.bool_) for mask in batch.where)
     return functools.reduce(jnp.logical_and, masks, _all_true(batch))
 
 
 def _all_true(batch: Batch) -> jax.Array:
-    """True `[..., 1]`; `jnp.ones` would be replicated under `set_mesh`."""
+    """Returns True `[..., 1]`. It does not use `jnp.ones`, which would be replicated under `set_mesh`."""
     of = batch.labels if batch.logits is None else batch.logits
     first = jax.tree.leaves(of, is_leaf=lambda x: isinstance(x, LinearLogits))[0]
     rows = first.hidden if isinstance(first, LinearLogits) else first
@@ -105,12 +105,12 @@ def _all_true(batch: Batch) -> jax.Array:
 
 
 def event_of(spec: Any) -> tuple[int | None, ...]:
-    """The last axes of the logits of one element."""
+    """Returns the last axes of one element's logits."""
     return tuple(spec) if isinstance(spec, (tuple, list)) else (spec,)
 
 
 def check_logits(spec: Any, logits: Any, what: str = "logits") -> Any:
-    """Logits as float32 of the shape that a spec tells, or lazy ones as they are; a dict of either."""
+    """Returns logits as float32 of the shape in the spec, or lazy logits unchanged; or a dict of either."""
     if isinstance(spec, Mapping):
         if not isinstance(logits, Mapping) or set(logits) != set(spec):
             found = sorted(map(str, logits)) if isinstance(logits, Mapping) else f"a {type(logits).__name__}"
@@ -134,7 +134,7 @@ def check_logits(spec: Any, logits: Any, what: str = "logits") -> Any:
 
 
 def leading_shape(spec: Any, logits: Any) -> tuple[int, ...]:
-    """The leading axes of checked logits."""
+    """Returns the leading axes of checked logits."""
     if isinstance(spec, Mapping):
         key = next(iter(spec))
         return leading_shape(spec[key], logits[key])
@@ -142,7 +142,7 @@ def leading_shape(spec: Any, logits: Any) -> tuple[int, ...]:
 
 
 def _last_size(head: AbstractHead, logits: Any) -> int | None:
-    """The size of the last axis, where masks and weights may have an entry for each; None where none may."""
+    """Returns the size of the last axis, where masks and weights may have one entry for each logit; else None."""
     spec = head.logits_spec
     if isinstance(spec, Mapping) or len(event_of(spec)) > 1:
         return None
@@ -170,7 +170,7 @@ def _gather_labels(
     check, names = given.check, head.vocabulary
 
     def known() -> np.ndarray | None:
-        # Strings are looked at on the host in any case: then so are concrete masks, to tell which of them exist.
+        # Strings are read on the host in any case. Then concrete masks are read too, to find the strings that exist.
         return _live_on_host(where, weights, True) if live is None and check is None else live
 
     def take(spec: LabelSpec, label: Any, what: str) -> Any:
@@ -179,7 +179,7 @@ def _gather_labels(
         if check is not False and strangers and (rows := known()) is not None:
             vocabulary.refuse_strangers(strangers, rows, spec.size or 0, names)
         array = rules.settled(spec, rules.typed(array, label, spec), names, live, known, check, what)
-        # Names came as int32; an id that is not one of a bool's two stays visible only as an integer.
+        # Names are int32 by now. An id that is neither of a bool's two values stays visible only as an integer.
         return inputs.cast(array, spec.dtype) if isinstance(array, np.ndarray) and spec.kind != "bool" else array
 
     return rules.each_label(head.label_spec, given.labels, take)
@@ -189,7 +189,7 @@ def _gather_labels(
 
 
 def _weights_of(head: AbstractHead, given: Given) -> tuple[Any, str]:
-    """The weights of a call, from the weight column if the head has one, and what they are called."""
+    """Returns the weights of a call, from the weight column if the head has one, and their name in messages."""
     column = head.weight_column
     if column is None:
         return given.weights, "weights"
@@ -210,7 +210,7 @@ def _weights_of(head: AbstractHead, given: Given) -> tuple[Any, str]:
 
 
 def _gather_masks(masks: Masks, lead: tuple[int, ...], sizes: tuple[int, ...], check: bool | None) -> tuple[Any, ...]:
-    """Masks `lead + [1]` (or one of `sizes`), those of the host as bool, each checked where all others hold."""
+    """Returns masks `lead + [1]` (or one of `sizes`), host masks as bool. Each is checked where all others hold."""
     values = [inputs.as_where(mask.value, lead, mask.what, sizes) for mask in masks]
     for i, (mask, value) in enumerate(zip(masks, values, strict=True)):
         others = values[:i] + values[i + 1 :]
@@ -221,12 +221,12 @@ def _gather_masks(masks: Masks, lead: tuple[int, ...], sizes: tuple[int, ...], c
 
 
 def _is_plain(mask: Any) -> bool:
-    """Whether a mask of the host loses nothing as bool; other values than 0 and 1 stay, for the compiled check."""
+    """Tells whether a host mask loses nothing as bool. Other values than 0 and 1 stay, for the compiled check."""
     return isinstance(mask, np.ndarray) and (mask.dtype == np.bool_ or bool(np.isin(mask, (0, 1)).all()))
 
 
 def _live_on_host(where: tuple[Any, ...], weights: Any, check: bool | None) -> np.ndarray | None:
-    """In which elements values are checked; None where knowing it would stall a device."""
+    """Returns a mask of the elements whose values are checked; None where reading it would stall a device."""
     live = np.asarray(True)
     for x in (*where, *(() if weights is None else (weights,))):
         if not inputs.is_readable(x, check):
@@ -236,7 +236,7 @@ def _live_on_host(where: tuple[Any, ...], weights: Any, check: bool | None) -> n
 
 
 def _rows_of(live: np.ndarray | None) -> np.ndarray | None:
-    """Live rows `[..., 1]`, from live elements."""
+    """Returns live rows `[..., 1]`, from live elements."""
     return None if live is None else np.any(live, -1, keepdims=True) if live.ndim else live
 
 

@@ -1,4 +1,4 @@
-"""From elements to the loss: sums over rows and devices, what they are divided by, and how heads are combined."""
+"""From elements to the loss: sums over rows and devices, their divisors, and the combination of several heads."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,21 +17,21 @@ from jaxheads.numerics import meshes, reduction
 from jaxheads.numerics.batch import Batch, Devices
 from jaxheads.numerics.reduction import Divisor, Reduction
 
-# What a loss is made of, in this order: the weighted sum, what it is divided by, how many elements weigh anything.
+# The parts of a loss, in this order: the weighted sum, its divisor, the number of elements whose weight is not 0.
 TOTAL, DIVISOR, LIVE = range(3)
 
 
 def see_loss(head: Any, batch: Batch, devices: Devices) -> tuple[Any, Any]:
-    """What the head makes of a batch, and the sums of its loss over all devices: trees as the heads inside are.
+    """Returns the elements and losses of a batch, and the sums of its loss over all devices, as trees of heads.
 
-    What the head learns is typed as differing over devices for these sums alone.
+    The learned values of the head are typed as varying over devices for these sums only.
     """
     seen = see(meshes.varying(head, devices.axis_name), batch, devices)
     return seen, _over_devices(sums(head, seen), devices)
 
 
 def sums(head: Any, seen: Any, silent: bool = False) -> Any:
-    """The sums of the loss on this device, `[3]` for each head without heads inside; 0 for one that is silent."""
+    """Returns the sums of the loss on this device, `[3]` for each head without heads inside; 0 for a silent head."""
     if isinstance(seen, Seen):
         if not silent:
             debug_check(head, seen.elements)
@@ -42,7 +42,7 @@ def sums(head: Any, seen: Any, silent: bool = False) -> Any:
 
 
 def _over_devices(tree: Any, devices: Devices) -> Any:
-    """Sums added up over devices, in one all-reduce."""
+    """Adds up the sums over devices, in one all-reduce."""
     if devices.axis_name is None:
         return tree
     leaves, structure = jax.tree.flatten(tree)
@@ -51,7 +51,7 @@ def _over_devices(tree: Any, devices: Devices) -> Any:
 
 
 def value(head: Any, batch: Batch, sums: Any) -> jax.Array:
-    """The loss from sums over all devices; a normalizer is global already."""
+    """Returns the loss from sums over all devices. A normalizer is already global."""
     if batch.parts is not None:
         losses = trees.each(head, value, batch.parts, sums)
         shares = trees.each(head, lambda inner, part, own: share(inner, part, own)[0], batch.parts, sums)
@@ -64,7 +64,7 @@ def value(head: Any, batch: Batch, sums: Any) -> jax.Array:
 
 
 def share(head: Any, batch: Batch, sums: Any) -> tuple[jax.Array, jax.Array]:
-    """Which part of the whole batch this is, for what is added once a batch; and whether anything in it weighs."""
+    """Returns this part's share of its whole batch, for terms added once per batch; and whether any weight is not 0."""
     if batch.parts is not None:
         found = [*trees.each(head, share, batch.parts, sums).values()]
         shares, live = (jnp.stack(column) for column in zip(*found, strict=True))
@@ -79,14 +79,14 @@ def share(head: Any, batch: Batch, sums: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def divisor(head: AbstractHead, batch: Batch, axis_name: Any) -> Any:
-    """What the loss of a whole batch is divided by, over all devices."""
+    """Returns the divisor of the loss of a whole batch, over all devices."""
     check_parts_add_up(head)
     _, found = see_loss(head, _at_any_logits(head, batch), Devices(axis_name))
     return _divisors(head, found)
 
 
 def _at_any_logits(head: Any, batch: Batch) -> Batch:
-    """A batch with logits. Elements are counted by their labels: what formulas make of zeros is thrown away."""
+    """Returns a batch with logits, zeros if it has none. Labels count its elements; losses at zeros are discarded."""
     if batch.parts is not None:
         return batch.replace(parts=trees.each(head, _at_any_logits, batch.parts))
     if batch.logits is not None:
@@ -108,7 +108,7 @@ def _divisors(head: Any, sums: Any) -> Any:
 
 
 def summaries(head: Any, batch: Batch, sums: Any, loss: jax.Array, regularization: Any) -> dict[str, jax.Array]:
-    """The scalars of a training step that the original wrote, by tag: the loss, then that of each head inside."""
+    """Returns the scalars, by tag, that the original wrote in training: the loss, and that of each head inside."""
     if batch.parts is not None and "" in batch.parts:
         return summaries(head.parts()[""], batch.parts[""], sums[""], loss, regularization)
     if batch.parts is None:

@@ -1,4 +1,4 @@
-"""From a batch to the packed sums of a metric state; of large batches, on a CPU, tile by tile."""
+"""From a batch to the packed sums of a metric state; on a CPU, large batches are processed tile by tile."""
 
 import dataclasses
 import functools
@@ -23,13 +23,13 @@ from jaxheads.numerics.tiles import Late
 def measure(
     head: AbstractHead, batch: Batch, losses: list[Any] | None, axis_name: Any = None, seen: Any = None
 ) -> jax.Array:
-    """The packed sums `[slots, 1]` of this device's rows, with the regularization after the first, if it is kept.
+    """Returns the packed sums `[slots, 1]` of this device's rows; regularization follows the first sum, if it is kept.
 
     Args:
-        losses: of regularization; None if it is not kept.
-        axis_name: where the rows of other devices are, for heads that look at them. What is summed is not.
-        seen: what `see` made of the batch already, and what comes out of `jax.value_and_grad` beside the loss: it has
-            no gradient that could be stopped.
+        losses: regularization losses; None if they are not kept.
+        axis_name: the axis of the other devices, for heads that look at their rows. The sums are of this device alone.
+        seen: the result of `see` for the batch, if it exists already. It is an auxiliary output of
+            `jax.value_and_grad`, so it has no gradient to stop.
     """
     if seen is None:
         head, batch, losses = jax.tree.map(without_gradient, (head, batch, losses))
@@ -39,21 +39,21 @@ def measure(
 
 
 def without_gradient(x: Any) -> Any:
-    """The same value; a random key has no gradient that could be stopped."""
+    """Returns the same value without gradient. A random key is returned unchanged: it has no gradient to stop."""
     return x if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key) else jax.lax.stop_gradient(x)
 
 
 def update(
     state: jax.Array, head: AbstractHead, batch: Batch, losses: list[Any] | None, axis_name: Any = None
 ) -> jax.Array:
-    """A state with one batch more."""
+    """Returns a state with one more batch added."""
     return pairs.add(state, measure(head, batch, losses, axis_name))
 
 
 def _sums(head: Any, batch: Batch, seen: Any, devices: Devices, inside: bool) -> list[jax.Array]:
-    """The bad elements, then what is observed, part by part, in the order of `reading.layout`.
+    """Returns the number of bad elements, then the sums of the observations, in the order of `reading.layout`.
 
-    Where the head is inside a `MultiHead`, also what its loss is divided by.
+    Where the head is inside a `MultiHead`, the divisor of its loss follows.
     """
     if batch.parts is None:
         return _sums_of_leaf(head, batch, seen, devices, inside)
@@ -89,9 +89,9 @@ def _sums_of_leaf(head: Any, batch: Batch, seen: Any, devices: Devices, inside: 
 
 
 def _rows_of_a_tile(head: Any, batch: Batch) -> int | None:
-    """How many rows make a tile; None where a batch is not worth cutting, or must not be cut.
+    """Returns the number of rows in a tile; None where a batch is not worth cutting, or must not be cut.
 
-    Feature columns may have any shape: a batch that carries some is not cut.
+    Feature columns may have any shape, so a batch with feature columns is not cut.
     """
     if head.coupling not in ("row", "sequence") or isinstance(batch.logits, dict) or head.samples:
         return None
@@ -104,14 +104,14 @@ def _rows_of_a_tile(head: Any, batch: Batch) -> int | None:
 
 
 def _parts(head: AbstractHead, batch: Batch, seen: Seen, inside: bool) -> list[Any]:
-    """The bad elements, then what the head observes: sums, or what is to be reduced later."""
+    """Returns the number of bad elements, then the head's observations: as sums, or as values to reduce later."""
     elements = seen.elements
     observations = {AVERAGE_LOSS: Mean(*average_term_of(head, seen)), **observations_of(head, elements)}
     bad, weights, groups = elements.bad, elements.counted, None
     if head.slices is not None:
         observations[COUNT] = Count(weights)
         groups, stray = Membership.of(jnp.asarray(batch.slices), head.slices.n)
-        # In no group that there is: left out and counted, as an illegal label is.
+        # A row whose group does not exist is left out and counted as bad, as a row with an illegal label is.
         bad = bad | (stray & (weights != 0))
         weights = jnp.where(stray, jnp.zeros_like(weights), weights)
     replicas = None if head.bootstrap is None else jax.random.split(batch.key, head.bootstrap.replicas)
@@ -121,7 +121,7 @@ def _parts(head: AbstractHead, batch: Batch, seen: Seen, inside: bool) -> list[A
         parts.append(late if observation.is_late else late.reduced())
     if inside:
         exists = elements.rows.exists
-        # A bad entry is left out alone where entries have masks of their own, else with its row.
+        # Where entries have masks of their own, only the bad entry is left out; else its whole row is left out.
         gone = bad if exists.shape[-1] == bad.shape[-1] else jnp.any(bad, -1, keepdims=True)
         rows = dataclasses.replace(elements.rows, exists=exists & ~gone)
         good = elements._replace(weights=weights, rows=rows)
@@ -131,7 +131,7 @@ def _parts(head: AbstractHead, batch: Batch, seen: Seen, inside: bool) -> list[A
 
 
 def _weights_for(observation: Observation, weights: jax.Array, elements: Elements) -> jax.Array:
-    """The weights of what is observed: of one value a row the mean weight of the row's entries."""
+    """Returns the weights of an observation: for one value per row, the mean weight of the row's entries."""
     if weights.shape[-1] == 1 or any(jnp.shape(x)[-1] != 1 for x in jax.tree.leaves(observation)):
         return weights
     return mean_of_entries(weights, elements.rows.exists)

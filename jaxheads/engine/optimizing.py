@@ -1,4 +1,4 @@
-"""One step of an optax optimizer, checked: what both training steps share."""
+"""One step of an optax optimizer, with checks. Both training steps use it."""
 
 import inspect
 from typing import Any
@@ -10,7 +10,7 @@ from jaxheads.numerics import duals
 
 
 def averaged(model_state: Any, axis_name: Any) -> Any:
-    """Batch statistics averaged over devices; counters are the same on all of them."""
+    """Averages batch statistics over devices. Counters stay: they are the same on all devices."""
     if axis_name is None:
         return model_state
     leaves, structure = jax.tree.flatten(model_state)
@@ -20,7 +20,7 @@ def averaged(model_state: Any, axis_name: Any) -> Any:
 
 
 def updated(optimizer: Any, grads: Any, opt_state: Any, variables: Any, loss: jax.Array) -> tuple[Any, Any]:
-    """The next variables and optimizer state; what some optimizers want beside the gradients is given to all."""
+    """Returns the next variables and optimizer state. Optimizers that take the loss and gradients by name get them."""
     import optax
 
     declared = inspect.signature(optimizer.update).parameters
@@ -36,12 +36,12 @@ def updated(optimizer: Any, grads: Any, opt_state: Any, variables: Any, loss: ja
 
 
 def _shapes(tree: Any) -> dict[str, str]:
-    """The shapes of a pytree, by path."""
+    """Returns the shapes of a pytree, by path."""
     return {jax.tree_util.keystr(path): f"{list(jnp.shape(leaf))}" for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def check_opt_state(optimizer: Any, opt_state: Any, variables: Any) -> None:
-    """Refuses the state of another optimizer, or of variables of another structure."""
+    """Refuses the state of another optimizer, or a state for variables of another structure."""
     if (given := _shapes(opt_state)) != (expected := _shapes(jax.eval_shape(optimizer.init, variables))):
         raise ValueError(
             "opt_state does not belong to this optimizer and these variables. Given shapes "
@@ -50,7 +50,7 @@ def check_opt_state(optimizer: Any, opt_state: Any, variables: Any) -> None:
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Refuses what is no optax transformation, a name among them."""
+    """Refuses every value that is not an optax transformation, also the name of an optimizer."""
     if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
         raise ValueError(
             "The given optimizer is not an optax.GradientTransformation, such as optax.adam(1e-3). Received "

@@ -1,4 +1,4 @@
-"""What a head says without labels: predictions, export outputs; and the constant logits that do best."""
+"""The results of a head without labels: predictions and export outputs. Also the best constant logits."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from jaxheads.numerics.batch import Batch, Given, Rows
 
 
 def predict(head: Any, given: Given) -> dict[str, Any]:
-    """Predictions by key, only those that are asked for; by head of several."""
+    """Returns predictions by key, only those that are asked for; for several heads, a dict by head."""
     if head.parts():
         return trees.unnested(trees.each(head, predict, head.route(given)))
     logits = dense_logits(head, given.logits)
@@ -33,7 +33,7 @@ def predict(head: Any, given: Given) -> dict[str, Any]:
 
 
 def constants(head: Any, batch: Batch) -> np.ndarray:
-    """The best constant logits of a batch that was gathered without logits, float64."""
+    """Returns the best constant logits, float64, of a batch that was gathered without logits."""
     if batch.parts is not None:
         batch = head.prepared(batch)
         return np.concatenate(list(trees.each(head, constants, batch.parts or {}).values()))
@@ -57,7 +57,7 @@ def constants(head: Any, batch: Batch) -> np.ndarray:
 
 
 def decoded(head: AbstractHead, predictions: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Predictions as NumPy arrays, with the names of classes."""
+    """Returns predictions as NumPy arrays, with the names of classes."""
     out = {key: np.asarray(value) for key, value in predictions.items()}
     names = head.class_names()
     if names is None or not out:

@@ -1,4 +1,4 @@
-"""A head is made ready: with its parameters, and, if it does not say how far its rows look, tried once."""
+"""Makes a head ready: binds its parameters, and tries the head once if it does not declare its `coupling`."""
 
 import dataclasses
 import functools
@@ -22,14 +22,14 @@ LOOKS = ("row", "sequence", "batch")
 
 
 def ready(head: Any, params: Mapping[str, Any] | None) -> Any:
-    """The head with its parameters, for a loss or metrics: refused if its rows look at each other in silence."""
+    """Returns the head with its parameters, for a loss or metrics. Refuses an undeclared dependence between rows."""
     for leaf in trees.leaves(head):
         check(leaf)
     return bound(head, params)
 
 
 def bound(head: Any, params: Mapping[str, Any] | None) -> Any:
-    """The head with its parameters, or an error that says how to give them."""
+    """Returns the head with its parameters, or raises an error that says how to give them."""
     head = head if params is None else fields.bind(head, params)
     if missing := fields.missing(head):
         raise ValueError(
@@ -40,7 +40,7 @@ def bound(head: Any, params: Mapping[str, Any] | None) -> Any:
 
 
 def check(head: AbstractHead) -> None:
-    """Refuses a head whose rows look at each other, and which does not say so."""
+    """Refuses a head whose rows depend on each other, if it does not declare this."""
     if head.coupling not in (None, *LOOKS):
         raise ValueError(f"{type(head).__name__}.coupling must be one of {LOOKS}. Given {head.coupling!r}.")
     found = _tried(head)
@@ -55,7 +55,7 @@ def check(head: AbstractHead) -> None:
 
 
 def check_parts_add_up(head: AbstractHead) -> None:
-    """Refuses a head whose rows look at each other, where a batch is taken in parts; and one of which nobody knows."""
+    """Refuses to cut a batch into parts for a head whose rows depend on each other, or for which this is unknown."""
     for leaf in trees.leaves(head):
         if leaf.coupling == "batch":
             raise ValueError(
@@ -75,16 +75,16 @@ UNKNOWN = "unknown"
 
 
 def _tried(head: AbstractHead) -> str | None:
-    """What of a row changes with other rows, by trying; None where nothing does, or where there is no need to try.
+    """Tries a head, and returns which result of a row changes with other rows; None if none does, or without a trial.
 
-    Heads that read features are believed: nobody knows what their columns look like.
+    A head that reads features is trusted without a trial: its columns are unknown.
     """
     return _try_like(fields.unbound(head)) if head.coupling is None and not head.reads_features else None
 
 
 @functools.lru_cache(maxsize=1024)
 def _try_like(head: AbstractHead) -> str | None:
-    """Of heads that differ by a name or a reduction alone, one is tried."""
+    """Tries one head for all heads that differ only in name, reduction, weight column or bootstrap."""
     plain = {"name": None, "loss_reduction": Reduction.SUM, "weight_column": None, "bootstrap": None}
     own = {field.name for field in dataclasses.fields(head)}
     return _try(dataclasses.replace(head, **{name: value for name, value in plain.items() if name in own}))
@@ -100,7 +100,7 @@ def _try(head: AbstractHead) -> str | None:
         except Exception as error:
             found.append(error)
 
-    # In a thread of its own: the call may stand in the middle of a trace, or under a mesh.
+    # The trial runs in its own thread: the call may be inside a trace, or under a mesh.
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
@@ -110,13 +110,13 @@ def _try(head: AbstractHead) -> str | None:
 
 
 def _difference(head: Any) -> str | None:
-    """Two batches of the same shape share their first row: what the head gives it must be the same in both."""
+    """Compares two batches of the same shape and first row: the head must give this row the same results in both."""
     from jaxheads.engine.samplers import sample_labels, sample_logits
 
     rng, key = np.random.default_rng(0), jax.random.key(0)
 
     def nudged(x: jax.Array) -> jax.Array:
-        # What is learned may start at a value at which rows do not matter yet.
+        # A learned value may start where other rows have no effect yet.
         return x + 0.1 * jax.random.normal(key, x.shape, x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     def values(labels: Any, logits: Any, weights: Any, where: Any) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _difference(head: Any) -> str | None:
     step = jax.jit(values)
     try:
         first = jax.device_get(step(*batches[0], weights[0], where != 1))
-    except Exception:  # what was drawn is not legal for it, or it needs an axis: a fault of its own shows in the call
+    except Exception:  # illegal draws, or a missing axis; a fault of the head itself shows in the call
         return UNKNOWN
     other = jax.device_get(step(*second, weights[1], where != 2))
     for name, found in first.items():

@@ -1,4 +1,4 @@
-"""How the state of a head is laid out, and how metrics are read from it."""
+"""The layout of a head's state, and how metrics are read from it."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from jaxheads.numerics.labels import LabelSpec
 
 
 def layout(head: Any, inside: bool = False) -> dict[Path, Observation]:
-    """What a state keeps, by its path: the names of the heads around it, then its key. In the order of the state."""
+    """Returns the observations in a state, in its order, by path: the names of the heads around one, then its key."""
     if not (inner := head.parts()):
         return _layout_of_leaf(head, inside)
     found: dict[Path, Observation] = {}
@@ -45,7 +45,7 @@ def _layout_of_leaf(head: Any, inside: bool) -> dict[Path, Observation]:
 
 
 def _in_groups(head: Any, observation: Observation) -> Observation:
-    """With groups and replicas, an observation is kept for each."""
+    """Returns the observation kept once for each group and replica, if the head has groups or replicas."""
     if head.slices is None and head.bootstrap is None:
         return observation
     replicas, groups = head.bootstrap.replicas if head.bootstrap else 0, head.slices.n if head.slices else 0
@@ -54,9 +54,9 @@ def _in_groups(head: Any, observation: Observation) -> Observation:
 
 @functools.lru_cache(maxsize=1024)
 def _observations(head: Any, extra: bool) -> tuple[tuple[str, Observation], ...]:
-    """The observations of a head without heads inside, as shapes: hooks run without data, abstractly.
+    """Returns the observations of a head without heads inside, as shapes: hooks run abstractly, without data.
 
-    Without `extra` those of its own alone: what is kept for metrics of `with_metrics` is theirs to read.
+    Without `extra`, only the head's own observations: those kept for `with_metrics` are read by its metrics alone.
     """
 
     def label(spec: LabelSpec, _: str) -> jax.ShapeDtypeStruct:
@@ -87,14 +87,14 @@ def _observations(head: Any, extra: bool) -> tuple[tuple[str, Observation], ...]
 
 
 class _NoColumns(dict):
-    """Columns of a layout without data: any that is asked for is there."""
+    """Columns for a layout without data: every key exists."""
 
     def __missing__(self, key: Any) -> jax.Array:
         return jnp.ones((1,), jnp.float32)
 
 
 def read(head: Any, seen: Mapping[Path, Any]) -> dict[tuple[str, str | None], Any]:
-    """All metrics from views of what was observed, by key and the name that is appended to it."""
+    """Returns all metrics from views of the observations, by key and the name that is appended to it."""
     if not (inner := head.parts()):
         return _read_leaf(head, {path[0]: view for path, view in seen.items()})
     views = {name: _below(seen, name) for name in inner}
@@ -108,7 +108,7 @@ def read(head: Any, seen: Mapping[Path, Any]) -> dict[tuple[str, str | None], An
 
 @functools.lru_cache(maxsize=1024)
 def directions(head: Any) -> dict[str, bool | None]:
-    """Whether a metric is better when high, by its full name; None where neither is better, or nobody says."""
+    """Tells, by a metric's full name, whether a higher value is better; None where neither is better, or unknown."""
     with np.errstate(all="ignore"):
         return {joined(*key): higher for key, higher in _directions(head, views_of_nothing(head)).items()}
 
@@ -121,7 +121,7 @@ def _directions(head: Any, seen: Mapping[Path, Any]) -> dict[tuple[str, str | No
         return found
     views = {path[0]: view for path, view in seen.items()}
     each: dict[str, bool | None] = {AVERAGE_LOSS: False}
-    # What is told of one class or one threshold has the direction of the whole: "auc/sun" that of "auc".
+    # A metric of one class or one threshold has the direction of the whole metric: "auc/sun" that of "auc".
     each |= {key: head.higher_is_better.get(key.split("/")[0]) for key in head.summarize(_own(head, views))}
     for metric in head.extra_metrics:
         each |= {key: metric.direction(key) for key in metric.summarize(views)}
@@ -129,12 +129,12 @@ def _directions(head: Any, seen: Mapping[Path, Any]) -> dict[tuple[str, str | No
 
 
 def _own(head: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
-    """What a head observes itself, without what is kept for metrics of `with_metrics`."""
+    """Returns the head's own observations, without those kept for metrics of `with_metrics`."""
     return {key: seen[key] for key, _ in _observations(fields.unbound(head), False)}
 
 
 def _below(seen: Mapping[Path, Any], name: str) -> dict[Path, Any]:
-    """What one of the heads inside has seen."""
+    """Returns the views of one of the heads inside."""
     return {path[1:]: view for path, view in seen.items() if path[0] == name} if name else dict(seen)
 
 
@@ -152,7 +152,7 @@ def _read_leaf(head: Any, seen: Mapping[str, Any]) -> dict[tuple[str, str | None
 
 
 def read_loss(head: Any, seen: Mapping[Path, Any]) -> Any:
-    """The loss of all data seen; of heads inside that have seen none, 0. What is learned is not applied."""
+    """Returns the loss of all data seen; heads inside without data give 0. Learned weights are not applied."""
     inner = head.parts()
     if not inner:
         views = {path[0]: view for path, view in seen.items()}
@@ -161,7 +161,7 @@ def read_loss(head: Any, seen: Mapping[Path, Any]) -> Any:
     for name, part in inner.items():
         below = _below(seen, name)
         there, loss = was_seen(part, below), read_loss(part, below)
-        # A head that counts for nothing hides a NaN too.
+        # A head that counts for nothing gives 0 even where its loss is NaN.
         losses[name] = view.xp.where(there & (name not in head.silent), loss, view.xp.zeros_like(loss))
         shares[name] = view.xp.where(there, view.xp.ones_like(loss), view.xp.zeros_like(loss))
     total = head.combine(losses, shares)
@@ -169,7 +169,7 @@ def read_loss(head: Any, seen: Mapping[Path, Any]) -> Any:
 
 
 def was_seen(head: Any, seen: Mapping[Path, Any]) -> Any:
-    """Whether any head that counts has seen anything."""
+    """Tells whether any head that counts has seen data."""
     if not (inner := head.parts()):
         return seen[DIVISOR,].total > 0
     found = (was_seen(part, _below(seen, name)) for name, part in inner.items() if name not in head.silent)
@@ -177,5 +177,5 @@ def was_seen(head: Any, seen: Mapping[Path, Any]) -> Any:
 
 
 def slots_of(head: Any) -> tuple[dict[Path, tuple[int, Observation]], int]:
-    """`slots` of a head, bound or not."""
+    """Returns `slots` of a head, bound or not."""
     return slots(fields.unbound(head), False)

@@ -1,4 +1,4 @@
-"""Labels and logits of a head, drawn at random from what it says of them."""
+"""Random labels and logits for a head, drawn from its declarations."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +10,11 @@ from jaxheads.engine.gathering import event_of
 from jaxheads.numerics import labels as rules
 from jaxheads.numerics.labels import LabelSpec
 
-ANY = 3  # the size of an axis that may have any
+ANY = 3  # the size drawn for an axis of any size
 
 
 def sample_labels(head: AbstractHead, rng: np.random.Generator, lead: tuple[int, ...]) -> Any:
-    """Legal labels `lead + [size]` of a head; by name of heads inside; None of a head without labels."""
+    """Draws legal labels `lead + [size]` of a head; a dict by name for heads inside; None for a head without labels."""
     if inside := head.parts():
         found = {name: sample_labels(inner, rng, lead) for name, inner in inside.items()}
         return found.get("", found)
@@ -34,7 +34,7 @@ def _draw(spec: LabelSpec, rng: np.random.Generator, lead: tuple[int, ...]) -> n
 
 
 def sample_logits(head: AbstractHead, rng: np.random.Generator, lead: tuple[int, ...], scale: float = 2.0) -> Any:
-    """Logits `lead + [d]` of a head, normally distributed; a dict where the head takes one."""
+    """Draws normally distributed logits `lead + [d]` of a head; a dict where the head takes a dict."""
     if inside := head.parts():
         if "" in inside:
             return sample_logits(inside[""], rng, lead, scale)

@@ -1,4 +1,4 @@
-"""`create_estimator_spec`: what a step of training, evaluation or prediction gives, as one pytree."""
+"""`create_estimator_spec`: the results of a step of training, evaluation or prediction, as one pytree."""
 
 import inspect
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ TRAIN, EVAL, PREDICT = "train", "eval", "infer"
 
 
 class Call(NamedTuple):
-    """What `create_estimator_spec` is given of a batch; logits, parameters and losses may be functions.
+    """The batch arguments of `create_estimator_spec`. Logits, parameters and losses may be functions.
 
     Attributes:
         given: the batch.
@@ -31,7 +31,7 @@ class Call(NamedTuple):
 
 
 class Training(NamedTuple):
-    """What `create_estimator_spec` is given for training."""
+    """The training arguments of `create_estimator_spec`."""
 
     optimizer: Any
     variables: Any
@@ -41,12 +41,12 @@ class Training(NamedTuple):
 
     @property
     def wants_gradients(self) -> bool:
-        """Whether anything is to be done with gradients."""
+        """Whether the step needs gradients."""
         return self.optimizer is not None or _needs(self.train_op_fn, "grads")
 
 
 class Forward(NamedTuple):
-    """What comes out of the network and the head."""
+    """The outputs of the network and the head."""
 
     head: Any
     logits: Any
@@ -55,7 +55,7 @@ class Forward(NamedTuple):
 
 
 def create(head: Any, mode: Any, call: Call, training: Training) -> EstimatorSpec:
-    """The spec of a head in one of the three modes."""
+    """Returns the spec of a head in one of the three modes."""
     features = call.given.features
     if mode == PREDICT:
         bound, logits, _ = _network(head, call, training.variables)
@@ -120,7 +120,7 @@ def _check_training(head: Any, call: Call, training: Training) -> None:
             "train_op_fn and optimizer cannot both be None. Pass optimizer=optax.adam(1e-3) with trainable_variables, "
             "or train_op_fn, a function of the loss."
         )
-    _ = head.loss_reduction  # a MultiHead of several reductions is not trained by the original
+    _ = head.loss_reduction  # raises for a MultiHead with several reductions: the original does not train it
     if training.optimizer is not None:
         check_optimizer(training.optimizer)
     elif not callable(training.train_op_fn):
@@ -142,7 +142,7 @@ def _check_training(head: Any, call: Call, training: Training) -> None:
 
 
 def _needs(function: Any, name: str) -> bool:
-    """Whether a function has an argument that nobody has bound; builtins do not tell, and have none of ours."""
+    """Tells whether a function has an argument of this name without a value. Builtins without signature have none."""
     try:
         found = inspect.signature(function).parameters.get(name)
     except ValueError:
@@ -151,7 +151,7 @@ def _needs(function: Any, name: str) -> bool:
 
 
 def _network(head: Any, call: Call, variables: Any) -> tuple[Any, Any, Any]:
-    """The head with its parameters, the logits, and the state of the model."""
+    """Returns the head with its parameters, the logits, and the state of the model."""
     params = _at(call.params, variables, "params")
     logits = _at(call.given.logits, variables, "logits")
     pair = callable(call.given.logits) and isinstance(logits, tuple)
@@ -174,7 +174,7 @@ def _forward(head: Any, call: Call, variables: Any) -> tuple[jax.Array, Forward]
 
 
 def _at(value: Any, variables: Any, what: str) -> Any:
-    """`value`, or if it is a function what it is at the variables."""
+    """Returns `value`, or its result at the variables if it is a function."""
     if not callable(value):
         return value
     if variables is None:

@@ -9,7 +9,7 @@ from jaxheads.contract import AbstractHead
 
 @contextlib.contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Says which head refuses."""
+    """Adds the name of the head to a `ValueError` that it raises."""
     try:
         yield
     except ValueError as error:
@@ -19,7 +19,7 @@ def naming(name: str) -> Iterator[None]:
 
 
 def each(head: AbstractHead, function: Callable[..., Any], *trees: Mapping[str, Any]) -> dict[str, Any]:
-    """`function(inner, *values)` of every head inside that the trees hold, by name."""
+    """Returns `function(inner, *values)` by name, for every head inside that all trees hold."""
     found = {}
     for name, inner in head.parts().items():
         if all(name in tree for tree in trees):
@@ -29,11 +29,11 @@ def each(head: AbstractHead, function: Callable[..., Any], *trees: Mapping[str, 
 
 
 def unnested(by_name: Mapping[str, Any]) -> Any:
-    """What users see: a dict by name, or the value of the one head under the name ""."""
+    """Returns the form for users: a dict by name, or the value of the one head under the name ""."""
     return by_name[""] if "" in by_name else dict(by_name)
 
 
 def leaves(head: AbstractHead) -> list[AbstractHead]:
-    """The heads without heads inside."""
+    """Returns the heads without heads inside."""
     inside = head.parts()
     return [leaf for inner in inside.values() for leaf in leaves(inner)] if inside else [head]

@@ -1,4 +1,4 @@
-"""Metrics whose unit is a sequence, not a step of one."""
+"""Metrics that count whole sequences, not single steps."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -13,15 +13,15 @@ from jaxheads.metrics.mean import Mean
 
 @dataclasses.dataclass(frozen=True)
 class ExactMatch(Metric):
-    """`exact_match`, the share of sequences of which every step is right; undefined without any.
+    """`exact_match`, the share of sequences in which every step is right; undefined without sequences.
 
-    A sequence is one entry of the first axis, with all steps of the axes behind it that exist and weigh anything. It
-    weighs as much as its steps do in the mean. A step is right if the class that is predicted is the label, or if every
-    entry of a row of scores is on the side of z = 0 where its label is (a soft label is rounded). Without axes between
-    the first and the last, it is the accuracy of whole rows. The steps of a sequence must be on one device. It is
+    A sequence is one entry of the first axis, with all steps along the next axes that exist and have a weight. Its
+    weight is the mean weight of these steps. A step is right if the predicted class is the label, or if every entry of
+    a row of scores is on the same side of z = 0 as its label (a soft label is rounded). Without axes between the first
+    and the last, the metric is the accuracy of whole rows. The steps of a sequence must be on one device. The metric is
     refused beside a `bootstrap`, which draws steps one by one.
 
-    Source: `sklearn.metrics.accuracy_score` of multilabel rows, which is the same of rows.
+    Source: `sklearn.metrics.accuracy_score` of multilabel rows, which is the same metric for rows.
 
     >>> import jax.numpy as jnp
     >>> import jaxheads as jh
@@ -43,13 +43,13 @@ class ExactMatch(Metric):
         steps = jnp.any(live, axis=-1, keepdims=True)
         axes = tuple(range(1, right.ndim))
         wrong = jnp.any(live & ~right, axis=axes, keepdims=True)
-        # What each step is of its sequence.
+        # The share of each step in its sequence.
         number = jnp.sum(steps.astype(jnp.float32), axis=axes, keepdims=True)
         share = steps.astype(jnp.float32) / jnp.maximum(number, jnp.ones_like(number))
         return {"exact_match": Mean(share * (~wrong).astype(jnp.float32), share)}
 
     def _right(self, sources: Mapping[str, Callable[[], Observation]]) -> jax.Array:
-        """Which entries are right, `[..., 1]` or `[..., d]`."""
+        """Returns which entries are right, `[..., 1]` or `[..., d]`."""
         if "confusion" in sources:
             made: Any = sources["confusion"]()
             return made.right

@@ -1,4 +1,4 @@
-"""A batch on its way from a call to a formula: `Given` as users pass it, `Batch` checked, `Rows` as hooks see it."""
+"""A batch on its way from a call to a formula: `Given` by users, `Batch` after the checks, `Rows` for hooks."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -21,18 +21,18 @@ ABSENT: Any = _Absent()
 
 
 class Mask(NamedTuple):
-    """Which elements exist, and what the user calls it."""
+    """A mask of the elements that exist, and the user's name for it."""
 
     value: Any
     what: str = "where"
 
 
 class Masks(tuple[Mask, ...]):
-    """Several masks, all of which must hold: a sequence's and the user's."""
+    """Several masks, all of which must hold: that of a sequence and that of the user."""
 
     @classmethod
     def of(cls, where: Any) -> "Masks":
-        """From one `where`, from several masks, or from None."""
+        """Makes masks from one `where`, from several masks, or from None."""
         if isinstance(where, Masks):
             return where
         return cls(() if where is None else (Mask(where),))
@@ -40,12 +40,12 @@ class Masks(tuple[Mask, ...]):
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """What a call was given, before anything is checked. A head with heads inside deals it out, by `route`.
+    """The inputs of a call, before any check. A head with heads inside distributes them with `route`.
 
     Attributes:
         labels, logits: as the call got them; `ABSENT` where the call has none (predictions have no labels).
         features, weights, where, normalizer: as for `head.loss`; `where` may be `Masks` already.
-        keys: of predictions.
+        keys: the keys of the predictions that are asked for.
         columns: the features in which slices are looked up, where `features` holds only a part of them.
         with_slices: whether slices are looked up.
         key: a random key, for replicas and for heads that sample.
@@ -65,27 +65,27 @@ class Given:
     check: bool | None = None
 
     def replace(self, **changes: Any) -> "Given":
-        """The same with other values."""
+        """Returns a copy with other values."""
         return dataclasses.replace(self, **changes)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A checked batch, which enters compiled code. Of a head with heads inside it holds a batch for each of them.
+    """A checked batch, which enters compiled code. For a head with heads inside it holds one batch for each of them.
 
     Attributes:
         labels: as the label spec says, with their last axis.
-        logits: float32, `LinearLogits`, or a dict of them; None where they come later, by `engine.gathering.at`.
+        logits: float32, `LinearLogits`, or a dict of them; None where `engine.gathering.at` adds them later.
         weights: float32 `[..., 1]`, or of the shape of the logits; None for 1.
         where: masks of the same shapes, all of which must hold.
         features: the numeric columns, if the head reads any.
-        slices: ids `[..., 1]`, or a membership matrix; None where nobody asks for them.
+        slices: ids `[..., 1]`, or a membership matrix; None where they are not needed.
         scale: how often each element counts in the loss, `[..., 1]`; None for once.
-        normalizer: what takes the place of the divisor of the loss; None for nothing.
+        normalizer: a number that replaces the divisor of the loss; None to keep the divisor.
         key: a random key; None where there is none.
-        parts: the batches of the heads inside, by name; None of a head without.
-        rank: how many leading axes the elements have; None for all but the last of the logits.
+        parts: the batches of the heads inside, by name; None for a head without heads inside.
+        rank: how many leading axes the elements have; None for all axes of the logits except the last.
     """
 
     labels: Any = None
@@ -101,11 +101,11 @@ class Batch:
     rank: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def replace(self, **changes: Any) -> "Batch":
-        """The same with other values."""
+        """Returns a copy with other values."""
         return dataclasses.replace(self, **changes)
 
     def map_leaves(self, function: Callable[["Batch"], "Batch"]) -> "Batch":
-        """`function` of this batch, or of those of all heads inside, however deep."""
+        """Applies `function` to this batch, or to the batches of all heads inside, at any depth."""
         if self.parts is None:
             return function(self)
         return self.replace(parts={name: part.map_leaves(function) for name, part in self.parts.items()})
@@ -114,36 +114,36 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """The devices over which a batch is spread: along a mapped axis, or along none, where JAX sees all rows itself.
+    """The devices that share a batch: along a mapped axis, or along none, where JAX itself sees all rows.
 
     Attributes:
-        axis_name: of `shard_map` or `pmap`; None elsewhere.
+        axis_name: the axis of `shard_map` or `pmap`; None elsewhere.
     """
 
     axis_name: Any = dataclasses.field(default=None, metadata={"static": True})
 
     def sum(self, x: Any) -> Any:
-        """The sum over devices of what each has added up over its rows."""
+        """Sums over devices the sum of each device's own rows."""
         return meshes.psum(x, self.axis_name)
 
     def all(self, x: jax.Array) -> jax.Array:
-        """The rows of every device, `[n, d]`, of an array `[..., d]` with one row for each row of the batch."""
+        """Returns the rows of all devices, `[n, d]`, of an array `[..., d]` with one row for each row of the batch."""
         return meshes.all_rows(x, self.axis_name)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What a hook may know of its rows beside labels and logits: it gets this where it has an argument `rows`.
+    """What a hook may know about its rows, beside labels and logits. A hook with an argument `rows` gets it.
 
     Attributes:
-        exists: bool `[..., 1]`; of a head that takes masks of single logits also `[..., d]`.
-        weights: float32, of the same shapes: how often a row counts, 0 for one that is masked, hidden or illegal.
+        exists: bool `[..., 1]`; for a head that takes masks of single logits also `[..., d]`.
+        weights: float32, of the same shapes: how often a row counts; 0 for a row that is masked, hidden or illegal.
         columns: the numeric columns of `features`, 1 in masked rows; None where the head reads none.
-        groups: 1 inside and 0 outside of each of the head's slices, `[..., n]`; None unless `reads_slices`.
-        scale: the share of its sequence that a row counts as in the loss, `[..., 1]`; None for once. `weights` have it.
+        groups: 1 inside and 0 outside each of the head's slices, `[..., n]`; None unless `reads_slices`.
+        scale: the share of its sequence that a row has in the loss, `[..., 1]`; None for 1. `weights` include it.
         key: a random key; None where the call had none.
-        prepared: what the hook `prepare` made.
+        prepared: the result of the hook `prepare`.
         devices: `rows.devices.sum(x)` and `rows.devices.all(x)`: over the rows of every device.
     """
 
@@ -168,14 +168,14 @@ class Rows:
 
 
 class Elements(NamedTuple):
-    """The elements of a batch as formulas are given them: nothing in it can poison a formula.
+    """The elements of a batch as formulas get them. No value in it can poison a formula.
 
     Attributes:
         labels: as the label spec says; the fill where masked or illegal.
-        logits: float32, 0 where masked; lazy where the head takes that.
+        logits: float32, 0 where masked; lazy where the head takes lazy logits.
         weights: float32 `[..., 1]` or `[..., d]`; 0 where masked, 1 where illegal.
-        bad: bool, of the shape of the weights: unmasked, but with an illegal label or weight.
-        rows: what hooks may know beside.
+        bad: bool, of the shape of the weights: True for unmasked elements with an illegal label or weight.
+        rows: what hooks may know beside labels and logits.
     """
 
     labels: Any
@@ -186,13 +186,14 @@ class Elements(NamedTuple):
 
     @property
     def counted(self) -> jax.Array:
-        """The weights that metrics count with: bad elements are left out."""
+        """The weights for metrics: bad elements get 0."""
         return masking.choose(self.bad, jnp.zeros_like(self.weights), self.weights)
 
     def of_whole_rows(self) -> "Elements":
-        """The same with one weight a row, for losses of one value a row where entries have masks or weights.
+        """Returns the elements with one weight for each row, for losses of one value for each row.
 
-        It is the mean weight of the entries that exist, so that a row counts once, however many of them there are.
+        Where entries have masks or weights, it is the mean weight of the entries that exist. So a row counts once,
+        whatever their number is.
         """
         if self.weights.shape[-1] == 1 and self.rows.exists.shape[-1] == 1:
             return self
@@ -204,7 +205,7 @@ class Elements(NamedTuple):
 
 
 def mean_of_entries(weights: jax.Array, exists: jax.Array) -> jax.Array:
-    """The mean weight `[..., 1]` of the entries of a row that exist."""
+    """Returns the mean weight `[..., 1]` of the entries of a row that exist."""
     there = jnp.broadcast_to(exists, weights.shape).astype(jnp.float32) * masking.ones_like(weights)
     n = jnp.sum(there, -1, keepdims=True)
     return jnp.sum(weights * there, -1, keepdims=True) / jnp.maximum(n, jnp.ones_like(n))

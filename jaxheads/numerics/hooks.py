@@ -1,4 +1,4 @@
-"""Hooks are called with what they ask for: the names of their arguments tell."""
+"""Calls of hooks. A hook gets the values that it asks for by the names of its arguments."""
 
 import functools
 import inspect
@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
-# What a hook may ask for beside labels and logits; the last three are parts of the first.
+# The arguments that a hook may ask for beside labels and logits; the last three are parts of the first.
 EXTRA = ("rows", "features", "weights", "psum")
 
 # The hooks that may ask.
@@ -15,29 +15,29 @@ HOOKS = ("losses", "average_losses", "prepare", "advance", "outputs", "observe",
 
 
 def hook(method: Callable[..., Result]) -> Callable[..., Result]:
-    """Marks a hook: to a type checker an override may have fewer arguments, or more of `EXTRA`."""
+    """Marks a hook, so that a type checker accepts overrides with fewer arguments, or with more of `EXTRA`."""
     return method
 
 
 @functools.lru_cache(maxsize=4096)
 def asked(cls: type, hook: str) -> dict[str, str]:
-    """The arguments of a class's hook that are among `EXTRA`, and which each is."""
+    """Returns the arguments of a class's hook that are among `EXTRA`, and the name in `EXTRA` of each."""
     parameters = inspect.signature(getattr(cls, hook)).parameters
     named: dict[str, str] = {name: name for name in EXTRA if name in parameters}
     others = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
     if hook == "advance" and not named and len(others) == 5:
-        # `advance(labels, logits, w, total)`, as it was called before hooks were called by name.
+        # `advance(labels, logits, w, total)`: the old form, from before hooks were called by name.
         named = {others[3]: "weights", others[4]: "psum"}
     return named
 
 
 def takes(cls: type, hook: str, name: str) -> bool:
-    """Whether the hook of a class asks for it."""
+    """Tells whether the hook of a class asks for an argument."""
     return name in asked(cls, hook)
 
 
 def call(head: Any, hook: str, *arguments: Any, rows: Any) -> Any:
-    """`head.hook(*arguments)`, with what the hook asks for of the rows."""
+    """Calls `head.hook(*arguments)`, with the parts of the rows that the hook asks for."""
     extra = {argument: _part(rows, name) for argument, name in asked(type(head), hook).items()}
     return getattr(head, hook)(*arguments, **extra)
 

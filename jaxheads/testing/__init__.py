@@ -1,4 +1,4 @@
-"""Floor 7: the laws of heads, for anybody's head: `check_head(head)`, in a test or in a notebook."""
+"""Floor 7: the laws of heads. `check_head(head)` checks them for any head, in a test or in a notebook."""
 
 from jaxheads.engine.samplers import sample_labels as sample_labels
 from jaxheads.engine.samplers import sample_logits as sample_logits

@@ -1,4 +1,4 @@
-"""A head with a few rows, and the one program by which most laws are tried."""
+"""A head with a few rows, and the one program that most laws run."""
 
 import dataclasses
 import functools
@@ -17,18 +17,18 @@ from jaxheads.numerics import fields
 
 
 class Skipped(Exception):
-    """Why a law does not apply."""
+    """Raised where a law does not apply; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Values:
-    """What a head gives of a batch.
+    """The results of a head for a batch.
 
     Attributes:
-        loss: under the head's own reduction.
-        by_logits, by_params: its gradients.
-        sums: the loss under `SUM` and `MEAN`, where the head says its reduction itself.
-        metrics: of the batch.
+        loss: the loss under the head's own reduction.
+        by_logits, by_params: the gradients of the loss.
+        sums: the loss under `SUM` and `MEAN`, where the head has its own reduction.
+        metrics: the metrics of the batch.
     """
 
     loss: Any
@@ -46,11 +46,11 @@ class Case:
     """A head and rows for it.
 
     Attributes:
-        head: unbound.
-        params: values of what it learns and keeps.
-        labels, logits, features: of `size` rows.
-        size: how many.
-        tail: leading axes behind the rows: steps, of a head of sequences.
+        head: the head, unbound.
+        params: values of its learned and running fields.
+        labels, logits, features: values for `size` rows.
+        size: the number of rows.
+        tail: leading axes behind the rows: the steps, for a head of sequences.
     """
 
     head: Head
@@ -63,7 +63,7 @@ class Case:
 
     @classmethod
     def of(cls, head: Head, labels: Any, features: Any, size: int) -> "Case":
-        """Rows drawn for a head; of one of sequences, sequences of three steps."""
+        """Draws rows for a head; for a head of sequences, sequences of three steps."""
         rng = np.random.default_rng(0)
         params = fields.merge(head.init(jax.random.key(0)), head.init_state())
         tail = (3,) if _is_of_sequences(head) else ()
@@ -73,7 +73,7 @@ class Case:
         return cls(head, params, drawn, logits, features and features(rng, lead), size, tail)
 
     def spread(self, rows: Any, dtype: Any) -> np.ndarray:
-        """One value a row, for each of its steps: `[size, ..., 1]`."""
+        """Repeats one value per row for each of the row's steps: `[size, ..., 1]`."""
         rows = np.asarray(rows, dtype).reshape(-1, *[1] * (len(self.tail) + 1))
         return np.broadcast_to(rows, (len(rows), *self.tail, 1))
 
@@ -84,12 +84,12 @@ class Case:
         return jax.random.key(0) if needed else None
 
     def check_not_random(self) -> None:
-        """Leaves out a law that compares other rows than these: what is drawn for a row would differ."""
+        """Skips a law that compares these rows with other rows, if the head samples: its draws would differ."""
         if any(leaf.samples for leaf in self.leaves):
             raise Skipped("it draws at random")
 
     def rows(self, chosen: Any) -> "Case":
-        """The case with some of its rows, or some of them again."""
+        """Returns the case with some of its rows, or with some of them repeated."""
         labels, logits, features = jax.tree.map(
             lambda x: np.asarray(x)[chosen], (self.labels, self.logits, self.features)
         )
@@ -97,33 +97,33 @@ class Case:
 
     @property
     def leaves(self) -> list[AbstractHead]:
-        """The heads inside that have losses of their own."""
+        """The heads without heads inside, which have their own losses."""
         return trees.leaves(self.head)
 
     @property
     def is_coupled(self) -> bool:
-        """Whether rows look at each other."""
+        """Whether rows depend on each other."""
         return any(leaf.coupling == "batch" for leaf in self.leaves)
 
     def values(self, weights: Any = None, where: Any = None, scale: float = 1.0, logits: Any = None) -> Values:
-        """What the head gives of these rows, in one compiled program for each number of rows."""
+        """Returns the head's results for these rows, from one compiled program for each number of rows."""
         weights = self.spread(np.ones(self.size) if weights is None else weights, np.float32)
         where = self.spread(np.ones(self.size) if where is None else where, bool)
         logits = self.logits if logits is None else logits
         given = self.labels, logits, self.features, weights, where, self.params, np.float32(scale)
-        # What the head refuses on the host a compiled step shows: arrays of a device are not looked at.
+        # Device arrays are not checked on the host, so the compiled step shows what the host would refuse.
         return program(self.head)(*jax.device_put(given), self.key)
 
 
 def _is_of_sequences(head: AbstractHead) -> bool:
-    """Whether a head, or one inside, has steps between rows and logits."""
+    """Tells whether a head, or a head inside, has steps between rows and logits."""
     inside = head.parts()
     return head.coupling == "sequence" or "" in inside or any(map(_is_of_sequences, inside.values()))
 
 
 @functools.lru_cache(maxsize=64)
 def program(head: Head) -> Any:
-    """The compiled function from rows to `Values`, the loss multiplied by a scale."""
+    """Returns the compiled function from rows to `Values`, with the loss multiplied by a scale."""
     others = {}
     if not head.parts() and "loss_reduction" in {field.name for field in dataclasses.fields(head)}:
         others = {name: dataclasses.replace(head, loss_reduction=name) for name in ("sum", "mean")}
@@ -145,5 +145,5 @@ def program(head: Head) -> Any:
 
 
 def _floats(tree: Any) -> Any:
-    """Gradients of what is a number; an integer of the running fields has none."""
+    """Keeps gradients of floating-point values; integers of the running fields have no gradient."""
     return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, tree)

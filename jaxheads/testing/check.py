@@ -1,4 +1,4 @@
-"""`check_head`: runs the laws on a head, and says which of them it breaks, with the smallest input that shows it."""
+"""`check_head`: runs the laws on a head, and reports the broken laws, each with the smallest input that shows it."""
 
 import dataclasses
 import time
@@ -13,18 +13,18 @@ from jaxheads.head import Head, check_unbound
 from jaxheads.testing import laws
 from jaxheads.testing.case import Case, Skipped
 
-SIZES = (2, 3, 5)  # rows; a law that breaks at the last is tried at the others first
+SIZES = (2, 3, 5)  # numbers of rows; a law that breaks at the last one is tried at the others
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What was found of one law.
+    """The result of one law.
 
     Attributes:
-        law: its name.
-        broken: what is wrong, with the input that shows it; empty where nothing is.
-        skipped: why it was not tried; empty where it was.
-        seconds: what it took.
+        law: the name of the law.
+        broken: the fault, with the input that shows it; empty if there is none.
+        skipped: the reason why the law was not tried; empty if it was.
+        seconds: the time it took.
     """
 
     law: str
@@ -35,7 +35,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was found of a head, law by law; a notebook cell prints it.
+    """The results of all laws for a head; a notebook cell prints them.
 
     Attributes:
         head: the head.
@@ -70,25 +70,25 @@ def check_head(
 ) -> Report:
     """Runs the laws that every head obeys: masks, weights, sums, devices, precision, extremes, bad input, gradients.
 
-    Takes some ten seconds for a small head, most of it compiling.
+    It takes about ten seconds for a small head, mostly for compiling.
 
     Args:
         head: any head, unbound.
-        labels: `(rng, lead) -> labels`, legal ones; by default drawn from the head's `label_spec`.
+        labels: `(rng, lead) -> labels`, which must be legal; by default drawn from the head's `label_spec`.
         oracle: `(labels, logits[, weights]) -> losses`, in float64 NumPy, `[..., 1]` or `[..., d]`; or the pair
-            `(losses, counts)`, as of a `Term`. Without it no loss is compared with a formula. Rows that look at each
-            other see the weights `[..., 1]`.
-        features: `(rng, lead) -> features`, for a head that reads any.
-        devices: on which rows are spread; by default all there are. With one, that law is left out: start JAX with
-            `jax.config.update("jax_num_cpu_devices", 8)`.
-        raises: whether a broken law is an error. Else look at the report.
+            `(losses, counts)`, as of a `Term`. Without it no loss is compared with a formula. The weights `[..., 1]`
+            are for losses whose rows depend on each other.
+        features: `(rng, lead) -> features`, for a head that reads features.
+        devices: the devices that share the rows; by default all. With one, the law about devices is left out. Start
+            JAX with `jax.config.update("jax_num_cpu_devices", 8)` to have more.
+        raises: whether a broken law raises an error. If not, read the report.
 
     Returns:
-        A `Report`: the laws, and what was found of each.
+        A `Report`: the laws and their results.
 
     Raises:
         AssertionError: the laws that the head breaks, each with the smallest input that shows it.
-        ValueError: a head that is bound, or has a `weight_column`; and what a plain call of the head raises.
+        ValueError: the head is bound or has a `weight_column`; also any error of a plain call of the head.
 
     >>> import jax.numpy as jnp
     >>> import jaxheads as jh
@@ -107,7 +107,7 @@ def check_head(
     if any(leaf.weight_column is not None for leaf in trees.leaves(head)):
         raise ValueError(f"check_head gives the weights itself. Given {head!r}: check it without its weight_column.")
     made = {size: Case.of(head, labels, features, size) for size in SIZES}
-    # What a plain call refuses is no law that is broken: labels or features are missing.
+    # An error of a plain call is no broken law: labels or features are missing.
     made[SIZES[-1]].values()
     findings = []
     for name, law in laws.of(oracle, jax.devices() if devices is None else list(devices)).items():
@@ -117,7 +117,7 @@ def check_head(
             law(made[SIZES[-1]])
         except Skipped as reason:
             skipped = str(reason)
-        except Exception as error:  # whatever a head raises, it is the law that is told
+        except Exception as error:  # any error of the head is reported as a fault under this law
             broken = _smallest(law, made, error)
         findings.append(Finding(name, broken, skipped, time.perf_counter() - start))
     report = Report(head, tuple(findings))
@@ -127,7 +127,7 @@ def check_head(
 
 
 def _smallest(law: Callable[[Case], None], made: dict[int, Case], error: Exception) -> str:
-    """What is wrong, at the smallest size at which something is."""
+    """Returns the fault at the smallest size that shows one."""
     for size in SIZES[:-1]:
         try:
             law(made[size])

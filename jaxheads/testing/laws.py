@@ -1,4 +1,4 @@
-"""The laws that need no formula: each takes a `Case`, and raises `AssertionError` where a head breaks it."""
+"""The laws that need no formula. Each takes a `Case`, and raises `AssertionError` if a head breaks the law."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ RTOL, ATOL = 1e-5, 1e-5
 
 
 def of(oracle: Any, devices: Sequence[Any]) -> dict[str, Law]:
-    """The laws by name, for a head with an oracle or without (None), on some devices."""
+    """Returns the laws by name, for a head with or without (None) an oracle, on some devices."""
     every: dict[str, Law] = {
         "where=False is absence": where_is_absence,
         "a weight of 0 hides, a weight of 2 is twice": weights_are_multiplicities,
@@ -42,7 +42,7 @@ def of(oracle: Any, devices: Sequence[Any]) -> dict[str, Law]:
 
 
 def loss_is(case: Case, oracle: Any) -> None:
-    """Under `SUM` and `MEAN`, with weights."""
+    """Checks the loss against the oracle, under `SUM` and `MEAN`, with weights."""
     weights = np.linspace(0.5, 2, case.size)[:, None]
     found = case.values(weights=weights).sums
     if not found:
@@ -58,7 +58,7 @@ def loss_is(case: Case, oracle: Any) -> None:
 
 
 def where_is_absence(case: Case) -> None:
-    """Loss, gradients and metrics are those without the hidden rows, whatever is in these."""
+    """Checks that hidden rows change no loss, gradient or metric, whatever their values: they count as absent."""
     case.check_not_random()
     hidden = np.arange(case.size) % 2 == 1
     kept = np.flatnonzero(~hidden)
@@ -69,7 +69,7 @@ def where_is_absence(case: Case) -> None:
 
 
 def weights_are_multiplicities(case: Case) -> None:
-    """A row of weight 2 counts as that row twice, in metrics, a sum and a mean; one of weight 0 not at all."""
+    """Checks that a row of weight 2 counts twice, in metrics, a sum and a mean, and a row of weight 0 not at all."""
     case.check_not_random()
     weights = np.ones(case.size)
     weights[0], weights[-1] = 2, 0
@@ -78,12 +78,12 @@ def weights_are_multiplicities(case: Case) -> None:
     weighted, twice = spoiled(case, hidden).values(weights=weights), case.rows(again).values()
     for name, value in weighted.sums.items():
         close(value, twice.sums[name], f"The loss (loss_reduction={name!r}) with a weight of 2 is not that of two rows")
-    # The loss of a head inside goes by its reduction, which may count a row once whatever it weighs.
+    # The loss of a head inside depends on its reduction, which may count a row once whatever its weight is.
     same_metrics(weighted.metrics, twice.metrics, "with a weight of 2", "of the row twice", but="loss/")
 
 
 def metrics_add(case: Case) -> None:
-    """Those of the parts of a batch add up to those of the whole; and zero adds nothing."""
+    """Checks that the metrics of the parts of a batch add up to those of the whole, and that zero adds nothing."""
     case.check_not_random()
     if case.is_coupled:
         raise Skipped("its rows look at each other")
@@ -94,13 +94,13 @@ def metrics_add(case: Case) -> None:
 
 
 def devices_do_not_matter(case: Case, devices: Sequence[Any]) -> None:
-    """Loss, gradients and metrics, with rows spread over devices and masked unevenly, in all ways of spreading them."""
+    """Checks loss, gradients and metrics for rows that are spread over devices in every way, and masked unevenly."""
     if len(devices) < 2:
         raise Skipped("there is one device")
     case.check_not_random()
     n = len(devices)
     spread = case.rows(np.resize(np.arange(case.size), 2 * n))
-    # Of three devices or more the second has no row that exists.
+    # With three devices or more, no row of the second device exists.
     there = (np.arange(2 * n) % 3 != 1) & ((np.arange(2 * n) // 2 != 1) | (n < 3))
     weights = np.resize([0.5, 1, 0, 2, 1.5], 2 * n)
     expected, wrong = spread.values(weights, there), []
@@ -108,14 +108,14 @@ def devices_do_not_matter(case: Case, devices: Sequence[Any]) -> None:
     for name, run in ways(spread, devices).items():
         try:
             same(run(*given), expected, f"on {n} devices", "on one")
-        except Exception as error:  # whatever it is, the way is told, and the others are tried
+        except Exception as error:  # any error is reported with its way, and the other ways still run
             wrong.append(f"{name}: {error}")
     if wrong:
         raise AssertionError("\n".join(wrong))
 
 
 def ways(case: Case, devices: Sequence[Any]) -> dict[str, Callable[[Any, Any], Values]]:
-    """By name: functions that give the values of a case, whose rows are spread over devices in one way or another."""
+    """Returns functions by name. Each computes the values of a case with its rows spread over devices in one way."""
     mesh = jax.sharding.Mesh(np.asarray(devices), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
     explicit = jax.sharding.Mesh(np.asarray(devices), ("devices",), axis_types=(jax.sharding.AxisType.Explicit,))
     by_rows, whole = jax.sharding.PartitionSpec("devices"), jax.sharding.PartitionSpec()
@@ -145,7 +145,7 @@ def ways(case: Case, devices: Sequence[Any]) -> dict[str, Callable[[Any, Any], V
     def mapped(check_vma: bool) -> Callable[[Any, Any], Values]:
         def local(*arguments: Any) -> Values:
             found = run("devices", *arguments)
-            # The gradients of parameters come out of grad added up under the check; without it they are each device's.
+            # With the check, `grad` adds up the gradients of parameters; without it each device has its own.
             by_params = found.by_params if check_vma else jax.lax.pmean(found.by_params, "devices")
             return Values(found.loss, found.by_logits, by_params, {}, found.metrics.psum("devices"))
 
@@ -156,7 +156,7 @@ def ways(case: Case, devices: Sequence[Any]) -> dict[str, Callable[[Any, Any], V
             found = jax.jit(step)(*given(weights, where), case.params)
             if check_vma:
                 return found
-            # Of the loss that all devices share, each has the gradient to its own rows, as often as there are devices.
+            # Without the check, the gradient of the shared loss to a device's rows is too large by the device count.
             by_logits = jax.tree.map(lambda x: x / len(devices), found.by_logits)
             return Values(found.loss, by_logits, found.by_params, {}, found.metrics)
 
@@ -186,7 +186,7 @@ def ways(case: Case, devices: Sequence[Any]) -> dict[str, Callable[[Any, Any], V
 
 
 def reductions_are_float32(case: Case) -> None:
-    """Logits in bfloat16 give what the same numbers give in float32."""
+    """Checks that logits in bfloat16 give the loss that the same numbers give in float32."""
     low = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), case.logits)
     high = jax.tree.map(lambda x: np.asarray(x, np.float32), low)
     found, expected = case.values(logits=low), case.values(logits=high)
@@ -196,7 +196,7 @@ def reductions_are_float32(case: Case) -> None:
 
 
 def extremes_are_harmless(case: Case) -> None:
-    """Logits of 1e4, of either sign, give no NaN; a batch of which nothing exists has loss 0 and gradient 0."""
+    """Checks that logits of 1e4 and -1e4 give no NaN, and that a batch of masked rows has loss 0 and gradient 0."""
     for size in (1e4, -1e4):
         for what, sign in (("equal", np.ones_like), ("of both signs", np.sign)):
             logits = jax.tree.map(lambda x, size=size, sign=sign: np.float32(size) * sign(x), case.logits)
@@ -215,7 +215,7 @@ def extremes_are_harmless(case: Case) -> None:
 
 
 def bad_input_is_visible(case: Case) -> None:
-    """An illegal label is refused on the host; in a compiled step loss and gradient are NaN."""
+    """Checks that an illegal label is refused on the host, and gives a NaN loss and gradient in a compiled step."""
     labels = _with_illegal(case)
     try:
         case.head.loss(labels, case.logits, case.features, params=case.params, key=case.key)
@@ -232,7 +232,7 @@ def bad_input_is_visible(case: Case) -> None:
 
 
 def _with_illegal(case: Case) -> Any:
-    """Labels of which the first is illegal."""
+    """Returns labels whose first value is illegal."""
     (head,) = case.leaves if len(case.leaves) == 1 else (None,)
     specs = None if head is None else head.label_spec
     by_name = {None: specs} if isinstance(specs, LabelSpec) else dict(specs or {})
@@ -247,7 +247,7 @@ def _with_illegal(case: Case) -> Any:
 
 
 def _illegal(spec: LabelSpec) -> float | None:
-    """A label that is not legal; None where all are."""
+    """Returns an illegal label; None where all labels are legal."""
     if spec.kind == "float":
         return np.nan
     if spec.kind == "bool" or spec.high is spec.low is None:
@@ -256,7 +256,7 @@ def _illegal(spec: LabelSpec) -> float | None:
 
 
 def one_trace(case: Case) -> None:
-    """Other values of the same shapes are not traced again; an eager call gives what a compiled one does."""
+    """Checks that new values of the same shapes cause no new trace, and that eager and compiled calls agree."""
     traces: list[int] = []
     hook = case.head
 
@@ -274,7 +274,7 @@ def one_trace(case: Case) -> None:
 
 
 def leading_axes_do_not_matter(case: Case) -> None:
-    """Rows `[1, n]` give the loss and the metrics of rows `[n]`."""
+    """Checks that rows `[1, n]` give the loss of rows `[n]`."""
     if case.tail:
         raise Skipped("its leading axes have a meaning")
 
@@ -290,7 +290,7 @@ def leading_axes_do_not_matter(case: Case) -> None:
 
 
 def predictions_are_of_rows(case: Case) -> None:
-    """Compiled they are what they are eagerly; each key alone is what it is among all."""
+    """Checks that compiled and eager predictions agree, and that each key alone gives what it gives among all."""
 
     def predict(logits: Any, keys: Any = None) -> Any:
         return case.head.predictions(logits, keys, params=case.params, features=case.features, key=case.key)
@@ -303,7 +303,7 @@ def predictions_are_of_rows(case: Case) -> None:
 
 
 def running_state_counts_what_is_there(case: Case) -> None:
-    """After hidden rows the state is that without them; after a row of weight 2, that of the row twice."""
+    """Checks that the running state leaves out hidden rows, and counts a row of weight 2 as that row twice."""
     case.check_not_random()
     if not (state := case.head.init_state()):
         raise Skipped("it keeps none")
@@ -325,7 +325,7 @@ def running_state_counts_what_is_there(case: Case) -> None:
 
 
 def lazy_logits_are_their_product(case: Case) -> None:
-    """A head that takes `LinearLogits` makes of them what it makes of hidden layer times matrix, plus bias."""
+    """Checks that a head takes `LinearLogits` as their product: hidden layer times matrix, plus bias."""
     if not any(leaf.takes_linear for leaf in case.leaves):
         raise Skipped("it takes none")
     rng, n = np.random.default_rng(1), case.head.logits_dimension
@@ -354,7 +354,7 @@ def lazy_logits_are_their_product(case: Case) -> None:
 
 
 def any_cotangent(case: Case) -> None:
-    """The gradient of 1024 times the loss is 1024 times the gradient."""
+    """Checks that the gradient of 1024 times the loss is 1024 times the gradient."""
     one, many = case.values(), case.values(scale=1024.0)
     expected = jax.tree.map(lambda x: 1024 * np.asarray(x), (one.by_logits, one.by_params))
     close(
@@ -362,11 +362,11 @@ def any_cotangent(case: Case) -> None:
     )
 
 
-# Garbage, and comparing.
+# Garbage, and comparisons.
 
 
 def spoiled(case: Case, hidden: np.ndarray) -> Case:
-    """The case with garbage in the hidden rows: NaN, and labels that are not legal."""
+    """Returns the case with garbage in the hidden rows: NaN, and illegal labels."""
 
     def spoil(x: Any) -> np.ndarray:
         x = np.array(x)
@@ -381,7 +381,7 @@ def spoiled(case: Case, hidden: np.ndarray) -> Case:
 
 
 def _spoiled_column(spoil: Callable[[Any], np.ndarray], size: int) -> Callable[[Any], Any]:
-    """Garbage in the hidden rows of columns of numbers; what is not of the rows stays."""
+    """Returns a function that puts garbage in the hidden rows of number columns; other values stay unchanged."""
 
     def column(x: Any) -> Any:
         return spoil(x) if np.ndim(x) and np.shape(x)[0] == size and np.asarray(x).dtype.kind == "f" else x
@@ -390,7 +390,7 @@ def _spoiled_column(spoil: Callable[[Any], np.ndarray], size: int) -> Callable[[
 
 
 def same(found: Values, expected: Values, how: str, other: str, rows: Any = None) -> None:
-    """Loss, gradients and metrics are those that are expected."""
+    """Checks that loss, gradients and metrics have the expected values."""
     close(found.loss, expected.loss, f"The loss {how} is not that {other}")
     for name, value in found.sums.items():
         if name in expected.sums:
@@ -402,7 +402,7 @@ def same(found: Values, expected: Values, how: str, other: str, rows: Any = None
 
 
 def same_metrics(found: Metrics, expected: Metrics, how: str, other: str, but: str = "\n") -> None:
-    """Every metric has the value that is expected, but for those whose names begin so."""
+    """Checks that every metric has its expected value, except metrics whose names begin with `but`."""
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -412,7 +412,7 @@ def same_metrics(found: Metrics, expected: Metrics, how: str, other: str, but: s
 
 
 def close(found: Any, expected: Any, what: str) -> None:
-    """Nearly equal, leaf by leaf, NaN where NaN is expected."""
+    """Checks that all leaves are nearly equal, with NaN where NaN is expected."""
     import chex
 
     leaves, others = jax.tree.leaves(found), jax.tree.leaves(expected)
