@@ -102,7 +102,9 @@ class SequentialHeadWrapper(AbstractWrapperHead):
     def route(self, given: Given) -> dict[str, Given]:
         table = columns.table(given.features)
         if given.labels is ABSENT:  # predictions, of every step
-            return {"": given if table is None else given.replace(features=self._listed_columns(table, needed=False))}
+            if table is None or not any(leaf.reads_features for leaf in trees.leaves(self.static_head)):
+                return {"": given}
+            return {"": given.replace(features=self._listed_columns(table, needed=False))}
         every = table if given.columns is None else columns.table(given.columns)
         if self.sequence_length_mask is not None or self.sequence_lengths is not None:
             self._check_rank(given.logits)
