@@ -25,15 +25,9 @@ MODES = (None, "train", "eval", "infer")
 
 
 class Head(AbstractHead):
-    """A head: loss, predictions and metrics from logits. Subclass it to write one: see `jaxheads.contract`.
+    """A head: loss, predictions and metrics from logits. Subclass it to write one.
 
-    Args:
-        weight_column: a key of `features`, or a function `features -> weights`.
-        loss_reduction: a `Reduction` or its text.
-        name: is appended to the metric keys, as in `auc/NAME`.
-        extra_metrics: the metrics that `with_metrics` adds.
-        slices: groups of the data that get every metric too.
-        bootstrap: replicas for the intervals of `metrics.compute(confidence=0.95)`; updates then need a `key`.
+    `jaxheads.contract` describes the hooks that a subclass writes, and the arguments that every head has.
     """
 
     def loss(

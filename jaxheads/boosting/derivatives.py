@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxheads.boosting.conventions import LIBRARIES, Options, convention, is_separable
 from jaxheads.contract import Given
-from jaxheads.engine import losing
+from jaxheads.engine import losing, trees
 from jaxheads.engine.elements import clean, dense_logits, see
 from jaxheads.engine.gathering import gather
 from jaxheads.engine.readiness import ready
@@ -109,12 +109,12 @@ def _each(
     """The derivatives of every head inside, in order."""
     if batch.parts is None:
         return [_of_one(head, batch, factor, hessian, floor, options)]
-    batch, found = head.prepared(batch), []
+    parts, found = trees.parts_of(head, batch), []
     zeros = {name: jnp.float32(0) for name in head.parts()}
     # How much the loss of each head inside counts in the loss of all.
     factors = jax.grad(lambda losses: head.combine(losses, zeros))(zeros)
     for name, inner in head.parts().items():
-        own = _each(inner, (batch.parts or {})[name], factor * factors[name], hessian, floor, options)
+        own = _each(inner, parts[name], factor * factors[name], hessian, floor, options)
         found += jax.tree.map(jnp.zeros_like, own) if name in head.silent else own
     return found
 

@@ -104,7 +104,7 @@ class SequentialHeadWrapper(AbstractWrapperHead):
         if given.labels is ABSENT:  # predictions, of every step
             if table is None or not any(leaf.reads_features for leaf in trees.leaves(self.static_head)):
                 return {"": given}
-            return {"": given.replace(features=self._listed_columns(table, needed=False))}
+            return {"": given.replace(features=self._listed_columns(table))}
         every = table if given.columns is None else columns.table(given.columns)
         if self.sequence_length_mask is not None or self.sequence_lengths is not None:
             self._check_rank(given.logits)
@@ -113,6 +113,7 @@ class SequentialHeadWrapper(AbstractWrapperHead):
                 where=_with_mask(self.static_head, given.where, Mask(*self._mask(every, lead, given.check)))
             )
         if given.features is not None:
+            self._check_columns(table)
             # Slices of sequences or of steps are looked up in all columns, not only in those of the inner head.
             given = given.replace(
                 features=self._listed_columns(table), columns=given.features if given.columns is None else given.columns
@@ -161,25 +162,25 @@ class SequentialHeadWrapper(AbstractWrapperHead):
             mask = xp.broadcast_to(xp.expand_dims(mask, tuple(range(2, len(lead)))), lead)
         return mask, f"features[{key!r}]"
 
-    def _listed_columns(self, features: Any, needed: bool = True) -> dict[str, Any]:
-        """Returns the listed columns as the inner head gets them; refuses missing columns, if they are needed."""
-        kept = {}
-        if not needed:
-            features = {key: features[key] for key in self._listed if key in features}
+    def _check_columns(self, features: Any) -> None:
+        """Refuses features without a listed column, and a weight column that is not listed."""
         for column in _weight_columns(self.static_head):
-            if needed and column in features and column not in self._listed:
+            if column in features and column not in self._listed:
                 raise ValueError(
                     f"Feature {column} (the weight_column of the inner head) does not reach it: only feature_columns "
                     f"do. Given feature_columns={self.feature_columns!r}. Add it there."
                 )
         for key in self._listed:
             if key not in features:
-                if not needed:
-                    continue
                 raise ValueError(
                     f"{key!r} column (of feature_columns) expected in features dictionary. Found keys: "
                     f"{sorted(map(str, features))}."
                 )
+
+    def _listed_columns(self, features: Any) -> dict[str, Any]:
+        """Returns the listed columns that are there, as the inner head gets them."""
+        kept = {}
+        for key in (key for key in self._listed if key in features):
             column = inputs.as_array(features[key], f"features[{key!r}]")
             if column.ndim < 2:
                 raise ValueError(

@@ -33,8 +33,7 @@ def see(head: Any, batch: Batch, devices: Devices) -> Any:
     if batch.parts is None:
         elements = clean(head, batch, devices)
         return Seen(elements, term_of(head, elements))
-    batch = head.prepared(batch)
-    return trees.each(head, lambda inner, part: see(inner, part, devices), batch.parts or {})
+    return trees.each(head, lambda inner, part: see(inner, part, devices), trees.parts_of(head, batch))
 
 
 def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices) -> Elements:

@@ -78,9 +78,8 @@ def _moved(head: Any, batch: Batch, seen: Any, devices: Devices) -> Mapping[str,
     if batch.parts is None:
         elements = clean(head, batch, devices) if seen is None else seen.elements
         return hooks.call(head, "advance", elements.labels, elements.logits, rows=elements.rows)
-    batch = head.prepared(batch)
     own = {name: None for name in head.parts()} if seen is None else seen
-    moved = trees.each(head, functools.partial(_moved, devices=devices), batch.parts or {}, own)
+    moved = trees.each(head, functools.partial(_moved, devices=devices), trees.parts_of(head, batch), own)
     # The state is nested by the names of fields, or by the names of heads in a list.
     named = {id(inner): name for name, inner in fields.children(head).items()}
     return {named[id(inner)]: moved[name] for name, inner in head.parts().items() if fields.has_state(inner)}

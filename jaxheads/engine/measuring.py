@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxheads.contract import AVERAGE_LOSS, AbstractHead
-from jaxheads.engine import reading
+from jaxheads.engine import reading, trees
 from jaxheads.engine.elements import Seen, average_term_of, observations_of, see
 from jaxheads.losses import terms
 from jaxheads.metrics import Count, Mean, Membership, Observation, reduced
@@ -57,10 +57,10 @@ def _sums(head: Any, batch: Batch, seen: Any, devices: Devices, inside: bool) ->
     """
     if batch.parts is None:
         return _sums_of_leaf(head, batch, seen, devices, inside)
-    batch, found = head.prepared(batch), []
+    parts, found = trees.parts_of(head, batch), []
     for name, inner in head.parts().items():
         own = None if seen is None else seen[name]
-        found.append(_sums(inner, (batch.parts or {})[name], own, devices, inside or bool(name)))
+        found.append(_sums(inner, parts[name], own, devices, inside or bool(name)))
     return [functools.reduce(jnp.add, (sums[0] for sums in found)), *(x for sums in found for x in sums[1:])]
 
 

@@ -35,8 +35,7 @@ def predict(head: Any, given: Given) -> dict[str, Any]:
 def constants(head: Any, batch: Batch) -> np.ndarray:
     """Returns the best constant logits, float64, of a batch that was gathered without logits."""
     if batch.parts is not None:
-        batch = head.prepared(batch)
-        return np.concatenate(list(trees.each(head, constants, batch.parts or {}).values()))
+        return np.concatenate(list(trees.each(head, constants, trees.parts_of(head, batch)).values()))
     elements = clean(head, batch)
     scale = 1.0 if elements.rows.scale is None else np.asarray(elements.rows.scale, np.float64)
     weights = np.asarray(elements.counted, np.float64) * scale

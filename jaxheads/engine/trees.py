@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from jaxheads.contract import AbstractHead
+from jaxheads.contract import AbstractHead, Batch
 
 
 @contextlib.contextmanager
@@ -26,6 +26,11 @@ def each(head: AbstractHead, function: Callable[..., Any], *trees: Mapping[str, 
             with naming(name):
                 found[name] = function(inner, *(tree[name] for tree in trees))
     return found
+
+
+def parts_of(head: AbstractHead, batch: Batch) -> dict[str, Batch]:
+    """Returns the batches of the heads inside, by name, as these heads see them."""
+    return head.prepared(batch).parts or {}
 
 
 def unnested(by_name: Mapping[str, Any]) -> Any:
