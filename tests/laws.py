@@ -99,9 +99,7 @@ def reduced(head: jh.Head):
     """The loss under each reduction. They share all but the divisor, and one compiled program."""
     if head.parts():
         return _reduced_of_parts(head)
-    return lambda *rows_and_params: program(head)(
-        *rows_and_params[:2], None, *rows_and_params[2:], SCALE, None
-    ).losses
+    return lambda *rows_and_params: program(head)(*rows_and_params[:2], None, *rows_and_params[2:], SCALE, None).losses
 
 
 @functools.cache

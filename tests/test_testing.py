@@ -6,7 +6,6 @@ from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from zoo import SHAPED, ZOO, CoxHead, times
 
