@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jaxheads.contract import AbstractHead
@@ -42,8 +43,8 @@ def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices) -> 
         _check_sees_all_rows(head, batch, devices)
     specs, exists = head.label_spec, gathering.existing(batch)
     weights = masking.ones_like(exists) if batch.weights is None else jnp.asarray(batch.weights)
-    live = exists & (weights != 0)
-    row = jnp.any(live, -1, keepdims=True)
+    live = exists & masking.is_not_zero(weights)
+    row = live if live.shape[-1] == 1 else jnp.any(live, -1, keepdims=True)
 
     def mask_of(spec: LabelSpec, labels: jax.Array) -> jax.Array:
         if spec.axes:
@@ -189,7 +190,8 @@ def debug_check(head: AbstractHead, elements: Elements) -> None:
         from jax.experimental import checkify
 
         message = "{n} unmasked elements have an illegal label or weight for " + type(head).__name__
-        checkify.debug_check(~jnp.any(elements.bad), message, n=jnp.sum(elements.bad.astype(jnp.int32)))
+        n = jax.lax.reduce_sum(elements.bad.astype(jnp.int32), tuple(range(elements.bad.ndim)))
+        checkify.debug_check(jax.lax.eq(n, np.int32(0)), message, n=n)
 
 
 def dense_logits(head: AbstractHead, logits: Any) -> Any:

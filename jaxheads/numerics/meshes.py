@@ -17,6 +17,11 @@ def explicit_mesh(x: Any) -> Any:
     return mesh if not mesh.empty and AxisType.Explicit in mesh.axis_types else None
 
 
+def is_off_mesh(x: Any) -> bool:
+    """Whether the type of `x` knows of no mesh."""
+    return jax.typeof(x).sharding.mesh.empty
+
+
 def is_local(tree: Any) -> bool:
     """Whether every leaf is known to live on one device: no mesh, or one whose axes are all mapped by hand."""
     meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree)]
