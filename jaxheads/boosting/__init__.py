@@ -1,4 +1,4 @@
-"""Floor 7: heads for gradient boosted trees, XGBoost's and LightGBM's."""
+"""Floor 6: heads for gradient boosted trees, XGBoost's and LightGBM's."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -16,7 +16,6 @@ from jaxheads.boosting.derivatives import Hessian
 from jaxheads.boosting.engines import DECIDED, ELSEWHERE, ENGINES, IDLE, ROUNDS, STOPPING, Engine, Part, Plan
 from jaxheads.boosting.evaluation import measured, numbers
 from jaxheads.boosting.stopping import Monitor
-from jaxheads.compose import MultiHead
 from jaxheads.contract import NoClosedForm
 from jaxheads.engine import predicting, trees
 from jaxheads.engine.reading import directions
@@ -135,7 +134,7 @@ class BoostedHead(BaseEstimator):
 
     def __sklearn_tags__(self) -> Any:
         tags, head = super().__sklearn_tags__(), targets.base_of(self.head)
-        kind = targets.kind_of(head)
+        kind = targets.kind_of(self.head)
         tags.estimator_type = kind
         tags.input_tags.allow_nan = tags.input_tags.sparse = tags.input_tags.categorical = True
         tags.target_tags.required = True
@@ -391,9 +390,10 @@ class BoostedHead(BaseEstimator):
             raise ValueError("early_stopping_rounds needs eval_set=[(X, y)] in fit: the last one decides. Given none.")
         key = self.monitor
         if key is None:
-            if isinstance(self.head, MultiHead):
+            if self.head.parts():
+                given = type(self.head).__name__
                 raise ValueError(
-                    f"early_stopping_rounds needs monitor=, one of {list(names)}. Given a MultiHead and None."
+                    f"early_stopping_rounds needs monitor=, one of {list(names)}. Given a {given} and None."
                 )
             key = names[0]
         if key not in names:

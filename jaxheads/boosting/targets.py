@@ -11,7 +11,6 @@ from sklearn.metrics import r2_score
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import assert_all_finite, column_or_1d
 
-from jaxheads.compose import GlobalObjectiveHead, MultiHead
 from jaxheads.contract import Given
 from jaxheads.head import Head
 from jaxheads.heads import BinaryClassHead, MultiClassHead, MultiLabelHead
@@ -28,13 +27,13 @@ def keys_of(head: Head) -> tuple[str, ...]:
 
 
 def base_of(head: Head) -> Any:
-    """The head that says what labels and classes are."""
-    return head.base if isinstance(head, GlobalObjectiveHead) else head
+    """Returns the head that decides which labels and classes there are."""
+    return head if head.wrapped is None else head.wrapped
 
 
 def kind_of(head: Head) -> str | None:
     """`"classifier"`, `"regressor"`, or None for what scikit-learn has no word for."""
-    if isinstance(head, MultiHead):
+    if head.parts():
         return None
     if isinstance(base_of(head), (*CLASS_HEADS, MultiLabelHead)):
         return "classifier"
@@ -140,7 +139,7 @@ def encode(head: Head, y: Any, where: Any, classes: Classes | None) -> Any:
     head = base_of(head)
     if y is None:
         raise ValueError("This estimator requires y to be passed, but the target y is None.")
-    if isinstance(head, MultiHead) or not isinstance(head.label_spec, LabelSpec):
+    if not isinstance(head.label_spec, LabelSpec):
         return head.encode_labels(y, where)
     if head.label_spec.size == 1:
         y = column_or_1d(y, warn=True)
@@ -192,9 +191,9 @@ def _numbers(y: np.ndarray) -> np.ndarray:
 def predicted(head: Head, logits: np.ndarray, classes: Classes | None) -> Any:
     """What a scikit-learn user calls the prediction: a class, labels that are there, a number; by head of several."""
     head = base_of(head)
-    if isinstance(head, MultiHead):
+    if parts := head.parts():
         routed = head.route(Given(logits=logits))
-        return {name: predicted(inner, np.asarray(routed[name].logits), None) for name, inner in head.parts().items()}
+        return {name: predicted(inner, np.asarray(routed[name].logits), None) for name, inner in parts.items()}
     if isinstance(head, MultiLabelHead):
         return (logits > 0).astype(np.int32)
     keys = keys_of(head)
