@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from jaxheads.boosting.datasets import with_labels as with_labels
+from jaxheads.boosting.attaching import with_labels as with_labels
 from jaxheads.boosting.derivatives import derivatives as derivatives
 from jaxheads.boosting.evaluation import lightgbm_metric as lightgbm_metric
 from jaxheads.boosting.evaluation import xgboost_metric as xgboost_metric

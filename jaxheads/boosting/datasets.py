@@ -1,15 +1,13 @@
 """Labels and weights of a booster's dataset, as arrays that a head takes."""
 
-import copy
-import functools
 import weakref
-from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxheads.boosting.attaching import Attached, Dataset, Holder
 from jaxheads.contract import Given
 from jaxheads.engine import trees
 from jaxheads.engine.gathering import gather
@@ -18,17 +16,7 @@ from jaxheads.head import Head, check_unbound
 from jaxheads.numerics.batch import Batch
 from jaxheads.numerics.labels import LabelSpec
 
-ATTRIBUTE = "jaxheads_labels"
 KEPT = 8  # calls by arrays, which have no dataset to remember them by
-
-Dataset = TypeVar("Dataset")
-
-
-class Attached(NamedTuple):
-    """What `with_labels` keeps beside a dataset."""
-
-    labels: Any
-    where: Any
 
 
 class Rows(NamedTuple):
@@ -45,85 +33,6 @@ class Rows(NamedTuple):
     def part(self, start: int, stop: int) -> "Rows":
         """Some rows."""
         return Rows(min(stop, self.n) - start, jax.tree.map(lambda x: x[start:stop], self.batch))
-
-
-def with_labels(dataset: Dataset, labels: Any, where: Any = None) -> Dataset:
-    """The same dataset with labels that a booster's own column cannot hold: objective and metric look here first.
-
-    For dicts of labels (of a `MultiHead`, or time and event), for missing labels (`where`), for several columns in
-    LightGBM. A copy is kept on the Python object, and its `slice` or `subset` hands on those of its rows, so `cv`
-    works. It pickles if the dataset does. LightGBM wants a column of its own besides: any will do, such as zeros, for a
-    head reads this one.
-
-    Args:
-        dataset: a `xgboost.DMatrix` (or `QuantileDMatrix`), or a `lightgbm.Dataset`.
-        labels, where: as `head.loss` takes them. Weights stay the dataset's own.
-
-    Returns:
-        `dataset`.
-
-    Raises:
-        ValueError: no labels; something else than these datasets (those of Dask hold no object that reaches the
-            workers). What the head refuses is refused when training begins.
-
-    >>> import numpy as np, xgboost
-    >>> import jaxheads as jh
-    >>> head = jh.MultiHead([jh.BinaryClassHead(name="late"), jh.RegressionHead(name="minutes")])
-    >>> data = xgboost.DMatrix(np.array([[0.0], [1.0], [1.0], [0.0]]))
-    >>> labels = {"late": np.array([0, 1, 1, 0]), "minutes": np.array([1.0, 20.0, np.nan, 2.0])}
-    >>> data = jh.boosting.with_labels(data, labels, where={"minutes": ~np.isnan(labels["minutes"])})
-    >>> booster = xgboost.train({"num_target": 2, "base_score": 0}, data, 5, obj=jh.boosting.xgboost_objective(head))
-    >>> booster.predict(data, output_margin=True).shape
-    (4, 2)
-    """
-    if labels is None:
-        raise ValueError("with_labels needs labels. Given None.")
-    kind: Any = type(dataset)
-    if not (hasattr(kind, "get_label") and (hasattr(kind, "subset") or hasattr(kind, "slice"))):
-        raise ValueError(f"with_labels needs an xgboost.DMatrix or a lightgbm.Dataset. Given {dataset!r}.")
-    # What is prepared of them is kept over rounds: changes of the caller's arrays must not come half.
-    return _attach(dataset, Attached(copy.deepcopy(labels), copy.deepcopy(where)))
-
-
-def _attach(dataset: Dataset, attached: Attached) -> Dataset:
-    if not hasattr(dataset, ATTRIBUTE):
-        dataset.__class__ = _handing_on(type(dataset))
-    setattr(dataset, ATTRIBUTE, attached)
-    return dataset
-
-
-@functools.cache
-def _handing_on(kind: Any) -> Any:
-    """The class of a dataset whose `subset` or `slice`, which `cv` calls, hands on the attached labels."""
-    name = "subset" if hasattr(kind, "subset") else "slice"
-    of_kind = getattr(kind, name)
-
-    def part(self: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
-        # LightGBM's subset has its rows in order, however they are given.
-        chosen = np.asarray(sorted(rows) if name == "subset" else rows)
-        attached = getattr(self, ATTRIBUTE)
-        return _attach(of_kind(self, rows, *args, **kwargs), Attached(*(_rows_of(x, chosen) for x in attached)))
-
-    def reduced(self: Any, protocol: Any) -> Any:
-        # By the library's own class, which other processes can find.
-        return _bare, (kind,), self.__getstate__()
-
-    own = {name: part, "__reduce_ex__": reduced, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (kind,), own)
-
-
-def _bare(kind: Any) -> Any:
-    cls = _handing_on(kind)
-    return cls.__new__(cls)
-
-
-def _rows_of(labels: Any, rows: np.ndarray) -> Any:
-    """Some rows of labels or a mask, as they were given: a dict, a list, an array."""
-    if labels is None:
-        return None
-    if isinstance(labels, Mapping):
-        return {key: _rows_of(value, rows) for key, value in labels.items()}
-    return [labels[i] for i in rows] if isinstance(labels, (list, tuple)) else np.asarray(labels)[rows]
 
 
 def check_boosted(head: Any, params: Any, metrics: bool) -> None:
@@ -228,12 +137,11 @@ def _same(a: Any, b: Any) -> bool:
     return np.array_equal(a, b) or (a.dtype.kind == "f" and np.array_equal(a, b, equal_nan=True))
 
 
-def of_dataset(dataset: Any) -> tuple[Any, Any]:
+def of_dataset(dataset: Dataset) -> tuple[Any, Any]:
     """Labels (those of `with_labels` first) and weights of a DMatrix or Dataset."""
     weights = dataset.get_weight()
     weights = None if weights is None or np.size(weights) == 0 else np.asarray(weights)
-    labels = getattr(dataset, ATTRIBUTE, None)
-    return dataset.get_label() if labels is None else labels, weights
+    return dataset.jaxheads_labels if isinstance(dataset, Holder) else dataset.get_label(), weights
 
 
 def prepare(head: Head, labels: Any, weights: Any) -> Rows:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxheads.boosting.datasets import with_labels
+from jaxheads.boosting.attaching import with_labels
 from jaxheads.boosting.evaluation import Evaluation, lightgbm_metric, xgboost_metric
 from jaxheads.boosting.objectives import Objective, lightgbm_objective, xgboost_objective
 from jaxheads.boosting.stopping import Log, Monitor

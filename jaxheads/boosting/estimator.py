@@ -11,7 +11,8 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
 from jaxheads.boosting import targets
-from jaxheads.boosting.datasets import Attached, check_boosted, prepare
+from jaxheads.boosting.attaching import Attached
+from jaxheads.boosting.datasets import check_boosted, prepare
 from jaxheads.boosting.derivatives import Hessian
 from jaxheads.boosting.engines import DECIDED, ELSEWHERE, ENGINES, IDLE, ROUNDS, STOPPING, Engine, Part, Plan
 from jaxheads.boosting.evaluation import measured, numbers

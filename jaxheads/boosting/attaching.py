@@ -1,0 +1,142 @@
+"""Labels attached to a booster's dataset, for which its `__class__` is swapped. This happens nowhere else.
+
+What is done: `with_labels` sets the attribute `jaxheads_labels` of a dataset, and then its `__class__`: to a subclass
+of the library's own class, which is made when it is first needed. The subclass changes two methods. `slice` (XGBoost)
+or `subset` (LightGBM) gives the part that it returns its rows of the labels. `__reduce_ex__` pickles the dataset under
+the library's own class, because another process cannot import a class that was made at run time.
+
+Why: `cv` of both libraries cuts a dataset by these methods, and gives only the parts to objective and metric. Without
+the subclass the parts have no labels. A wrapper around the dataset, or a new dataset of the subclass, does not do:
+the libraries read the dataset's own handle, the data would be held twice, and the caller may have put the dataset
+into a list of `evals` already.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+
+DatasetT = TypeVar("DatasetT")
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """The methods of an `xgboost.DMatrix` or a `lightgbm.Dataset` that heads read."""
+
+    def get_label(self) -> Any:
+        """Returns the labels."""
+        ...
+
+    def get_weight(self) -> Any:
+        """Returns the weights; None, or an array without elements, if there are none."""
+        ...
+
+
+@runtime_checkable
+class _Sliceable(Dataset, Protocol):
+    def slice(self, rindex: Any) -> Any: ...
+
+
+@runtime_checkable
+class _Subsettable(Dataset, Protocol):
+    def subset(self, used_indices: Any) -> Any: ...
+
+
+class Attached(NamedTuple):
+    """What `with_labels` keeps beside a dataset."""
+
+    labels: Any
+    where: Any
+
+
+class Holder:
+    """A dataset with attached labels: the base of all classes that are made here."""
+
+    __slots__ = ()
+    jaxheads_labels: Attached
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self).__bases__[0],), self.__getstate__()
+
+
+def with_labels(dataset: DatasetT, labels: Any, where: Any = None) -> DatasetT:
+    """The same dataset with labels that a booster's own column cannot hold: objective and metric look here first.
+
+    For dicts of labels (of a `MultiHead`, or time and event), for missing labels (`where`), for several columns in
+    LightGBM. A copy is kept on the Python object, and its `slice` or `subset` hands on those of its rows, so `cv`
+    works. It pickles if the dataset does. LightGBM wants a column of its own besides: any will do, such as zeros, for a
+    head reads this one.
+
+    Args:
+        dataset: a `xgboost.DMatrix` (or `QuantileDMatrix`), or a `lightgbm.Dataset`.
+        labels, where: as `head.loss` takes them. Weights stay the dataset's own.
+
+    Returns:
+        `dataset`.
+
+    Raises:
+        ValueError: no labels; something else than these datasets (those of Dask hold no object that reaches the
+            workers). What the head refuses is refused when training begins.
+
+    >>> import numpy as np, xgboost
+    >>> import jaxheads as jh
+    >>> head = jh.MultiHead([jh.BinaryClassHead(name="late"), jh.RegressionHead(name="minutes")])
+    >>> data = xgboost.DMatrix(np.array([[0.0], [1.0], [1.0], [0.0]]))
+    >>> labels = {"late": np.array([0, 1, 1, 0]), "minutes": np.array([1.0, 20.0, np.nan, 2.0])}
+    >>> data = jh.boosting.with_labels(data, labels, where={"minutes": ~np.isnan(labels["minutes"])})
+    >>> booster = xgboost.train({"num_target": 2, "base_score": 0}, data, 5, obj=jh.boosting.xgboost_objective(head))
+    >>> booster.predict(data, output_margin=True).shape
+    (4, 2)
+    """
+    if labels is None:
+        raise ValueError("with_labels needs labels. Given None.")
+    if not isinstance(dataset, (_Sliceable, _Subsettable)):
+        raise ValueError(f"with_labels needs an xgboost.DMatrix or a lightgbm.Dataset. Given {dataset!r}.")
+    # Rows are prepared once for all rounds: the caller's later changes to the arrays must not reach some of them.
+    return _attach(dataset, Attached(copy.deepcopy(labels), copy.deepcopy(where)))
+
+
+def _attach(dataset: Any, attached: Attached) -> Any:
+    if not isinstance(dataset, Holder):
+        dataset.__class__ = _subclass(type(dataset))
+    dataset.jaxheads_labels = attached
+    return dataset
+
+
+@functools.cache
+def _subclass(library: Any) -> Any:
+    """Makes the class of a dataset with attached labels, one for each class of the libraries."""
+    if issubclass(library, _Subsettable):
+        changed = {"subset": _hand_on(library.subset, sorted)}  # LightGBM sorts the rows
+    else:
+        changed = {"slice": _hand_on(library.slice, list)}
+    changed |= {"__reduce_ex__": Holder.__reduce_ex__, "__module__": library.__module__, "__doc__": library.__doc__}
+    # The library's class comes first: with another first base Python refuses to swap the class of an object.
+    return type(library.__name__, (library, Holder), changed)
+
+
+def _hand_on(cut: Callable[..., Any], order: Callable[[Any], list[int]]) -> Callable[..., Any]:
+    """Returns a method that also attaches the labels of its rows to the part."""
+
+    @functools.wraps(cut)
+    def part(self: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
+        chosen = order(rows)
+        return _attach(cut(self, rows, *args, **kwargs), Attached(*(_take(x, chosen) for x in self.jaxheads_labels)))
+
+    return part
+
+
+def _rebuild(library: Any) -> Any:
+    cls = _subclass(library)
+    return cls.__new__(cls)
+
+
+def _take(labels: Any, rows: list[int]) -> Any:
+    """Takes some rows of labels or a mask, as they were given: a dict, a list, an array."""
+    if labels is None:
+        return None
+    if isinstance(labels, Mapping):
+        return {key: _take(value, rows) for key, value in labels.items()}
+    return [labels[i] for i in rows] if isinstance(labels, (list, tuple)) else np.asarray(labels)[rows]
