@@ -14,7 +14,7 @@ Read off `regression_obj.h`, `multiclass_obj.cu` (XGBoost 3.2) and `regression_o
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jaxheads.heads import (
     PoissonRegressionHead,
     RegressionHead,
 )
+from jaxheads.heads.loss_functions import AbstractLossFnHead
 
 LIBRARIES = ("xgboost", "lightgbm")
 
@@ -58,8 +59,8 @@ class Convention(NamedTuple):
 
 
 def convention(head: Head, options: Options) -> Convention | None:
-    """That of the library for this head's loss; None where the library has no such objective."""
-    if getattr(head, "loss_fn", None) is not None:
+    """Returns the library's convention for this head's loss; None where the library has no such objective."""
+    if _has_loss_fn(head):
         return None
     if isinstance(head, RegressionHead):
         return Convention(0.5, jnp.ones_like)
@@ -75,10 +76,14 @@ def convention(head: Head, options: Options) -> Convention | None:
     return None
 
 
-def is_separable(head: Any) -> bool:
-    """Whether the loss is known to be a sum over logits: then one pass gives the whole diagonal of its Hessian."""
+def is_separable(head: Head) -> bool:
+    """Tells whether the loss is known to be a sum over logits. One pass then gives the diagonal of its Hessian."""
     one_each = (RegressionHead, PoissonRegressionHead, MultiLabelHead)
-    return head.logits_dimension == 1 or (isinstance(head, one_each) and getattr(head, "loss_fn", None) is None)
+    return head.logits_dimension == 1 or (isinstance(head, one_each) and not _has_loss_fn(head))
+
+
+def _has_loss_fn(head: Head) -> bool:
+    return isinstance(head, AbstractLossFnHead) and head.loss_fn is not None
 
 
 def _variance(p: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from jaxheads.boosting.attaching import with_labels
 from jaxheads.boosting.evaluation import Evaluation, lightgbm_metric, xgboost_metric
 from jaxheads.boosting.objectives import Objective, lightgbm_objective, xgboost_objective
 from jaxheads.boosting.stopping import Log, Monitor
+from jaxheads.numerics.columns import is_frame
 
 # Parameters that the head decides, and their aliases.
 DECIDED = {
@@ -212,7 +213,7 @@ class XGBoost:
         """By `Booster.predict`, from the start: trees were fitted to what float32 left of each sum in training."""
         import xgboost
 
-        types = None if hasattr(x, "columns") else booster.feature_types
+        types = None if is_frame(x) else booster.feature_types
         margins = np.tile(start, (x.shape[0], 1))
         data = xgboost.DMatrix(x, base_margin=margins, feature_types=types, enable_categorical=True)
         # An array after a frame, or the other way: scikit-learn has warned, and looked at the number of columns.
@@ -304,7 +305,7 @@ def _columns(named: Mapping[str, Any], x: Any) -> list[int]:
     (alias, given), *others = named.items()
     if others:
         raise ValueError(f"One list of columns says which are categories. Given {sorted(named)}.")
-    names = [str(name) for name in getattr(x, "columns", ())]
+    names = [str(name) for name in x.columns] if is_frame(x) else []
     known = {**{i: i for i in range(x.shape[1])}, **{name: i for i, name in enumerate(names)}}
     if not isinstance(given, (list, tuple, np.ndarray)) or not all(column in known for column in given):
         legal = f"0 ... {x.shape[1] - 1}" + (f" or {names[:10]}" if names else "")

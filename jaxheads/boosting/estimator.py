@@ -25,6 +25,7 @@ from jaxheads.heads import BinaryClassHead, MultiLabelHead, PoissonRegressionHea
 from jaxheads.metrics import Metrics
 from jaxheads.numerics import fields
 from jaxheads.numerics.batch import Batch
+from jaxheads.numerics.columns import is_frame
 
 
 def _has_probabilities(estimator: Any) -> bool:
@@ -109,25 +110,19 @@ class BoostedHead(BaseEstimator):
         self.early_stopping_rounds = early_stopping_rounds
         self.monitor = monitor
         self.higher_is_better = higher_is_better
-        if params:
-            self.params = params
+        self.params = params
 
     # Parameters of the booster stand beside our own, as in XGBoost's estimators.
 
-    @property
-    def _params(self) -> dict[str, Any]:
-        return getattr(self, "params", {})
-
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Our own parameters and the booster's."""
-        return {**super().get_params(deep), **self._params}
+        return {**super().get_params(deep), **self.params}
 
     def set_params(self, **params: Any) -> Self:
         """Sets our own parameters and the booster's."""
         own = self._get_param_names()
         theirs = {key: value for key, value in params.items() if key not in own}
-        if theirs:
-            self.params = {**self._params, **theirs}
+        self.params = {**self.params, **theirs}
         for key, value in params.items():
             if key in own:
                 setattr(self, key, value)
@@ -282,7 +277,7 @@ class BoostedHead(BaseEstimator):
 
     def _booster_params(self) -> tuple[dict[str, Any], Any]:
         """The booster's parameters, and the step of Poisson objectives."""
-        params = {key: value for key, value in self._params.items() if value is not None}
+        params = {key: value for key, value in self.params.items() if value is not None}
         if isinstance(missing := params.get("missing"), float) and np.isnan(missing):
             del params["missing"]
         if decided := [key for key in params if key in DECIDED[self.booster]]:
@@ -328,7 +323,7 @@ class BoostedHead(BaseEstimator):
 
     def _table(self, X: Any, reset: bool) -> Any:
         # Frames go to the booster as they are: an array would lose their categories.
-        if hasattr(X, "columns"):
+        if is_frame(X):
             return validate_data(self, X, reset=reset, skip_check_array=True)
         return validate_data(self, X, reset=reset, accept_sparse="csr", ensure_all_finite="allow-nan", dtype="numeric")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxheads.boosting.attaching import Dataset
 from jaxheads.boosting.datasets import Rows, RowsCache, as_logits, check_boosted
 from jaxheads.boosting.objectives import arguments, check_rows
 from jaxheads.engine.evaluating import compiled_measure
@@ -62,7 +63,7 @@ class Evaluation:
         logits, *given = self._given(predicted, dataset, sample_weight)
         _check_margins(self.head, logits)
         values = self._values(logits, *given)
-        if self.library == "lightgbm" or hasattr(dataset, "get_label"):
+        if self.library == "lightgbm" or isinstance(dataset, Dataset):
             return self.entries(values)
         key, *others = self.keys
         if others:

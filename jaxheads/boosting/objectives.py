@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxheads.boosting.attaching import Dataset
 from jaxheads.boosting.conventions import Options
 from jaxheads.boosting.datasets import Rows, RowsCache, as_logits, check_boosted, of_dataset
 from jaxheads.boosting.derivatives import Hessian, check_options, of_batch
@@ -60,7 +61,7 @@ def _derivatives(
 
 def arguments(first: Any, second: Any, sample_weight: Any) -> tuple[Any, Any, Any, Any]:
     """Margins, labels, weights and the dataset (None where there is none), from either of the two forms of a call."""
-    if not hasattr(second, "get_label"):
+    if not isinstance(second, Dataset):
         return second, np.asarray(first), None if sample_weight is None else np.asarray(sample_weight), None
     return first, *of_dataset(second), second
 

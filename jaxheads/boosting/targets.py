@@ -202,8 +202,7 @@ def predicted(head: Head, logits: np.ndarray, classes: Classes | None) -> Any:
     values = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
     if key != "class_ids":
         return values
-    vocabulary = getattr(head, "label_vocabulary", None)
-    names = classes.names if classes is not None else np.asarray(vocabulary) if vocabulary else None
+    names = classes.names if classes is not None else np.asarray(head.vocabulary) if head.vocabulary else None
     return values if names is None else names[values]
 
 
