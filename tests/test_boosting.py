@@ -467,7 +467,7 @@ def test_counts_of_a_log_do_not_stop(monkeypatch):
     ((_, value, _),) = metric("lightgbm", jh.BinaryClassHead(), "recall")(y, np.array([1.0, 0, 0] + 11 * [-1]), w)
     assert abs(value - 2**24 / (2**24 + 11)) < 1e-9 + 6e-8
     rows = prepare(jh.BinaryClassHead(), np.float32(y), np.float32(w))
-    found = evaluation.measured(jh.BinaryClassHead(), None, rows, np.ones((14, 1), np.float32))
+    found = evaluation.measure_rows(jh.BinaryClassHead(), None, rows, np.ones((14, 1), np.float32))
     assert 2**24 + 11 in np.asarray(found.state, np.float64).sum(-1)
 
 
@@ -593,7 +593,7 @@ def test_names_with_spaces_stay_whole_in_xgboosts_log():
     assert {len(values) for values in log["train"].values()} == {2}
     model = boosted(head, n_estimators=2, init_score=0.0).fit(x, y, eval_set=[(x, y)])
     ours = model.evals_result_["validation_0"]
-    assert set(ours) == set(evaluation.numbers(head))
+    assert set(ours) == set(evaluation.list_numbers(head))
     p = model.predict_proba(x)
     for i, name in enumerate(names):
         np.testing.assert_allclose(ours[f"auc/{name}"][-1], roc_auc_score(y[:, i], p[:, i]), atol=2e-3)

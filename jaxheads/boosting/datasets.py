@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     batch: Batch
 
     def part(self, start: int, stop: int) -> "Rows":
-        """Some rows."""
+        """Takes some rows."""
         return Rows(min(stop, self.n) - start, jax.tree.map(lambda x: x[start:stop], self.batch))
 
 
@@ -39,7 +39,7 @@ def check_boosted(head: Any, params: Any, metrics: bool) -> None:
     """Refuses a head that needs more than what a booster's dataset holds.
 
     Args:
-        head: what is to be boosted.
+        head: the head to be boosted.
         params: its learned and running fields, or None.
         metrics: whether its metrics are asked for too.
     """
@@ -67,15 +67,15 @@ def check_boosted(head: Any, params: Any, metrics: bool) -> None:
     ready(head, params)
 
 
-def as_logits(head: Head, predicted: Any, what: str) -> np.ndarray:
-    """A booster's margins as float32 `[n, logits_dimension]`."""
+def as_logits(head: Head, predicted: Any) -> np.ndarray:
+    """Returns a booster's margins as float32 `[n, logits_dimension]`."""
     margins = np.asarray(predicted)
     if not margins.size:  # a worker without rows
         return np.zeros((0, head.logits_dimension), np.float32)
     logits = np.ascontiguousarray(margins.reshape(len(margins), -1), np.float32)
     if margins.ndim not in (1, 2) or logits.shape[1] != head.logits_dimension:
         raise ValueError(
-            f"{what} must give {head.logits_dimension} margins a row for {type(head).__name__}. Given shape "
+            f"The booster must give {head.logits_dimension} margins a row for {type(head).__name__}. Given shape "
             f"{margins.shape}. Pass num_class={head.logits_dimension} (XGBoost: or num_target) to the booster, and an "
             "objective of jh.boosting: a built-in one may hand over predicted classes."
         )
@@ -83,7 +83,7 @@ def as_logits(head: Head, predicted: Any, what: str) -> np.ndarray:
 
 
 class _Kept(NamedTuple):
-    """Rows, and what they were prepared from."""
+    """Prepared rows, with copies of the labels and weights that they were prepared from."""
 
     labels: Any
     weights: Any
@@ -91,21 +91,22 @@ class _Kept(NamedTuple):
 
     @classmethod
     def of(cls, head: Head, labels: Any, weights: Any) -> "_Kept":
-        """Prepared now. What is kept is copied: the memory is the booster's or the caller's."""
+        """Prepares rows. Labels and weights are copied, because the booster or the caller owns their memory."""
         rows = prepare(head, labels, weights)
         own = labels if isinstance(labels, Attached) else np.array(labels)
         return cls(own, None if weights is None else np.array(weights), rows)
 
     def are_of(self, labels: Any, weights: Any) -> bool:
-        """Whether the values are the same."""
-        return _same(labels, self.labels) and _same(weights, self.weights)
+        """Tells whether labels and weights have the same values still."""
+        return _are_same(labels, self.labels) and _are_same(weights, self.weights)
 
 
 class RowsCache:
-    """Rows as they were prepared, so that labels are checked and encoded once, not in every round.
+    """Prepared rows, so that labels are checked and encoded once, not in every round.
 
-    Kept as long as their dataset is, and prepared again if it has other values since; of calls by arrays, as from
-    scikit-learn's wrappers, the last few, found by values. Copied or pickled it is empty.
+    Rows of a dataset are kept as long as the dataset lives, and are prepared again when its values change. Of the calls
+    by arrays, which scikit-learn's wrappers make, the last few are kept, and found by their values. A copy or a pickle
+    is empty.
     """
 
     def __init__(self):
@@ -115,56 +116,69 @@ class RowsCache:
     def __reduce__(self) -> Any:
         return RowsCache, ()
 
-    def rows(self, head: Head, labels: Any, weights: Any, dataset: Any) -> Rows:
-        """The rows of labels (an array, or `Attached`) under weights, which a dataset holds; or None does."""
-        if dataset is not None:
-            kept = self._of_datasets.get(dataset)
-            if kept is None or not kept.are_of(labels, weights):
-                kept = self._of_datasets[dataset] = _Kept.of(head, labels, weights)
-            return kept.rows
+    def read(self, head: Head, first: Any, second: Any, sample_weight: Any) -> tuple[Rows, np.ndarray]:
+        """Reads a call of a booster: the rows, prepared, and the margins as logits.
+
+        Args:
+            head: unbound.
+            first, second, sample_weight: margins and a DMatrix or Dataset; or, from scikit-learn's wrappers, labels,
+                margins and weights.
+        """
+        if isinstance(second, Dataset):
+            predicted, rows = first, self._find_rows(head, second)
+        else:
+            weights = None if sample_weight is None else np.asarray(sample_weight)
+            predicted, rows = second, self._find_rows_of_arrays(head, np.asarray(first), weights)
+        logits = as_logits(head, predicted)
+        if rows.n != len(logits):
+            raise ValueError(
+                f"There are {rows.n} labels for {len(logits)} margins. Give the dataset its labels, label=..., or "
+                "attach them, jh.boosting.with_labels(dataset, labels); a slice of it needs a slice of them."
+            )
+        return rows, logits
+
+    def _find_rows(self, head: Head, dataset: Dataset) -> Rows:
+        labels = dataset.jaxheads_labels if isinstance(dataset, Holder) else dataset.get_label()
+        weights = dataset.get_weight()
+        weights = None if weights is None or np.size(weights) == 0 else np.asarray(weights)
+        kept = self._of_datasets.get(dataset)
+        if kept is None or not kept.are_of(labels, weights):
+            kept = self._of_datasets[dataset] = _Kept.of(head, labels, weights)
+        return kept.rows
+
+    def _find_rows_of_arrays(self, head: Head, labels: np.ndarray, weights: np.ndarray | None) -> Rows:
         known = [i for i, kept in enumerate(self._of_arrays) if kept.are_of(labels, weights)]
         kept = self._of_arrays.pop(known[0]) if known else _Kept.of(head, labels, weights)
         self._of_arrays = [*self._of_arrays[1 - KEPT :], kept]
         return kept.rows
 
 
-def _same(a: Any, b: Any) -> bool:
+def _are_same(a: Any, b: Any) -> bool:
     if a is b:
         return True
     if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)) or a.dtype != b.dtype:
         return False
-    # To look for NaN takes three times as long, and there is seldom one.
+    # A comparison that allows NaN takes three times as long, and NaN is rare.
     return np.array_equal(a, b) or (a.dtype.kind == "f" and np.array_equal(a, b, equal_nan=True))
 
 
-def of_dataset(dataset: Dataset) -> tuple[Any, Any]:
-    """Labels (those of `with_labels` first) and weights of a DMatrix or Dataset."""
-    weights = dataset.get_weight()
-    weights = None if weights is None or np.size(weights) == 0 else np.asarray(weights)
-    return dataset.jaxheads_labels if isinstance(dataset, Holder) else dataset.get_label(), weights
-
-
 def prepare(head: Head, labels: Any, weights: Any) -> Rows:
-    """Checks and encodes what a dataset holds, once."""
+    """Checks and encodes the labels and weights of a dataset."""
     where = None
     if isinstance(labels, Attached):
         labels, where = labels
     else:
-        labels = _from_floats(head, labels)
+        labels = _read_column(head, labels)
     batch = gather(head, Given(labels, weights=weights, where=where, check=True))
-    # Copies, on the device: what boosters hand out may be a view of memory that they free.
-    return Rows(_length(batch), jax.tree.map(jnp.array, batch))
+    leaf = batch
+    while leaf.parts is not None:
+        leaf = next(iter(leaf.parts.values()))
+    # Copies, on the device: boosters may hand out a view of memory that they free.
+    return Rows(len(jax.tree.leaves(leaf.labels)[0]), jax.tree.map(jnp.array, batch))
 
 
-def _length(batch: Batch) -> int:
-    """The number of rows."""
-    while batch.parts is not None:
-        batch = next(iter(batch.parts.values()))
-    return len(jax.tree.leaves(batch.labels)[0])
-
-
-def _from_floats(head: Head, labels: Any) -> np.ndarray:
-    """A dataset's column of labels as the head takes them: boosters keep all labels as float32."""
+def _read_column(head: Head, labels: Any) -> np.ndarray:
+    """Returns a dataset's column of labels as the head takes them. Boosters keep all labels as float32."""
     labels, spec = np.asarray(labels), head.label_spec
     if not isinstance(spec, LabelSpec):
         raise ValueError(
