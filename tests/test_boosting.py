@@ -1114,8 +1114,9 @@ def test_attached_labels_follow_slices_and_folds(library):
 def test_ids_that_may_count_from_one_are_told(library):
     x, s = table()
     y = np.digitize(s, [0]) + 1
-    with pytest.warns(UserWarning, match=r"Labels from 1 to 2 of 3 classes are taken for ids of 0 ... 2"):
+    with pytest.warns(UserWarning, match=r"Labels from 1 to 2 of 3 classes are taken for ids of 0 ... 2") as warned:
         model = boosted(jh.MultiClassHead(3), library).fit(x, y)
+    assert warned[0].filename == __file__
     assert model.classes_.tolist() == [0, 1, 2]
     assert model.score(x, y) > 0.8
     with warnings.catch_warnings():

@@ -45,7 +45,7 @@ class _Subsettable(Dataset, Protocol):
 
 
 class Attached(NamedTuple):
-    """What `with_labels` keeps beside a dataset."""
+    """Labels and their mask, beside a dataset."""
 
     labels: Any
     where: Any
@@ -62,23 +62,23 @@ class Holder:
 
 
 def with_labels(dataset: DatasetT, labels: Any, where: Any = None) -> DatasetT:
-    """The same dataset with labels that a booster's own column cannot hold: objective and metric look here first.
+    """Attaches labels to a dataset, in place of the booster's own column. Objective and metric read them.
 
-    For dicts of labels (of a `MultiHead`, or time and event), for missing labels (`where`), for several columns in
-    LightGBM. A copy is kept on the Python object, and its `slice` or `subset` hands on those of its rows, so `cv`
-    works. It pickles if the dataset does. LightGBM wants a column of its own besides: any will do, such as zeros, for a
-    head reads this one.
+    Some labels do not fit into the column of a booster: dicts of labels (of a `MultiHead`, or time and event), missing
+    labels (`where`), and, in LightGBM, several columns. The Python object of the dataset keeps a copy of the labels.
+    Its `slice` or `subset` hands on the labels of the chosen rows, so `cv` works. It pickles if the dataset does.
+    LightGBM needs a column of its own too. Give it any column, such as zeros: the head reads the attached labels.
 
     Args:
         dataset: a `xgboost.DMatrix` (or `QuantileDMatrix`), or a `lightgbm.Dataset`.
-        labels, where: as `head.loss` takes them. Weights stay the dataset's own.
+        labels, where: as `head.loss` takes them. The weights stay the dataset's own.
 
     Returns:
         `dataset`.
 
     Raises:
-        ValueError: no labels; something else than these datasets (those of Dask hold no object that reaches the
-            workers). What the head refuses is refused when training begins.
+        ValueError: no labels; another kind of dataset (Dask's datasets send no Python object to the workers). The head
+            checks the labels when training begins.
 
     >>> import numpy as np, xgboost
     >>> import jaxheads as jh

@@ -1,4 +1,4 @@
-"""What XGBoost and LightGBM take for the derivatives of their own objectives, where that is not the loss's own.
+"""The conventions of XGBoost and LightGBM: where the derivatives of their objectives differ from those of the loss.
 
 | head | gradient | Hessian, XGBoost | Hessian, LightGBM |
 | --- | --- | --- | --- |

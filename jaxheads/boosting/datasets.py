@@ -36,7 +36,7 @@ class Rows(NamedTuple):
 
 
 def check_boosted(head: Any, params: Any, metrics: bool) -> None:
-    """Refuses a head that needs more than what a booster's dataset holds.
+    """Refuses a head that needs more than a booster's dataset holds.
 
     Args:
         head: the head to be boosted.

@@ -1,4 +1,4 @@
-"""Gradient and diagonal Hessian of any head's loss with respect to its logits: what gradient boosting asks for."""
+"""Gradient and diagonal Hessian of any head's loss with respect to its logits, for gradient boosting."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,9 +34,9 @@ def derivatives(
 ) -> tuple[jax.Array, jax.Array]:
     """Gradient and diagonal Hessian, with respect to the logits, of the weighted sum of the head's losses.
 
-    Compiled once for a head, its options and the shapes. Whatever the head's reduction, it is the sum that is taken: a
-    row's derivatives do not depend on how many there are. Weights count once, masked elements are 0. The Hessian is
-    right where a row's loss depends on that row's logits alone.
+    The function is compiled once for a head, its options and the shapes. It takes the sum under every reduction, so
+    the derivatives of a row do not depend on the number of rows. Weights count once. The derivatives of masked elements
+    are 0. The Hessian is right if the loss of a row depends on the logits of that row alone.
 
     Args:
         head: any head; of a `MultiHead` the losses are added under its weights.
@@ -48,17 +48,17 @@ def derivatives(
             in them, else exact (which for the likelihoods here, in their natural parameters, is the Fisher information
             already); `"unit"`, the weights, for losses without curvature (hinge, quantile); or a function
             `(labels, logits) -> h`, of weight 1, that broadcasts to the logits.
-        floor: what the Hessian is at least, where the weight is not 0.
-        library: whose conventions, `"xgboost"` or `"lightgbm"`.
-        max_delta_step: the Poisson objectives take the Hessian at a logit so much larger.
+        floor: the smallest Hessian, wherever the weight is not 0.
+        library: the library whose conventions are used, `"xgboost"` or `"lightgbm"`.
+        max_delta_step: the Poisson objectives take the Hessian at the logit plus this number.
 
     Returns:
-        `(gradient, hessian)`, float32 of the shape of the logits `[..., logits_dimension]`, those of a `MultiHead` in
-        one array, in the order of its heads.
+        `(gradient, hessian)`, float32 of the shape of the logits `[..., logits_dimension]`; for a `MultiHead` one array
+        each, in the order of its heads.
 
     Raises:
         ValueError: an unknown `hessian` or `library`, a negative floor or `max_delta_step`; a function whose result has
-            another shape; what `head.loss` raises.
+            another shape; everything that `head.loss` refuses.
 
     Source: `tests/test_boosting.py` holds the conventions against XGBoost 3.2 and LightGBM 4.7.
 

@@ -1,4 +1,4 @@
-"""What differs between XGBoost and LightGBM for the estimator: datasets, training, margins."""
+"""The differences between XGBoost and LightGBM for the estimator: datasets, training, margins."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -113,7 +113,7 @@ class XGBoost:
     def predict(self, booster: Any, x: Any, rounds: int | None, start: np.ndarray) -> np.ndarray:
         """Predicts margins by `Booster.predict`, from the start.
 
-        In training, each tree was fitted to what float32 had kept of the sum so far, the start included.
+        In training, each tree corrects the float32 rounding of the sum before it, and the sum includes the start.
         """
         import xgboost
 

@@ -44,7 +44,7 @@ class BoostedHead(BaseEstimator):
     names of the head's `label_vocabulary`, or others, which the head then has sorted; predictions are of the kind that
     was given to `fit`. Frames keep their categories, which the booster splits on (columns of arrays that hold codes are
     named by its own `feature_types=["c", ...]` or `categorical_feature=[0]`). A missing value in `X`, NaN, is the
-    booster's; so is what a sparse matrix leaves out, to XGBoost a missing value and to LightGBM 0.
+    booster's. An entry that a sparse matrix leaves out is a missing value for XGBoost, and 0 for LightGBM.
 
     Args:
         head: unbound, one row of logits an example, without a `weight_column`: the weights are `sample_weight`.
@@ -116,7 +116,7 @@ class BoostedHead(BaseEstimator):
     # Parameters of the booster stand beside our own, as in XGBoost's estimators.
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Our own parameters and the booster's."""
+        """Returns our own parameters and the booster's."""
         return {**super().get_params(deep), **self.params}
 
     def set_params(self, **params: Any) -> Self:
@@ -162,13 +162,13 @@ class BoostedHead(BaseEstimator):
 
         Args:
             X: `[n, features]`, an array, a sparse matrix or a frame.
-            y: labels; of a `MultiHead` a dict by head.
+            y: labels; for a `MultiHead` a dict by head.
             sample_weight: multiplicities, `[n]`.
-            where: which labels are there; of a `MultiHead` one for all or a dict by head. A label that is NaN must not
-                be there, whatever its row weighs.
+            where: which labels exist; for a `MultiHead` one mask for all heads, or a dict by head. It must be False for
+                a label that is NaN, also if the row has weight 0.
             eval_set: a list of pairs `(X, y)` that are measured after every round.
-            eval_sample_weight, eval_where: theirs, one each (or None).
-            callbacks: the booster's own, but for those that stop early.
+            eval_sample_weight, eval_where: weights and masks of `eval_set`, one each (or None).
+            callbacks: the booster's own. Callbacks that stop early are refused.
             verbose: whether the log is printed.
         """
         engine = self._find_engine()
@@ -205,7 +205,7 @@ class BoostedHead(BaseEstimator):
         return self
 
     def predict_logits(self, X: Any) -> np.ndarray:
-        """The logits, float32 `[n, logits_dimension]`."""
+        """Returns the logits, float32 `[n, logits_dimension]`."""
         check_is_fitted(self, "booster_")
         rounds = None if self.best_iteration_ is None else self.best_iteration_ + 1
         x = self._validate_table(X, reset=False)
@@ -213,42 +213,42 @@ class BoostedHead(BaseEstimator):
         return np.asarray(logits, np.float32).reshape(-1, self.head.logits_dimension)
 
     def predict(self, X: Any) -> Any:
-        """Classes `[n]`, the labels that are there `[n, classes]`, or numbers; of a `MultiHead` a dict by head."""
+        """Returns classes `[n]`, columns of 0 and 1 `[n, classes]`, or numbers; for a `MultiHead` a dict by head."""
         return targets.predict(self.head, self.predict_logits(X), self._classes)
 
     @available_if(_has_probabilities)
     def predict_proba(self, X: Any) -> np.ndarray:
-        """The head's `probabilities` `[n, classes]`, in the order of `classes_`."""
+        """Returns the head's `probabilities` `[n, classes]`, in the order of `classes_`."""
         found = np.asarray(self.head.predictions(self.predict_logits(X), "probabilities")["probabilities"])
         return found if self._classes is None else found[:, self._classes.order]
 
     @available_if(_is_classifier)
     def decision_function(self, X: Any) -> np.ndarray:
-        """The logits, in the order of `classes_`; of two classes `[n]`, those of the second."""
+        """Returns the logits, in the order of `classes_`; with two classes `[n]`, the logits of the second."""
         logits, classes = self.predict_logits(X), cast(targets.Classes, self._classes)
         if logits.shape[1] > 1:
             return logits[:, classes.order]
         return logits[:, 0] if classes.order[-1] == 1 else -logits[:, 0]
 
     def predictions(self, X: Any, keys: Any = None) -> dict[str, Any]:
-        """The head's own predictions by key, as NumPy arrays."""
+        """Returns the head's own predictions by key, as NumPy arrays."""
         return jax.tree.map(np.asarray, dict(self.head.predictions(self.predict_logits(X), keys)))
 
     def measure(self, X: Any, y: Any, sample_weight: Any = None, *, where: Any = None) -> Metrics:
-        """The head's metrics of these rows."""
+        """Returns the head's metrics of these rows."""
         logits = self.predict_logits(X)
         part = self._encode(logits, y, sample_weight, where, self._classes)
         return measure_rows(self.head, None, part.prepare(self.head), logits)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None, *, where: Any = None) -> float:
-        """Accuracy of a classifier, R2 of a regressor; of other heads the loss of these rows, negative.
+        """Returns the accuracy of a classifier, the R2 of a regressor; for other heads the negative loss of these rows.
 
-        Of several labels an example is right where all are; a soft label is right by its share, of several by the
-        product. NaN where no row counts.
+        An example with several labels is right if all labels are right. A soft label counts as right by its share, and
+        several soft labels by the product of their shares. The score is NaN if no row counts.
         """
         logits = self.predict_logits(X)
         part = self._encode(logits, y, sample_weight, where, self._classes)
-        # A regressor's as they are: float32 is the head's.
+        # The labels of a regressor as they were given: the head's are float32.
         labels = np.asarray(y, np.float64) if targets.tell_kind(self.head) == "regressor" else part.labels
         return targets.score(self.head, logits, labels, part.weights, part.where)
 

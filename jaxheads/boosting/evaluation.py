@@ -53,7 +53,7 @@ class Evaluation:
 
     @property
     def __name__(self) -> str:
-        """What XGBoost's scikit-learn estimators call it in their log."""
+        """The name in the log of XGBoost's scikit-learn estimators."""
         key, *others = self.keys
         return type(self.head).__name__ if others else name_in_log([key])[key]
 
@@ -142,14 +142,14 @@ def _check_margins(head: Head, logits: np.ndarray) -> None:
 def xgboost_metric(head: Head, keys: str | Sequence[str] | None = None, *, params: Any = None) -> Evaluation:
     """A head's metrics as the `custom_metric` of `xgboost.train`: a list of (name, value), all of them from one pass.
 
-    Sums are kept in float64; under XGBoost's collective (Dask, Spark) they are added over workers before they are read,
-    so that an AUC is that of all rows. As the `eval_metric` of a scikit-learn estimator give it one key. Train with an
-    objective of `jh.boosting`: beside a built-in one XGBoost hands over probabilities, which cannot always be told from
-    margins (a warning says so where all are in [0, 1]).
+    Sums are kept in float64. Under XGBoost's collective (Dask, Spark) they are added over workers before they are read,
+    so an AUC covers all rows. As the `eval_metric` of a scikit-learn estimator, give it one key. Train with an objective
+    of `jh.boosting`: beside a built-in objective XGBoost hands over probabilities. These cannot always be told from
+    margins (a warning says so if all are in [0, 1]).
 
-    XGBoost stops early by the last of the metrics (of a `MultiHead` the loss of its first head, not of all: name
-    another), in a log of six decimals, and takes it to be better when low unless
-    its name begins with `auc`, `pre` or `map`. For another (`accuracy`) pass
+    XGBoost stops early by the last of the metrics (for a `MultiHead` this is the loss of its first head alone: name
+    another), in a log of six decimals. It takes a metric to be better when low, unless its name begins with `auc`,
+    `pre` or `map`. For another one (`accuracy`) pass
     `xgboost.callback.EarlyStopping(rounds=10, metric_name="accuracy", maximize=True)`. `BoostedHead` knows directions,
     and all decimals.
 
@@ -160,7 +160,7 @@ def xgboost_metric(head: Head, keys: str | Sequence[str] | None = None, *, param
         params: values of its learned and running fields.
 
     Raises:
-        ValueError: a name that is not there; a head that needs more than a dataset holds. When called: what the head
+        ValueError: an unknown name; a head that needs more than a dataset holds. When called: labels that the head
             refuses; margins of another size; rows that are probabilities.
 
     `xgboost_objective` has an example.
@@ -172,9 +172,9 @@ def lightgbm_metric(head: Head, keys: str | Sequence[str] | None = None, *, para
     """A head's metrics as the `feval` of `lightgbm.train`: a list of (name, value, whether higher is better).
 
     As `xgboost_metric`. Losses and errors are better when low, rates and areas when high. LightGBM stops early by any
-    of the metrics unless `lightgbm.early_stopping(..., first_metric_only=True)`, so by default those alone are there
-    that have a direction; of another key (`label/mean`) LightGBM is told low. On several machines LightGBM knows those
-    of its own rows.
+    of the metrics unless `lightgbm.early_stopping(..., first_metric_only=True)`. So by default only metrics that have a
+    direction are there. A metric without one (`label/mean`) is given to LightGBM as better when low. On several
+    machines, LightGBM measures the rows of each machine apart.
 
     >>> import numpy as np
     >>> import jaxheads as jh

@@ -76,9 +76,9 @@ def xgboost_objective(
 ) -> Objective:
     """A head's loss as the `obj` of `xgboost.train`, or the `objective` of XGBoost's scikit-learn estimators.
 
-    It reads labels and weights from the `DMatrix` (those of `with_labels` first), and runs on every worker of Dask or
-    Spark: it pickles if the head does (a `loss_fn` that is a lambda does not; write a function in a module). Parameters
-    of XGBoost's own objectives (`scale_pos_weight`) do nothing.
+    It reads labels and weights from the `DMatrix`; labels from `with_labels`, if there are any, replace its own. It
+    runs on every worker of Dask or Spark, because it pickles if the head does (a `loss_fn` that is a lambda does not
+    pickle; write a function in a module). Parameters of XGBoost's own objectives (`scale_pos_weight`) do nothing.
 
     XGBoost starts a custom objective from a margin of `base_score=0.5`; pass `base_score=0` and `base_margin`, rows of
     `head.constant_logits(labels)`. Its `XGBClassifier` alone keeps the logistic link of two classes: there 0.5, its
@@ -87,7 +87,7 @@ def xgboost_objective(
     Args:
         head: any head with one row of logits an example, and without a `weight_column`.
         params: values of its learned and running fields; they are not trained.
-        hessian, floor: as for `derivatives`; `"auto"` is what XGBoost's own objective does.
+        hessian, floor: as for `derivatives`; `"auto"` is the convention of XGBoost's own objective.
         max_delta_step: of a `PoissonRegressionHead`; set the booster's parameter too, as its own objective does.
 
     Raises:

@@ -19,7 +19,7 @@ _OF_BOTH = {
     "max_iter",
     _STOPPING: "early_stopping_round early_stopping n_iter_no_change early_stopping_min_delta first_metric_only",
 }
-# With their aliases.
+# The names include the library's aliases.
 _OF_ONE = {
     "xgboost": {
         _DECIDED: "objective eval_metric base_score num_class num_target disable_default_eval_metric",
@@ -35,7 +35,7 @@ _OF_ONE = {
     },
 }
 
-# Parameters of their scikit-learn estimators, which `train` does not read, and what to do instead.
+# Parameters of the libraries' scikit-learn estimators. `train` does not read them; the text says what to do instead.
 _CATEGORIES = "columns of dtype category of a frame are split on as such; of an array, name them in "
 _NATIVE = "parameters stand beside the head, BoostedHead(head, max_depth=3)"
 _ELSEWHERE = {

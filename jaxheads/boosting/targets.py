@@ -82,7 +82,7 @@ def _find_names(head: ClassHead, y: Any, where: Any) -> np.ndarray:
             warnings.warn(
                 f"Labels from {y.min()} to {y.max()} of {n} classes are taken for ids of 0 ... {n - 1}, the first of "
                 "which is not among these rows. If they are meant to count from 1, subtract 1.",
-                stacklevel=5,
+                stacklevel=4,
             )
         return np.arange(n, dtype=y.dtype)
     if y.dtype.kind == "f" and isinstance(head, BinaryClassHead):
