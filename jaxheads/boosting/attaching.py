@@ -100,13 +100,13 @@ def with_labels(dataset: DatasetT, labels: Any, where: Any = None) -> DatasetT:
 
 def _attach(dataset: Any, attached: Attached) -> Any:
     if not isinstance(dataset, Holder):
-        dataset.__class__ = _subclass(type(dataset))
+        dataset.__class__ = _make_subclass(type(dataset))
     dataset.jaxheads_labels = attached
     return dataset
 
 
 @functools.cache
-def _subclass(library: Any) -> Any:
+def _make_subclass(library: Any) -> Any:
     """Makes the class of a dataset with attached labels, one for each class of the libraries."""
     if issubclass(library, _Subsettable):
         changed = {"subset": _hand_on(library.subset, sorted)}  # LightGBM sorts the rows
@@ -123,20 +123,22 @@ def _hand_on(cut: Callable[..., Any], order: Callable[[Any], list[int]]) -> Call
     @functools.wraps(cut)
     def part(self: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
         chosen = order(rows)
-        return _attach(cut(self, rows, *args, **kwargs), Attached(*(_take(x, chosen) for x in self.jaxheads_labels)))
+        return _attach(
+            cut(self, rows, *args, **kwargs), Attached(*(_take_rows(x, chosen) for x in self.jaxheads_labels))
+        )
 
     return part
 
 
 def _rebuild(library: Any) -> Any:
-    cls = _subclass(library)
+    cls = _make_subclass(library)
     return cls.__new__(cls)
 
 
-def _take(labels: Any, rows: list[int]) -> Any:
+def _take_rows(labels: Any, rows: list[int]) -> Any:
     """Takes some rows of labels or a mask, as they were given: a dict, a list, an array."""
     if labels is None:
         return None
     if isinstance(labels, Mapping):
-        return {key: _take(value, rows) for key, value in labels.items()}
+        return {key: _take_rows(value, rows) for key, value in labels.items()}
     return [labels[i] for i in rows] if isinstance(labels, (list, tuple)) else np.asarray(labels)[rows]

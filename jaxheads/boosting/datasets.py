@@ -30,7 +30,7 @@ class Rows(NamedTuple):
     n: int
     batch: Batch
 
-    def part(self, start: int, stop: int) -> "Rows":
+    def cut(self, start: int, stop: int) -> "Rows":
         """Takes some rows."""
         return Rows(min(stop, self.n) - start, jax.tree.map(lambda x: x[start:stop], self.batch))
 

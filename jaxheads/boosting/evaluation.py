@@ -27,7 +27,7 @@ def measure_rows(head: Head, params: Any, rows: Rows, logits: np.ndarray) -> Met
     """Measures all rows in chunks, which are added on the host in float64."""
     states, bound = [], ready(head, params)
     for start in range(0, max(len(logits), 1), CHUNK):
-        batch = at(bound, rows.part(start, start + CHUNK).batch, logits[start : start + CHUNK])
+        batch = at(bound, rows.cut(start, start + CHUNK).batch, logits[start : start + CHUNK])
         states.append(Metrics(compiled_measure(bound, batch, None, None), head))
     return Metrics.merge(states)
 
@@ -143,9 +143,9 @@ def xgboost_metric(head: Head, keys: str | Sequence[str] | None = None, *, param
     """A head's metrics as the `custom_metric` of `xgboost.train`: a list of (name, value), all of them from one pass.
 
     Sums are kept in float64. Under XGBoost's collective (Dask, Spark) they are added over workers before they are read,
-    so an AUC covers all rows. As the `eval_metric` of a scikit-learn estimator, give it one key. Train with an objective
-    of `jh.boosting`: beside a built-in objective XGBoost hands over probabilities. These cannot always be told from
-    margins (a warning says so if all are in [0, 1]).
+    so an AUC covers all rows. As the `eval_metric` of a scikit-learn estimator, give it one key. Train with an
+    objective of `jh.boosting`: beside a built-in objective XGBoost hands over probabilities. These cannot always be
+    told from margins (a warning says so if all are in [0, 1]).
 
     XGBoost stops early by the last of the metrics (for a `MultiHead` this is the loss of its first head alone: name
     another), in a log of six decimals. It takes a metric to be better when low, unless its name begins with `auc`,
@@ -165,7 +165,7 @@ def xgboost_metric(head: Head, keys: str | Sequence[str] | None = None, *, param
 
     `xgboost_objective` has an example.
     """
-    return _evaluate_by(head, keys, params, "xgboost")
+    return _make_evaluation(head, keys, params, "xgboost")
 
 
 def lightgbm_metric(head: Head, keys: str | Sequence[str] | None = None, *, params: Any = None) -> Evaluation:
@@ -182,10 +182,10 @@ def lightgbm_metric(head: Head, keys: str | Sequence[str] | None = None, *, para
     >>> metric(np.array([1.0, 2.0]), np.array([1.0, 4.0]), np.array([1.0, 3.0]))  # as LGBMRegressor calls it
     [('average_loss', 3.0, False), ('label/mean', 1.75, False)]
     """
-    return _evaluate_by(head, keys, params, "lightgbm")
+    return _make_evaluation(head, keys, params, "lightgbm")
 
 
-def _evaluate_by(head: Head, keys: str | Sequence[str] | None, params: Any, library: str) -> Evaluation:
+def _make_evaluation(head: Head, keys: str | Sequence[str] | None, params: Any, library: str) -> Evaluation:
     check_boosted(head, params, metrics=True)
     names = list_numbers(head)
     if keys is None:
