@@ -1074,10 +1074,10 @@ def test_attached_labels_follow_slices_and_folds(library):
     attached = jh.boosting.with_labels(dataset(library, x, np.zeros(300)), y, {"minutes": there})
     rows = np.random.default_rng(3).permutation(300)[:150]
     if library == "lightgbm":
-        part = attached.subset(rows).construct()
+        part = attached.subset(used_indices=rows).construct()
         rows = np.sort(rows)
     else:
-        part = attached.slice(rows)
+        part = attached.slice(rindex=rows)
     z = np.random.default_rng(2).normal(size=(150, 2))
     g, _ = objective(library, head)(z, part)
     expected = np.stack([expit(z[:, 0]) - y["late"][rows], there[rows] * (z[:, 1] - s[rows])], 1)

@@ -13,6 +13,7 @@ into a list of `evals` already.
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -121,13 +122,12 @@ def _hand_on(cut: Callable[..., Any], order: Callable[[Any], list[int]]) -> Call
     """Returns a method that also attaches the labels of its rows to the part."""
 
     @functools.wraps(cut)
-    def part(self: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
-        chosen = order(rows)
-        return _attach(
-            cut(self, rows, *args, **kwargs), Attached(*(_take_rows(x, chosen) for x in self.jaxheads_labels))
-        )
+    def cut_both(self: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = order(inspect.signature(cut).bind(self, *args, **kwargs).args[1])
+        attached = Attached(*(_take_rows(x, rows) for x in self.jaxheads_labels))
+        return _attach(cut(self, *args, **kwargs), attached)
 
-    return part
+    return cut_both
 
 
 def _rebuild(library: Any) -> Any:
