@@ -98,6 +98,8 @@ class Declared(abc.ABC):  # noqa: B024  # outside of type checking, logits_dimen
         higher_is_better: whether a higher value is better, by the part of a metric's key before a slash:
             `{"accuracy": True}`. `average_loss` is better when low; the direction of a metric not listed is unknown.
         silent: for a head made of heads, the names of the heads inside that count for nothing.
+        wrapped: for a head around one other head, that head: it decides which labels and classes there are. None for
+            all other heads.
     """
 
     coupling: Any = None
@@ -109,6 +111,7 @@ class Declared(abc.ABC):  # noqa: B024  # outside of type checking, logits_dimen
     samples: Any = False
     higher_is_better: Any = MappingProxyType({})
     silent: Any = frozenset()
+    wrapped: Any = None
 
     if TYPE_CHECKING:
         logits_dimension: Any

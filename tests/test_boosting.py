@@ -467,7 +467,7 @@ def test_counts_of_a_log_do_not_stop(monkeypatch):
     ((_, value, _),) = metric("lightgbm", jh.BinaryClassHead(), "recall")(y, np.array([1.0, 0, 0] + 11 * [-1]), w)
     assert abs(value - 2**24 / (2**24 + 11)) < 1e-9 + 6e-8
     rows = prepare(jh.BinaryClassHead(), np.float32(y), np.float32(w))
-    found = evaluation.measured(jh.BinaryClassHead(), None, rows, np.ones((14, 1), np.float32))
+    found = evaluation.measure_rows(jh.BinaryClassHead(), None, rows, np.ones((14, 1), np.float32))
     assert 2**24 + 11 in np.asarray(found.state, np.float64).sum(-1)
 
 
@@ -593,7 +593,7 @@ def test_names_with_spaces_stay_whole_in_xgboosts_log():
     assert {len(values) for values in log["train"].values()} == {2}
     model = boosted(head, n_estimators=2, init_score=0.0).fit(x, y, eval_set=[(x, y)])
     ours = model.evals_result_["validation_0"]
-    assert set(ours) == set(evaluation.numbers(head))
+    assert set(ours) == set(evaluation.list_numbers(head))
     p = model.predict_proba(x)
     for i, name in enumerate(names):
         np.testing.assert_allclose(ours[f"auc/{name}"][-1], roc_auc_score(y[:, i], p[:, i]), atol=2e-3)
@@ -1074,10 +1074,10 @@ def test_attached_labels_follow_slices_and_folds(library):
     attached = jh.boosting.with_labels(dataset(library, x, np.zeros(300)), y, {"minutes": there})
     rows = np.random.default_rng(3).permutation(300)[:150]
     if library == "lightgbm":
-        part = attached.subset(rows).construct()
+        part = attached.subset(used_indices=rows).construct()
         rows = np.sort(rows)
     else:
-        part = attached.slice(rows)
+        part = attached.slice(rindex=rows)
     z = np.random.default_rng(2).normal(size=(150, 2))
     g, _ = objective(library, head)(z, part)
     expected = np.stack([expit(z[:, 0]) - y["late"][rows], there[rows] * (z[:, 1] - s[rows])], 1)
@@ -1114,8 +1114,9 @@ def test_attached_labels_follow_slices_and_folds(library):
 def test_ids_that_may_count_from_one_are_told(library):
     x, s = table()
     y = np.digitize(s, [0]) + 1
-    with pytest.warns(UserWarning, match=r"Labels from 1 to 2 of 3 classes are taken for ids of 0 ... 2"):
+    with pytest.warns(UserWarning, match=r"Labels from 1 to 2 of 3 classes are taken for ids of 0 ... 2") as warned:
         model = boosted(jh.MultiClassHead(3), library).fit(x, y)
+    assert warned[0].filename == __file__
     assert model.classes_.tolist() == [0, 1, 2]
     assert model.score(x, y) > 0.8
     with warnings.catch_warnings():

@@ -26,8 +26,8 @@ FLOORS = (
     ("engine",),
     ("head",),
     ("heads",),
-    ("compose",),
-    ("training", "export", "boosting", "nn", "testing", "plots"),
+    ("compose", "boosting"),
+    ("training", "export", "nn", "testing", "plots"),
     ("__init__",),
 )
 FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
@@ -236,6 +236,7 @@ def test_imports_go_down():
         ({"losses/__init__.py": "from ..metrics.b import c"}, ["jaxheads.metrics.b", "sideways"]),
         ({"metrics/a.py": "from jaxheads import losses"}, ["jaxheads.losses", "sideways"]),
         ({"nn/a.py": "from jaxheads.training.b import c"}, ["jaxheads.training.b", "sideways"]),
+        ({"boosting/a.py": "from jaxheads.compose.b import c"}, ["jaxheads.compose.b", "sideways"]),
         ({"heads/a.py": "from jaxheads.heads import b"}, ["jaxheads.heads.b", "loss_functions"]),
         ({"heads/a.py": "from jaxheads.heads import B"}, ["imports jaxheads.heads:", "loss_functions"]),
         ({"engine/a.py": "from jaxheads.head import Head"}, ["jaxheads.head", "upward"]),
@@ -287,7 +288,7 @@ def _package(folder: pathlib.Path, files: dict[str, str]) -> pathlib.Path:
     """A package with the units of the library, and in each a file `b.py` to import."""
     package = folder / "jaxheads"
     empty = ["__init__.py", "contract.py", "head.py", "spec.py", "heads/scoring.py", "compose/factories.py"]
-    for unit in ("numerics", "losses", "metrics", "engine", "heads", "compose", "training", "nn"):
+    for unit in ("numerics", "losses", "metrics", "engine", "heads", "compose", "boosting", "training", "nn"):
         empty += [f"{unit}/__init__.py", f"{unit}/b.py"]
     for name, text in {**dict.fromkeys(empty, ""), **files}.items():
         path = package / name

@@ -1,8 +1,8 @@
-"""Floor 7: heads for gradient boosted trees, XGBoost's and LightGBM's."""
+"""Floor 6: heads for gradient boosted trees, XGBoost's and LightGBM's."""
 
 from typing import TYPE_CHECKING, Any
 
-from jaxheads.boosting.datasets import with_labels as with_labels
+from jaxheads.boosting.attaching import with_labels as with_labels
 from jaxheads.boosting.derivatives import derivatives as derivatives
 from jaxheads.boosting.evaluation import lightgbm_metric as lightgbm_metric
 from jaxheads.boosting.evaluation import xgboost_metric as xgboost_metric

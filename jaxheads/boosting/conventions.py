@@ -1,4 +1,4 @@
-"""What XGBoost and LightGBM take for the derivatives of their own objectives, where that is not the loss's own.
+"""The conventions of XGBoost and LightGBM: where the derivatives of their objectives differ from those of the loss.
 
 | head | gradient | Hessian, XGBoost | Hessian, LightGBM |
 | --- | --- | --- | --- |
@@ -13,11 +13,13 @@ Read off `regression_obj.h`, `multiclass_obj.cu` (XGBoost 3.2) and `regression_o
 """
 
 import dataclasses
+import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxheads.head import Head
 from jaxheads.heads import (
@@ -28,63 +30,81 @@ from jaxheads.heads import (
     PoissonRegressionHead,
     RegressionHead,
 )
+from jaxheads.heads.loss_functions import AbstractLossFnHead
 
 LIBRARIES = ("xgboost", "lightgbm")
+Hessian: TypeAlias = str | Callable[[Any, jax.Array], Any]
+HESSIANS = ("auto", "exact", "gauss_newton", "unit")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Whose convention, and its option.
+    """The options of `derivatives`, checked.
 
     Attributes:
-        library: `"xgboost"` or `"lightgbm"`.
-        max_delta_step: of the Poisson objectives: the Hessian is that at a logit so much larger.
+        hessian, floor, library, max_delta_step: as for `derivatives`.
     """
 
+    hessian: Hessian = "auto"
+    floor: float = 1e-16
     library: str = "xgboost"
     max_delta_step: float = 0.7
+
+    def __post_init__(self):
+        if not callable(self.hessian) and self.hessian not in HESSIANS:
+            raise ValueError(
+                f"hessian must be one of {HESSIANS}, or a function (labels, logits) -> h. Given {self.hessian!r}."
+            )
+        if self.library not in LIBRARIES:
+            raise ValueError(f"library must be one of {LIBRARIES}. Given {self.library!r}.")
+        for name, value in (("floor", self.floor), ("max_delta_step", self.max_delta_step)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < np.inf:
+                raise ValueError(f"{name} must be a finite number, not negative. Given {value!r}.")
+            object.__setattr__(self, name, float(value))
 
 
 class Convention(NamedTuple):
     """How a library's derivatives differ from those of the loss.
 
     Attributes:
-        scale: what the gradient is multiplied by.
-        curvature: the library's Hessian `[..., d]` from logits, of an element of weight 1.
+        scale: the factor of the gradient.
+        curvature: gives the library's Hessian `[..., d]` of elements of weight 1, from their logits.
     """
 
     scale: float
     curvature: Callable[[jax.Array], jax.Array]
 
 
-def convention(head: Head, options: Options) -> Convention | None:
-    """That of the library for this head's loss; None where the library has no such objective."""
-    if getattr(head, "loss_fn", None) is not None:
+def find_convention(head: Head, options: Options) -> Convention | None:
+    """Returns the library's convention for this head's loss; None where the library has no such objective."""
+    if _has_loss_fn(head):
         return None
     if isinstance(head, RegressionHead):
         return Convention(0.5, jnp.ones_like)
+    # 1 - sigmoid(z) would be 0 from z = 17 on.
+    bernoulli = Convention(1.0, lambda logits: jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits))
     if isinstance(head, (BinaryClassHead, LogisticRegressionHead)):
-        return Convention(1.0, _bernoulli)
+        return bernoulli
     if isinstance(head, MultiLabelHead):
-        return Convention(float(head.n_classes), _bernoulli)
+        return bernoulli._replace(scale=float(head.n_classes))
     if isinstance(head, PoissonRegressionHead):
         return Convention(1.0, lambda logits: jnp.exp(logits + options.max_delta_step))
     if isinstance(head, MultiClassHead):
         factor = 2.0 if options.library == "xgboost" else head.n_classes / (head.n_classes - 1)
-        return Convention(1.0, lambda logits: factor * _variance(jax.nn.softmax(logits, axis=-1)))
+
+        def curve(logits: jax.Array) -> jax.Array:
+            p = jax.nn.softmax(logits, axis=-1)
+            return factor * (p * (1 - p))
+
+        return Convention(1.0, curve)
     return None
 
 
-def is_separable(head: Any) -> bool:
-    """Whether the loss is known to be a sum over logits: then one pass gives the whole diagonal of its Hessian."""
+def is_separable(head: Head) -> bool:
+    """Tells whether the loss is known to be a sum over logits. One pass then gives the diagonal of its Hessian."""
     one_each = (RegressionHead, PoissonRegressionHead, MultiLabelHead)
-    return head.logits_dimension == 1 or (isinstance(head, one_each) and getattr(head, "loss_fn", None) is None)
+    return head.logits_dimension == 1 or (isinstance(head, one_each) and not _has_loss_fn(head))
 
 
-def _variance(p: jax.Array) -> jax.Array:
-    return p * (1 - p)
-
-
-def _bernoulli(logits: jax.Array) -> jax.Array:
-    # 1 - p would be 0 from z = 17 on.
-    return jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits)
+def _has_loss_fn(head: Head) -> bool:
+    return isinstance(head, AbstractLossFnHead) and head.loss_fn is not None

@@ -1,15 +1,13 @@
 """Labels and weights of a booster's dataset, as arrays that a head takes."""
 
-import copy
-import functools
 import weakref
-from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxheads.boosting.attaching import Attached, Dataset, Holder
 from jaxheads.contract import Given
 from jaxheads.engine import trees
 from jaxheads.engine.gathering import gather
@@ -18,17 +16,7 @@ from jaxheads.head import Head, check_unbound
 from jaxheads.numerics.batch import Batch
 from jaxheads.numerics.labels import LabelSpec
 
-ATTRIBUTE = "jaxheads_labels"
 KEPT = 8  # calls by arrays, which have no dataset to remember them by
-
-Dataset = TypeVar("Dataset")
-
-
-class Attached(NamedTuple):
-    """What `with_labels` keeps beside a dataset."""
-
-    labels: Any
-    where: Any
 
 
 class Rows(NamedTuple):
@@ -42,95 +30,16 @@ class Rows(NamedTuple):
     n: int
     batch: Batch
 
-    def part(self, start: int, stop: int) -> "Rows":
-        """Some rows."""
+    def cut(self, start: int, stop: int) -> "Rows":
+        """Takes some rows."""
         return Rows(min(stop, self.n) - start, jax.tree.map(lambda x: x[start:stop], self.batch))
 
 
-def with_labels(dataset: Dataset, labels: Any, where: Any = None) -> Dataset:
-    """The same dataset with labels that a booster's own column cannot hold: objective and metric look here first.
-
-    For dicts of labels (of a `MultiHead`, or time and event), for missing labels (`where`), for several columns in
-    LightGBM. A copy is kept on the Python object, and its `slice` or `subset` hands on those of its rows, so `cv`
-    works. It pickles if the dataset does. LightGBM wants a column of its own besides: any will do, such as zeros, for a
-    head reads this one.
-
-    Args:
-        dataset: a `xgboost.DMatrix` (or `QuantileDMatrix`), or a `lightgbm.Dataset`.
-        labels, where: as `head.loss` takes them. Weights stay the dataset's own.
-
-    Returns:
-        `dataset`.
-
-    Raises:
-        ValueError: no labels; something else than these datasets (those of Dask hold no object that reaches the
-            workers). What the head refuses is refused when training begins.
-
-    >>> import numpy as np, xgboost
-    >>> import jaxheads as jh
-    >>> head = jh.MultiHead([jh.BinaryClassHead(name="late"), jh.RegressionHead(name="minutes")])
-    >>> data = xgboost.DMatrix(np.array([[0.0], [1.0], [1.0], [0.0]]))
-    >>> labels = {"late": np.array([0, 1, 1, 0]), "minutes": np.array([1.0, 20.0, np.nan, 2.0])}
-    >>> data = jh.boosting.with_labels(data, labels, where={"minutes": ~np.isnan(labels["minutes"])})
-    >>> booster = xgboost.train({"num_target": 2, "base_score": 0}, data, 5, obj=jh.boosting.xgboost_objective(head))
-    >>> booster.predict(data, output_margin=True).shape
-    (4, 2)
-    """
-    if labels is None:
-        raise ValueError("with_labels needs labels. Given None.")
-    kind: Any = type(dataset)
-    if not (hasattr(kind, "get_label") and (hasattr(kind, "subset") or hasattr(kind, "slice"))):
-        raise ValueError(f"with_labels needs an xgboost.DMatrix or a lightgbm.Dataset. Given {dataset!r}.")
-    # What is prepared of them is kept over rounds: changes of the caller's arrays must not come half.
-    return _attach(dataset, Attached(copy.deepcopy(labels), copy.deepcopy(where)))
-
-
-def _attach(dataset: Dataset, attached: Attached) -> Dataset:
-    if not hasattr(dataset, ATTRIBUTE):
-        dataset.__class__ = _handing_on(type(dataset))
-    setattr(dataset, ATTRIBUTE, attached)
-    return dataset
-
-
-@functools.cache
-def _handing_on(kind: Any) -> Any:
-    """The class of a dataset whose `subset` or `slice`, which `cv` calls, hands on the attached labels."""
-    name = "subset" if hasattr(kind, "subset") else "slice"
-    of_kind = getattr(kind, name)
-
-    def part(self: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
-        # LightGBM's subset has its rows in order, however they are given.
-        chosen = np.asarray(sorted(rows) if name == "subset" else rows)
-        attached = getattr(self, ATTRIBUTE)
-        return _attach(of_kind(self, rows, *args, **kwargs), Attached(*(_rows_of(x, chosen) for x in attached)))
-
-    def reduced(self: Any, protocol: Any) -> Any:
-        # By the library's own class, which other processes can find.
-        return _bare, (kind,), self.__getstate__()
-
-    own = {name: part, "__reduce_ex__": reduced, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (kind,), own)
-
-
-def _bare(kind: Any) -> Any:
-    cls = _handing_on(kind)
-    return cls.__new__(cls)
-
-
-def _rows_of(labels: Any, rows: np.ndarray) -> Any:
-    """Some rows of labels or a mask, as they were given: a dict, a list, an array."""
-    if labels is None:
-        return None
-    if isinstance(labels, Mapping):
-        return {key: _rows_of(value, rows) for key, value in labels.items()}
-    return [labels[i] for i in rows] if isinstance(labels, (list, tuple)) else np.asarray(labels)[rows]
-
-
 def check_boosted(head: Any, params: Any, metrics: bool) -> None:
-    """Refuses a head that needs more than what a booster's dataset holds.
+    """Refuses a head that needs more than a booster's dataset holds.
 
     Args:
-        head: what is to be boosted.
+        head: the head to be boosted.
         params: its learned and running fields, or None.
         metrics: whether its metrics are asked for too.
     """
@@ -158,15 +67,15 @@ def check_boosted(head: Any, params: Any, metrics: bool) -> None:
     ready(head, params)
 
 
-def as_logits(head: Head, predicted: Any, what: str) -> np.ndarray:
-    """A booster's margins as float32 `[n, logits_dimension]`."""
+def as_logits(head: Head, predicted: Any) -> np.ndarray:
+    """Returns a booster's margins as float32 `[n, logits_dimension]`."""
     margins = np.asarray(predicted)
     if not margins.size:  # a worker without rows
         return np.zeros((0, head.logits_dimension), np.float32)
     logits = np.ascontiguousarray(margins.reshape(len(margins), -1), np.float32)
     if margins.ndim not in (1, 2) or logits.shape[1] != head.logits_dimension:
         raise ValueError(
-            f"{what} must give {head.logits_dimension} margins a row for {type(head).__name__}. Given shape "
+            f"The booster must give {head.logits_dimension} margins a row for {type(head).__name__}. Given shape "
             f"{margins.shape}. Pass num_class={head.logits_dimension} (XGBoost: or num_target) to the booster, and an "
             "objective of jh.boosting: a built-in one may hand over predicted classes."
         )
@@ -174,7 +83,7 @@ def as_logits(head: Head, predicted: Any, what: str) -> np.ndarray:
 
 
 class _Kept(NamedTuple):
-    """Rows, and what they were prepared from."""
+    """Prepared rows, with copies of the labels and weights that they were prepared from."""
 
     labels: Any
     weights: Any
@@ -182,21 +91,22 @@ class _Kept(NamedTuple):
 
     @classmethod
     def of(cls, head: Head, labels: Any, weights: Any) -> "_Kept":
-        """Prepared now. What is kept is copied: the memory is the booster's or the caller's."""
+        """Prepares rows. Labels and weights are copied, because the booster or the caller owns their memory."""
         rows = prepare(head, labels, weights)
         own = labels if isinstance(labels, Attached) else np.array(labels)
         return cls(own, None if weights is None else np.array(weights), rows)
 
     def are_of(self, labels: Any, weights: Any) -> bool:
-        """Whether the values are the same."""
-        return _same(labels, self.labels) and _same(weights, self.weights)
+        """Tells whether labels and weights have the same values still."""
+        return _are_same(labels, self.labels) and _are_same(weights, self.weights)
 
 
 class RowsCache:
-    """Rows as they were prepared, so that labels are checked and encoded once, not in every round.
+    """Prepared rows, so that labels are checked and encoded once, not in every round.
 
-    Kept as long as their dataset is, and prepared again if it has other values since; of calls by arrays, as from
-    scikit-learn's wrappers, the last few, found by values. Copied or pickled it is empty.
+    Rows of a dataset are kept as long as the dataset lives, and are prepared again when its values change. Of the calls
+    by arrays, which scikit-learn's wrappers make, the last few are kept, and found by their values. A copy or a pickle
+    is empty.
     """
 
     def __init__(self):
@@ -206,57 +116,69 @@ class RowsCache:
     def __reduce__(self) -> Any:
         return RowsCache, ()
 
-    def rows(self, head: Head, labels: Any, weights: Any, dataset: Any) -> Rows:
-        """The rows of labels (an array, or `Attached`) under weights, which a dataset holds; or None does."""
-        if dataset is not None:
-            kept = self._of_datasets.get(dataset)
-            if kept is None or not kept.are_of(labels, weights):
-                kept = self._of_datasets[dataset] = _Kept.of(head, labels, weights)
-            return kept.rows
+    def read(self, head: Head, first: Any, second: Any, sample_weight: Any) -> tuple[Rows, np.ndarray]:
+        """Reads a call of a booster: the rows, prepared, and the margins as logits.
+
+        Args:
+            head: unbound.
+            first, second, sample_weight: margins and a DMatrix or Dataset; or, from scikit-learn's wrappers, labels,
+                margins and weights.
+        """
+        if isinstance(second, Dataset):
+            predicted, rows = first, self._find_rows(head, second)
+        else:
+            weights = None if sample_weight is None else np.asarray(sample_weight)
+            predicted, rows = second, self._find_rows_of_arrays(head, np.asarray(first), weights)
+        logits = as_logits(head, predicted)
+        if rows.n != len(logits):
+            raise ValueError(
+                f"There are {rows.n} labels for {len(logits)} margins. Give the dataset its labels, label=..., or "
+                "attach them, jh.boosting.with_labels(dataset, labels); a slice of it needs a slice of them."
+            )
+        return rows, logits
+
+    def _find_rows(self, head: Head, dataset: Dataset) -> Rows:
+        labels = dataset.jaxheads_labels if isinstance(dataset, Holder) else dataset.get_label()
+        weights = dataset.get_weight()
+        weights = None if weights is None or np.size(weights) == 0 else np.asarray(weights)
+        kept = self._of_datasets.get(dataset)
+        if kept is None or not kept.are_of(labels, weights):
+            kept = self._of_datasets[dataset] = _Kept.of(head, labels, weights)
+        return kept.rows
+
+    def _find_rows_of_arrays(self, head: Head, labels: np.ndarray, weights: np.ndarray | None) -> Rows:
         known = [i for i, kept in enumerate(self._of_arrays) if kept.are_of(labels, weights)]
         kept = self._of_arrays.pop(known[0]) if known else _Kept.of(head, labels, weights)
         self._of_arrays = [*self._of_arrays[1 - KEPT :], kept]
         return kept.rows
 
 
-def _same(a: Any, b: Any) -> bool:
+def _are_same(a: Any, b: Any) -> bool:
     if a is b:
         return True
     if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)) or a.dtype != b.dtype:
         return False
-    # To look for NaN takes three times as long, and there is seldom one.
+    # A comparison that allows NaN takes three times as long, and NaN is rare.
     return np.array_equal(a, b) or (a.dtype.kind == "f" and np.array_equal(a, b, equal_nan=True))
 
 
-def of_dataset(dataset: Any) -> tuple[Any, Any]:
-    """Labels (those of `with_labels` first) and weights of a DMatrix or Dataset."""
-    weights = dataset.get_weight()
-    weights = None if weights is None or np.size(weights) == 0 else np.asarray(weights)
-    labels = getattr(dataset, ATTRIBUTE, None)
-    return dataset.get_label() if labels is None else labels, weights
-
-
 def prepare(head: Head, labels: Any, weights: Any) -> Rows:
-    """Checks and encodes what a dataset holds, once."""
+    """Checks and encodes the labels and weights of a dataset."""
     where = None
     if isinstance(labels, Attached):
         labels, where = labels
     else:
-        labels = _from_floats(head, labels)
+        labels = _read_column(head, labels)
     batch = gather(head, Given(labels, weights=weights, where=where, check=True))
-    # Copies, on the device: what boosters hand out may be a view of memory that they free.
-    return Rows(_length(batch), jax.tree.map(jnp.array, batch))
+    leaf = batch
+    while leaf.parts is not None:
+        leaf = next(iter(leaf.parts.values()))
+    # Copies, on the device: boosters may hand out a view of memory that they free.
+    return Rows(len(jax.tree.leaves(leaf.labels)[0]), jax.tree.map(jnp.array, batch))
 
 
-def _length(batch: Batch) -> int:
-    """The number of rows."""
-    while batch.parts is not None:
-        batch = next(iter(batch.parts.values()))
-    return len(jax.tree.leaves(batch.labels)[0])
-
-
-def _from_floats(head: Head, labels: Any) -> np.ndarray:
-    """A dataset's column of labels as the head takes them: boosters keep all labels as float32."""
+def _read_column(head: Head, labels: Any) -> np.ndarray:
+    """Returns a dataset's column of labels as the head takes them. Boosters keep all labels as float32."""
     labels, spec = np.asarray(labels), head.label_spec
     if not isinstance(spec, LabelSpec):
         raise ValueError(

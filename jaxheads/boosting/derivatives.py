@@ -1,14 +1,12 @@
-"""Gradient and diagonal Hessian of any head's loss with respect to its logits: what gradient boosting asks for."""
+"""Gradient and diagonal Hessian of any head's loss with respect to its logits, for gradient boosting."""
 
-import numbers
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxheads.boosting.conventions import LIBRARIES, Options, convention, is_separable
+from jaxheads.boosting.conventions import Hessian, Options, find_convention, is_separable
 from jaxheads.contract import Given
 from jaxheads.engine import losing, trees
 from jaxheads.engine.elements import clean, dense_logits, see
@@ -18,9 +16,6 @@ from jaxheads.head import Head
 from jaxheads.heads import RegressionHead
 from jaxheads.numerics.batch import Batch, Devices, Elements
 from jaxheads.numerics.linear import LinearLogits
-
-Hessian: TypeAlias = str | Callable[[Any, jax.Array], Any]
-HESSIANS = ("auto", "exact", "gauss_newton", "unit")
 
 
 def derivatives(
@@ -39,9 +34,9 @@ def derivatives(
 ) -> tuple[jax.Array, jax.Array]:
     """Gradient and diagonal Hessian, with respect to the logits, of the weighted sum of the head's losses.
 
-    Compiled once for a head, its options and the shapes. Whatever the head's reduction, it is the sum that is taken: a
-    row's derivatives do not depend on how many there are. Weights count once, masked elements are 0. The Hessian is
-    right where a row's loss depends on that row's logits alone.
+    The function is compiled once for a head, its options and the shapes. It takes the sum under every reduction, so
+    the derivatives of a row do not depend on the number of rows. Weights count once. The derivatives of masked elements
+    are 0. The Hessian is right if the loss of a row depends on the logits of that row alone.
 
     Args:
         head: any head; of a `MultiHead` the losses are added under its weights.
@@ -53,17 +48,17 @@ def derivatives(
             in them, else exact (which for the likelihoods here, in their natural parameters, is the Fisher information
             already); `"unit"`, the weights, for losses without curvature (hinge, quantile); or a function
             `(labels, logits) -> h`, of weight 1, that broadcasts to the logits.
-        floor: what the Hessian is at least, where the weight is not 0.
-        library: whose conventions, `"xgboost"` or `"lightgbm"`.
-        max_delta_step: the Poisson objectives take the Hessian at a logit so much larger.
+        floor: the smallest Hessian, wherever the weight is not 0.
+        library: the library whose conventions are used, `"xgboost"` or `"lightgbm"`.
+        max_delta_step: the Poisson objectives take the Hessian at the logit plus this number.
 
     Returns:
-        `(gradient, hessian)`, float32 of the shape of the logits `[..., logits_dimension]`, those of a `MultiHead` in
-        one array, in the order of its heads.
+        `(gradient, hessian)`, float32 of the shape of the logits `[..., logits_dimension]`; for a `MultiHead` one array
+        each, in the order of its heads.
 
     Raises:
         ValueError: an unknown `hessian` or `library`, a negative floor or `max_delta_step`; a function whose result has
-            another shape; what `head.loss` raises.
+            another shape; everything that `head.loss` refuses.
 
     Source: `tests/test_boosting.py` holds the conventions against XGBoost 3.2 and LightGBM 4.7.
 
@@ -74,55 +69,39 @@ def derivatives(
     >>> gradient.ravel().tolist(), hessian.ravel().tolist()
     ([-0.5, 2.0], [0.25, 1.0])
     """
-    options = check_options(hessian, floor, library, max_delta_step)
-    # On the host, so that shapes, dtypes and values are looked at as everywhere.
+    options = Options(hessian, floor, library, max_delta_step)
+    # On the host, so that shapes, dtypes and values are checked as everywhere.
     bound = ready(head, params)
     batch = gather(bound, Given(labels, logits, features, weights, where))
-    return compiled(bound, batch, hessian, float(floor), options)
+    return _differentiate_compiled(bound, batch, options)
 
 
-def check_options(hessian: Any, floor: Any, library: Any, max_delta_step: Any) -> Options:
-    """The options, or an error that says what they may be."""
-    if not callable(hessian) and hessian not in HESSIANS:
-        raise ValueError(f"hessian must be one of {HESSIANS}, or a function (labels, logits) -> h. Given {hessian!r}.")
-    if library not in LIBRARIES:
-        raise ValueError(f"library must be one of {LIBRARIES}. Given {library!r}.")
-    for name, value in (("floor", floor), ("max_delta_step", max_delta_step)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < np.inf:
-            raise ValueError(f"{name} must be a finite number, not negative. Given {value!r}.")
-    return Options(library, float(max_delta_step))
-
-
-def of_batch(head: Head, batch: Batch, hessian: Hessian, floor: float, options: Options) -> tuple[jax.Array, jax.Array]:
-    """`derivatives` of a gathered batch."""
-    each = _each(head, batch, jnp.float32(1), hessian, floor, options)
-    gradients, hessians = zip(*each, strict=True)
+def differentiate(head: Head, batch: Batch, options: Options) -> tuple[jax.Array, jax.Array]:
+    """Returns the `derivatives` of a gathered batch."""
+    gradients, hessians = zip(*_differentiate_leaves(head, batch, jnp.float32(1), options), strict=True)
     return jnp.concatenate(gradients, axis=-1), jnp.concatenate(hessians, axis=-1)
 
 
-compiled = jax.jit(of_batch, static_argnums=(2, 3, 4))
+_differentiate_compiled = jax.jit(differentiate, static_argnums=2)
 
 
-def _each(
-    head: Head, batch: Batch, factor: jax.Array, hessian: Hessian, floor: float, options: Options
+def _differentiate_leaves(
+    head: Head, batch: Batch, factor: jax.Array, options: Options
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """The derivatives of every head inside, in order."""
+    """Returns the derivatives of every head without heads inside, in order. Its loss counts `factor` times."""
     if batch.parts is None:
-        return [_of_one(head, batch, factor, hessian, floor, options)]
+        return [_differentiate_leaf(head, batch, factor, options)]
     parts, found = trees.parts_of(head, batch), []
     zeros = {name: jnp.float32(0) for name in head.parts()}
-    # How much the loss of each head inside counts in the loss of all.
     factors = jax.grad(lambda losses: head.combine(losses, zeros))(zeros)
     for name, inner in head.parts().items():
-        own = _each(inner, parts[name], factor * factors[name], hessian, floor, options)
+        own = _differentiate_leaves(inner, parts[name], factor * factors[name], options)
         found += jax.tree.map(jnp.zeros_like, own) if name in head.silent else own
     return found
 
 
-def _of_one(
-    head: Head, batch: Batch, factor: jax.Array, hessian: Hessian, floor: float, options: Options
-) -> tuple[jax.Array, jax.Array]:
-    logits = dense_logits(head, batch.logits)
+def _differentiate_leaf(head: Head, batch: Batch, factor: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
+    logits, hessian = dense_logits(head, batch.logits), options.hessian
     if isinstance(logits, Mapping) or len(logits.shape) < 2:
         raise ValueError(
             f"A booster gives one row of logits an example. Given {type(head).__name__}, which takes a dict."
@@ -140,30 +119,30 @@ def _of_one(
             f'hessian={hessian!r}. Pass hessian="unit", or a function.'
         )
     gradient = jax.grad(total)
-    g, library = gradient(logits), convention(head, options) if hessian == "auto" else None
+    g, library = gradient(logits), find_convention(head, options) if hessian == "auto" else None
     elements = clean(head, batch)
     if library is not None:
-        h = _weighted(elements, library.curvature(elements.logits))
+        h = _weigh(elements, library.curvature(elements.logits))
     elif callable(hessian):
-        h = _weighted(elements, _checked(hessian(elements.labels, elements.logits), logits.shape))
+        h = _weigh(elements, _broadcast(hessian(elements.labels, elements.logits), logits.shape))
     elif hessian == "unit":
-        h = _weighted(elements, jnp.ones_like(logits))
+        h = _weigh(elements, jnp.ones_like(logits))
     else:
-        h = _diagonal(gradient, logits, is_separable(head))
+        h = _differentiate_twice(gradient, logits, is_separable(head))
         if hessian == "gauss_newton" and isinstance(head, RegressionHead) and head.loss_fn is not None:
-            h = h - _bend(head, logits, g)
+            h = h - _differentiate_link(head, logits, g)
     live = jnp.broadcast_to(elements.weights != 0, h.shape)
-    floored = jnp.where(live, jnp.maximum(factor * h, jnp.full_like(h, floor)), jnp.zeros_like(h))
+    floored = jnp.where(live, jnp.maximum(factor * h, jnp.full_like(h, options.floor)), jnp.zeros_like(h))
     return (factor if library is None else factor * library.scale) * g, floored
 
 
-def _weighted(elements: Elements, values: jax.Array) -> jax.Array:
-    """Values of weight 1, weighted as the loss is; NaN where a label or weight is illegal."""
+def _weigh(elements: Elements, values: jax.Array) -> jax.Array:
+    """Weighs values as the loss is weighed; NaN where a label or weight is illegal."""
     weights = elements.weights * jnp.where(elements.bad, jnp.nan, jnp.ones_like(elements.weights))
     return values * (weights if elements.rows.scale is None else weights * elements.rows.scale)
 
 
-def _checked(values: Any, shape: tuple[int, ...]) -> jax.Array:
+def _broadcast(values: Any, shape: tuple[int, ...]) -> jax.Array:
     values = jnp.asarray(values, jnp.float32)
     if jnp.shape(values) not in (shape, (*shape[:-1], 1)):
         raise ValueError(
@@ -172,8 +151,8 @@ def _checked(values: Any, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(values, shape)
 
 
-def _diagonal(gradient: Callable[[jax.Array], jax.Array], logits: jax.Array, separable: bool) -> jax.Array:
-    """The second derivatives along each logit, forward over reverse: all rows at once, column by column."""
+def _differentiate_twice(gradient: Callable[[jax.Array], jax.Array], logits: jax.Array, separable: bool) -> jax.Array:
+    """Returns the second derivatives along each logit, forward over reverse: all rows at once, column by column."""
 
     def along(tangent: jax.Array) -> jax.Array:
         return jax.jvp(gradient, (logits,), (tangent,))[1]
@@ -189,8 +168,8 @@ def _diagonal(gradient: Callable[[jax.Array], jax.Array], logits: jax.Array, sep
     return jnp.moveaxis(jax.lax.map(column, jnp.arange(logits.shape[-1])), 0, -1)
 
 
-def _bend(head: RegressionHead, logits: jax.Array, g: jax.Array) -> jax.Array:
-    """What the bend of the link adds to the second derivative: `loss'(prediction) link''(z)`."""
+def _differentiate_link(head: RegressionHead, logits: jax.Array, g: jax.Array) -> jax.Array:
+    """Returns the term of the second derivative that the bend of the link adds: `loss'(prediction) link''(z)`."""
     link = head.inverse_link_fn
     if link is None:
         return jnp.zeros_like(g)

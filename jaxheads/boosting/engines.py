@@ -1,98 +1,39 @@
-"""What differs between XGBoost and LightGBM for the estimator: datasets, training, margins."""
+"""The differences between XGBoost and LightGBM for the estimator: datasets, training, margins."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxheads.boosting.datasets import with_labels
-from jaxheads.boosting.evaluation import Evaluation, lightgbm_metric, xgboost_metric
-from jaxheads.boosting.objectives import Objective, lightgbm_objective, xgboost_objective
+from jaxheads.boosting.attaching import Attached, with_labels
+from jaxheads.boosting.datasets import Rows, prepare
+from jaxheads.boosting.evaluation import Evaluation
+from jaxheads.boosting.objectives import Objective
 from jaxheads.boosting.stopping import Log, Monitor
+from jaxheads.head import Head
+from jaxheads.numerics.columns import is_frame
 
-# Parameters that the head decides, and their aliases.
-DECIDED = {
-    "xgboost": ("objective", "eval_metric", "base_score", "num_class", "num_target", "disable_default_eval_metric"),
-    "lightgbm": (
-        *("objective", "objective_type", "app", "application", "loss", "metric", "metrics", "metric_types"),
-        *("num_class", "num_classes", "boost_from_average", "eval_metric"),
-    ),
-}
-# Those of its own objectives, which would do nothing.
-IDLE = {
-    "xgboost": (
-        *("scale_pos_weight", "class_weight", "quantile_alpha", "expectile_alpha", "huber_slope"),
-        *("tweedie_variance_power", "aft_loss_distribution", "aft_loss_distribution_scale"),
-    ),
-    "lightgbm": (
-        *("scale_pos_weight", "class_weight", "is_unbalance", "unbalance", "unbalanced_sets", "sigmoid", "alpha"),
-        *("fair_c", "tweedie_variance_power", "reg_sqrt"),
-    ),
-}
-# Those of their scikit-learn estimators, which `train` does not read, and what to do instead.
-_CATEGORIES = "columns of dtype category of a frame are split on as such; of an array, name them in "
-_MISSING = "a missing value is NaN; put it there in X"
-_NATIVE = "parameters stand beside the head, BoostedHead(head, max_depth=3)"
-_OURS = {
-    "importance_type": "feature_importances_ is the share in the gain; booster_ knows the others",
-    "params": _NATIVE,
-    "kwargs": _NATIVE,
-    "callbacks": "give them to fit",
-    "feature_names": "give X as a frame, whose columns have names",
-}
-ELSEWHERE = {
-    "xgboost": {
-        "missing": _MISSING,
-        "enable_categorical": _CATEGORIES + 'feature_types=["c", "q", ...]',
-        "categorical_feature": _CATEGORIES + 'feature_types=["c", "q", ...]',
-        "feature_weights": "the booster knows them of a dataset alone; train it natively with xgboost_objective(head)",
-        **_OURS,
-    },
-    "lightgbm": {
-        "missing": _MISSING,
-        **dict.fromkeys(("feature_types", "enable_categorical"), _CATEGORIES + "categorical_feature=[0, ...]"),
-        **_OURS,
-    },
-}
 CATEGORICAL = ("categorical_feature", "categorical_features", "cat_feature", "categorical_column", "cat_column")
-STOPPING = (
-    "early_stopping_round",
-    "early_stopping",
-    "n_iter_no_change",
-    "early_stopping_min_delta",
-    "first_metric_only",
-)
-ROUNDS = (
-    *(
-        "num_boost_round",
-        "num_iterations",
-        "num_iteration",
-        "n_iter",
-        "num_tree",
-        "num_trees",
-        "num_round",
-        "num_rounds",
-    ),
-    *("nrounds", "max_iter"),
-)
 
 
 class Part(NamedTuple):
-    """Rows to train or evaluate on: a table, and what belongs to its rows.
+    """Rows to train or evaluate on.
 
     Attributes:
         x: an array or a frame.
         labels, where: as the head takes them.
-        weights: one a row, or None.
-        margins: `[n, d]` to start from.
+        weights: one for each row, or None.
     """
 
     x: Any
     labels: Any
     where: Any
     weights: Any
-    margins: np.ndarray
+
+    def prepare(self, head: Head) -> Rows:
+        """Checks and encodes labels and weights."""
+        return prepare(head, Attached(self.labels, self.where), self.weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +43,7 @@ class Plan:
     Attributes:
         params: the user's own for the booster.
         rounds: how many.
+        start: the logits `[d]` before the first tree.
         objective, metric: as the booster takes them.
         monitor: the metric to stop by; None never to stop.
         callbacks: the user's own.
@@ -110,6 +52,7 @@ class Plan:
 
     params: Mapping[str, Any]
     rounds: int
+    start: np.ndarray
     objective: Objective
     metric: Evaluation
     monitor: Monitor | None
@@ -117,61 +60,41 @@ class Plan:
     verbose: bool
 
 
-class Trained(NamedTuple):
-    """What training gave.
-
-    Attributes:
-        booster: the library's own.
-        log: by dataset and metric, one value a round.
-        best: the round to predict by, from 0, if training stopped early or could have.
-    """
-
-    booster: Any
-    log: dict[str, dict[str, list[float]]]
-    best: int | None
-
-
-class Engine(Protocol):
-    """What the estimator asks of a library."""
-
-    objective: Callable[..., Objective]
-    metric: Callable[..., Evaluation]
-
-    def train(self, plan: Plan, train: Part, evaluated: Sequence[Part]) -> Trained:
-        """Trains natively."""
-        ...
-
-    def logits(self, booster: Any, x: Any, rounds: int | None, start: np.ndarray) -> np.ndarray:
-        """The sums of the trees and of the logits `[d]` that training started from: `[n, d]` or `[n]`."""
-        ...
-
-    def gains(self, booster: Any) -> np.ndarray:
-        """What each feature gained in all splits."""
-        ...
-
-
 class XGBoost:
     """XGBoost's native interface."""
 
-    objective = staticmethod(xgboost_objective)
-    metric = staticmethod(xgboost_metric)
-
-    def train(self, plan: Plan, train: Part, evaluated: Sequence[Part]) -> Trained:
-        """By `xgboost.train`, over quantiles where the tree method allows."""
+    def train(self, plan: Plan, train: Part, evaluated: Sequence[Part]) -> tuple[Any, Log]:
+        """Trains by `xgboost.train`, over quantiles where the tree method allows. Returns the booster and its log."""
         import xgboost
         from xgboost.callback import TrainingCallback
 
-        dimension = train.margins.shape[1]
         params = {**plan.params, "base_score": 0, "disable_default_eval_metric": True}
         types = params.pop("feature_types", None)
-        if dimension > 1:
-            params["num_target"] = dimension
-        data = self._dataset(train, params, types, None)
-        log = Log(plan.metric, [self._dataset(part, params, types, data) for part in evaluated], plan.monitor)
+        if len(plan.start) > 1:
+            params["num_target"] = len(plan.start)
+
+        def make_dataset(part: Part, reference: Any) -> Any:
+            given = {
+                "weight": part.weights,
+                "base_margin": np.tile(plan.start, (part.x.shape[0], 1)),
+                "feature_types": types,
+                "enable_categorical": True,
+                "nthread": params.get("n_jobs", params.get("nthread")),
+            }
+            if params.get("tree_method", "hist") in ("hist", "auto"):
+                data = xgboost.QuantileDMatrix(part.x, ref=reference, max_bin=params.get("max_bin"), **given)
+            else:
+                data = xgboost.DMatrix(part.x, **given)
+            if reference is not None:
+                data.feature_names = reference.feature_names
+            return with_labels(data, part.labels, part.where)
+
+        data = make_dataset(train, None)
+        log = Log(plan.metric, [make_dataset(part, data) for part in evaluated], plan.monitor)
 
         class Stop(TrainingCallback):
             def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
-                return log.over_since() is not None
+                return log.find_stop() is not None
 
         booster = xgboost.train(
             params,
@@ -185,42 +108,24 @@ class XGBoost:
         )
         if log.best is not None:
             booster.set_attr(best_iteration=str(log.best))
-        return Trained(booster, log.values, log.best)
+        return booster, log
 
-    def _dataset(self, part: Part, params: Mapping[str, Any], types: Any, reference: Any) -> Any:
+    def predict(self, booster: Any, x: Any, rounds: int | None, start: np.ndarray) -> np.ndarray:
+        """Predicts margins by `Booster.predict`, from the start.
+
+        In training, each tree corrects the float32 rounding of the sum before it, and the sum includes the start.
+        """
         import xgboost
 
-        given = {
-            "weight": part.weights,
-            "base_margin": part.margins,
-            "feature_types": types,
-            "enable_categorical": True,
-        }
-        given |= {
-            name: params[alias] for name, alias in (("nthread", "nthread"), ("nthread", "n_jobs")) if alias in params
-        }
-        if params.get("tree_method", "hist") in ("hist", "auto"):
-            given |= {"max_bin": params["max_bin"]} if "max_bin" in params else {}
-            data = xgboost.QuantileDMatrix(part.x, ref=reference, **given)
-        else:
-            data = xgboost.DMatrix(part.x, **given)
-        if reference is not None:
-            data.feature_names = reference.feature_names
-        return with_labels(data, part.labels, part.where)
-
-    def logits(self, booster: Any, x: Any, rounds: int | None, start: np.ndarray) -> np.ndarray:
-        """By `Booster.predict`, from the start: trees were fitted to what float32 left of each sum in training."""
-        import xgboost
-
-        types = None if hasattr(x, "columns") else booster.feature_types
+        types = None if is_frame(x) else booster.feature_types
         margins = np.tile(start, (x.shape[0], 1))
         data = xgboost.DMatrix(x, base_margin=margins, feature_types=types, enable_categorical=True)
-        # An array after a frame, or the other way: scikit-learn has warned, and looked at the number of columns.
+        # For an array after a frame, or a frame after an array: scikit-learn has warned, and has counted the columns.
         data.feature_names = booster.feature_names
         return booster.predict(data, output_margin=True, iteration_range=(0, rounds or 0))
 
-    def gains(self, booster: Any) -> np.ndarray:
-        """`total_gain`."""
+    def sum_gains(self, booster: Any) -> np.ndarray:
+        """Returns the gain of each feature in all splits, `total_gain`."""
         found = booster.get_score(importance_type="total_gain")
         names = booster.feature_names or [f"f{i}" for i in range(booster.num_features())]
         return np.array([np.sum(found.get(name, 0.0)) for name in names])
@@ -229,28 +134,37 @@ class XGBoost:
 class LightGBM:
     """LightGBM's native interface."""
 
-    objective = staticmethod(lightgbm_objective)
-    metric = staticmethod(lightgbm_metric)
-
-    def train(self, plan: Plan, train: Part, evaluated: Sequence[Part]) -> Trained:
-        """By `lightgbm.train`."""
+    def train(self, plan: Plan, train: Part, evaluated: Sequence[Part]) -> tuple[Any, Log]:
+        """Trains by `lightgbm.train`. Returns the booster and its log."""
         import lightgbm
 
         params = {"verbosity": -1, **plan.params, "objective": plan.objective, "metric": "None"}
-        if (dimension := train.margins.shape[1]) > 1:
-            params["num_class"] = dimension
-        # It takes them of a dataset alone; of parameters it says that it ignores them.
+        if len(plan.start) > 1:
+            params["num_class"] = len(plan.start)
+        # LightGBM takes the categorical columns of a dataset; it ignores them among the parameters, with a warning.
         named = {alias: params.pop(alias) for alias in CATEGORICAL if alias in params}
-        categories = _columns(named, train.x) if named else "auto"
-        for_data = {**params, "objective": "none"}
-        data = self._dataset(train, for_data, categories, None)
-        log = Log(plan.metric, [self._dataset(part, for_data, "auto", data) for part in evaluated], plan.monitor)
+        categories = _number_columns(named, train.x) if named else "auto"
+
+        def make_dataset(part: Part, reference: Any) -> Any:
+            n = part.x.shape[0]
+            data = lightgbm.Dataset(
+                part.x,
+                np.zeros(n, np.float32),  # LightGBM wants labels of its own; the head reads the attached ones
+                reference=reference,
+                weight=part.weights,
+                init_score=np.tile(plan.start, (n, 1)) if len(plan.start) > 1 else np.repeat(plan.start, n),
+                categorical_feature=categories if reference is None else "auto",
+                params={**params, "objective": "none"},
+            )
+            return with_labels(data, part.labels, part.where)
+
+        data = make_dataset(train, None)
+        log = Log(plan.metric, [make_dataset(part, data) for part in evaluated], plan.monitor)
 
         def stop(env: Any) -> None:
-            if (best := log.over_since()) is not None:
+            if (best := log.find_stop()) is not None:
                 raise lightgbm.EarlyStopException(best, env.evaluation_result_list)
 
-        callbacks = [*plan.callbacks, *([lightgbm.log_evaluation()] if plan.verbose else ()), stop]
         try:
             booster = lightgbm.train(
                 params,
@@ -259,52 +173,35 @@ class LightGBM:
                 valid_sets=list(log.datasets),
                 valid_names=log.names,
                 feval=log if evaluated else None,
-                callbacks=callbacks,
+                callbacks=[*plan.callbacks, *([lightgbm.log_evaluation()] if plan.verbose else ()), stop],
             )
         except lightgbm.basic.LightGBMError as error:
             if "num_features()" not in str(error):
                 raise
             raise ValueError(
                 f"LightGBM finds no feature to split on: all are constant, or there are too few rows (n_samples="
-                f"{len(train.margins)}). Give it more rows, or lower min_data_in_bin and min_data_in_leaf."
+                f"{train.x.shape[0]}). Give it more rows, or lower min_data_in_bin and min_data_in_leaf."
             ) from error
         if log.best is not None:
             booster.best_iteration = log.best + 1
-        return Trained(booster, log.values, log.best)
+        return booster, log
 
-    def _dataset(self, part: Part, params: dict[str, Any], categories: Any, reference: Any) -> Any:
-        import lightgbm
-
-        margins = part.margins[:, 0] if part.margins.shape[1] == 1 else part.margins
-        # It insists on labels of its own; those that count are attached.
-        nothing = np.zeros(len(margins), np.float32)
-        data = lightgbm.Dataset(
-            part.x,
-            nothing,
-            reference=reference,
-            weight=part.weights,
-            init_score=margins,
-            categorical_feature=categories,
-            params=params,
-        )
-        return with_labels(data, part.labels, part.where)
-
-    def logits(self, booster: Any, x: Any, rounds: int | None, start: np.ndarray) -> np.ndarray:
-        """By `Booster.predict`, which leaves the init score out; in float64, as LightGBM trains."""
+    def predict(self, booster: Any, x: Any, rounds: int | None, start: np.ndarray) -> np.ndarray:
+        """Predicts margins by `Booster.predict`, which leaves the start out; in float64, as LightGBM trains."""
         margins = booster.predict(x, raw_score=True, num_iteration=-1 if rounds is None else rounds)
         return np.asarray(margins).reshape(-1, len(start)) + start
 
-    def gains(self, booster: Any) -> np.ndarray:
-        """`gain`."""
+    def sum_gains(self, booster: Any) -> np.ndarray:
+        """Returns the gain of each feature in all splits, `gain`."""
         return np.asarray(booster.feature_importance(importance_type="gain"))
 
 
-def _columns(named: Mapping[str, Any], x: Any) -> list[int]:
-    """The numbers of the columns that are categories: LightGBM takes a list of plain integers, or nothing is said."""
+def _number_columns(named: Mapping[str, Any], x: Any) -> list[int]:
+    """Returns the numbers of the categorical columns: LightGBM takes a list of plain integers, and is silent else."""
     (alias, given), *others = named.items()
     if others:
         raise ValueError(f"One list of columns says which are categories. Given {sorted(named)}.")
-    names = [str(name) for name in getattr(x, "columns", ())]
+    names = [str(name) for name in x.columns] if is_frame(x) else []
     known = {**{i: i for i in range(x.shape[1])}, **{name: i for i, name in enumerate(names)}}
     if not isinstance(given, (list, tuple, np.ndarray)) or not all(column in known for column in given):
         legal = f"0 ... {x.shape[1] - 1}" + (f" or {names[:10]}" if names else "")
@@ -312,4 +209,4 @@ def _columns(named: Mapping[str, Any], x: Any) -> list[int]:
     return [known[column] for column in given]
 
 
-ENGINES: dict[str, Engine] = {"xgboost": XGBoost(), "lightgbm": LightGBM()}
+ENGINES = {"xgboost": XGBoost(), "lightgbm": LightGBM()}

@@ -11,12 +11,13 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
 from jaxheads.boosting import targets
-from jaxheads.boosting.datasets import Attached, check_boosted, prepare
-from jaxheads.boosting.derivatives import Hessian
-from jaxheads.boosting.engines import DECIDED, ELSEWHERE, ENGINES, IDLE, ROUNDS, STOPPING, Engine, Part, Plan
-from jaxheads.boosting.evaluation import measured, numbers
+from jaxheads.boosting.conventions import Hessian, Options
+from jaxheads.boosting.datasets import Rows, check_boosted
+from jaxheads.boosting.engines import ENGINES, LightGBM, Part, Plan, XGBoost
+from jaxheads.boosting.evaluation import Evaluation, list_numbers, measure_rows
+from jaxheads.boosting.objectives import Objective
+from jaxheads.boosting.parameters import check_params
 from jaxheads.boosting.stopping import Monitor
-from jaxheads.compose import MultiHead
 from jaxheads.contract import NoClosedForm
 from jaxheads.engine import predicting, trees
 from jaxheads.engine.reading import directions
@@ -25,14 +26,15 @@ from jaxheads.heads import BinaryClassHead, MultiLabelHead, PoissonRegressionHea
 from jaxheads.metrics import Metrics
 from jaxheads.numerics import fields
 from jaxheads.numerics.batch import Batch
+from jaxheads.numerics.columns import is_frame
 
 
 def _has_probabilities(estimator: Any) -> bool:
-    return "probabilities" in targets.keys_of(estimator.head)
+    return "probabilities" in targets.list_keys(estimator.head)
 
 
 def _is_classifier(estimator: Any) -> bool:
-    return targets.kind_of(estimator.head) == "classifier"
+    return targets.tell_kind(estimator.head) == "classifier"
 
 
 class BoostedHead(BaseEstimator):
@@ -42,7 +44,7 @@ class BoostedHead(BaseEstimator):
     names of the head's `label_vocabulary`, or others, which the head then has sorted; predictions are of the kind that
     was given to `fit`. Frames keep their categories, which the booster splits on (columns of arrays that hold codes are
     named by its own `feature_types=["c", ...]` or `categorical_feature=[0]`). A missing value in `X`, NaN, is the
-    booster's; so is what a sparse matrix leaves out, to XGBoost a missing value and to LightGBM 0.
+    booster's. An entry that a sparse matrix leaves out is a missing value for XGBoost, and 0 for LightGBM.
 
     Args:
         head: unbound, one row of logits an example, without a `weight_column`: the weights are `sample_weight`.
@@ -109,33 +111,27 @@ class BoostedHead(BaseEstimator):
         self.early_stopping_rounds = early_stopping_rounds
         self.monitor = monitor
         self.higher_is_better = higher_is_better
-        if params:
-            self.params = params
+        self.params = params
 
     # Parameters of the booster stand beside our own, as in XGBoost's estimators.
 
-    @property
-    def _params(self) -> dict[str, Any]:
-        return getattr(self, "params", {})
-
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Our own parameters and the booster's."""
-        return {**super().get_params(deep), **self._params}
+        """Returns our own parameters and the booster's."""
+        return {**super().get_params(deep), **self.params}
 
     def set_params(self, **params: Any) -> Self:
         """Sets our own parameters and the booster's."""
         own = self._get_param_names()
         theirs = {key: value for key, value in params.items() if key not in own}
-        if theirs:
-            self.params = {**self._params, **theirs}
+        self.params = {**self.params, **theirs}
         for key, value in params.items():
             if key in own:
                 setattr(self, key, value)
         return self
 
     def __sklearn_tags__(self) -> Any:
-        tags, head = super().__sklearn_tags__(), targets.base_of(self.head)
-        kind = targets.kind_of(head)
+        tags, head = super().__sklearn_tags__(), targets.find_base(self.head)
+        kind = targets.tell_kind(self.head)
         tags.estimator_type = kind
         tags.input_tags.allow_nan = tags.input_tags.sparse = tags.input_tags.categorical = True
         tags.target_tags.required = True
@@ -166,16 +162,16 @@ class BoostedHead(BaseEstimator):
 
         Args:
             X: `[n, features]`, an array, a sparse matrix or a frame.
-            y: labels; of a `MultiHead` a dict by head.
+            y: labels; for a `MultiHead` a dict by head.
             sample_weight: multiplicities, `[n]`.
-            where: which labels are there; of a `MultiHead` one for all or a dict by head. A label that is NaN must not
-                be there, whatever its row weighs.
+            where: which labels exist; for a `MultiHead` one mask for all heads, or a dict by head. It must be False for
+                a label that is NaN, also if the row has weight 0.
             eval_set: a list of pairs `(X, y)` that are measured after every round.
-            eval_sample_weight, eval_where: theirs, one each (or None).
-            callbacks: the booster's own, but for those that stop early.
+            eval_sample_weight, eval_where: weights and masks of `eval_set`, one each (or None).
+            callbacks: the booster's own. Callbacks that stop early are refused.
             verbose: whether the log is printed.
         """
-        engine = self._engine()
+        engine = self._find_engine()
         check_unbound(self.head)
         if missing := fields.missing(self.head):
             raise ValueError(
@@ -183,175 +179,129 @@ class BoostedHead(BaseEstimator):
                 "Train natively: jh.boosting.xgboost_objective(head, params=values)."
             )
         check_boosted(self.head, None, metrics=True)
-        params, step = self._booster_params()
-        x = self._table(X, reset=True)
-        classes = targets.Classes.of(self.head, y, self._mask(x, y, where))
-        train = self._part(x, y, sample_weight, where, classes)
-        start = self._start(prepare(self.head, Attached(train.labels, train.where), train.weights))
-        evaluated = self._evaluated(eval_set, eval_sample_weight, eval_where, classes)
-        keys = numbers(self.head)
-        monitor = self._monitor(keys, bool(evaluated))
+        params, step = self._settle_params()
+        x = self._validate_table(X, reset=True)
+        classes = targets.Classes.of(self.head, y, self._read_mask(x, y, where))
+        train = self._encode(x, y, sample_weight, where, classes)
+        start = self._find_start(train.prepare(self.head))
+        evaluated = self._encode_pairs(eval_set, eval_sample_weight, eval_where, classes)
+        keys = list_numbers(self.head)
+        monitor = self._choose_monitor(keys, bool(evaluated))
         if stopping := [c for c in callbacks if "EarlyStopping" in type(c).__name__]:
             raise ValueError(
                 f"To stop early pass early_stopping_rounds= (and monitor=), which know the metrics. Given the callback "
                 f"{stopping[0]!r}."
             )
-        plan = Plan(
-            params,
-            self._rounds(),
-            engine.objective(self.head, hessian=self.hessian, max_delta_step=step),
-            engine.metric(self.head, keys),
-            monitor,
-            callbacks,
-            verbose,
-        )
-        parts = [part._replace(margins=np.tile(start, (len(part.margins), 1))) for part in (train, *evaluated)]
-        self.booster_, self.evals_result_, self.best_iteration_ = engine.train(plan, parts[0], parts[1:])
+        rounds = _check_count("n_estimators", self.n_estimators, "")
+        objective = Objective(self.head, None, Options(self.hessian, library=self.booster, max_delta_step=step))
+        metric = Evaluation(self.head, None, keys, self.booster)
+        plan = Plan(params, rounds, start, objective, metric, monitor, callbacks, verbose)
+        self.booster_, log = engine.train(plan, train, evaluated)
+        self.evals_result_, self.best_iteration_ = log.values, log.best
         self.init_logits_, self._classes = start, classes
         vars(self).pop("classes_", None)  # another head's
         if classes is not None:
-            self.classes_ = classes.sorted(self.head)
+            self.classes_ = classes.sort(self.head)
         return self
 
     def predict_logits(self, X: Any) -> np.ndarray:
-        """The logits, float32 `[n, logits_dimension]`."""
+        """Returns the logits, float32 `[n, logits_dimension]`."""
         check_is_fitted(self, "booster_")
         rounds = None if self.best_iteration_ is None else self.best_iteration_ + 1
-        logits = self._engine().logits(self.booster_, self._table(X, reset=False), rounds, self.init_logits_)
+        x = self._validate_table(X, reset=False)
+        logits = self._find_engine().predict(self.booster_, x, rounds, self.init_logits_)
         return np.asarray(logits, np.float32).reshape(-1, self.head.logits_dimension)
 
     def predict(self, X: Any) -> Any:
-        """Classes `[n]`, the labels that are there `[n, classes]`, or numbers; of a `MultiHead` a dict by head."""
-        return targets.predicted(self.head, self.predict_logits(X), self._classes)
+        """Returns classes `[n]`, columns of 0 and 1 `[n, classes]`, or numbers; for a `MultiHead` a dict by head."""
+        return targets.predict(self.head, self.predict_logits(X), self._classes)
 
     @available_if(_has_probabilities)
     def predict_proba(self, X: Any) -> np.ndarray:
-        """The head's `probabilities` `[n, classes]`, in the order of `classes_`."""
+        """Returns the head's `probabilities` `[n, classes]`, in the order of `classes_`."""
         found = np.asarray(self.head.predictions(self.predict_logits(X), "probabilities")["probabilities"])
         return found if self._classes is None else found[:, self._classes.order]
 
     @available_if(_is_classifier)
     def decision_function(self, X: Any) -> np.ndarray:
-        """The logits, in the order of `classes_`; of two classes `[n]`, those of the second."""
+        """Returns the logits, in the order of `classes_`; with two classes `[n]`, the logits of the second."""
         logits, classes = self.predict_logits(X), cast(targets.Classes, self._classes)
         if logits.shape[1] > 1:
             return logits[:, classes.order]
         return logits[:, 0] if classes.order[-1] == 1 else -logits[:, 0]
 
     def predictions(self, X: Any, keys: Any = None) -> dict[str, Any]:
-        """The head's own predictions by key, as NumPy arrays."""
-        return targets.on_host(self.head.predictions(self.predict_logits(X), keys))
+        """Returns the head's own predictions by key, as NumPy arrays."""
+        return jax.tree.map(np.asarray, dict(self.head.predictions(self.predict_logits(X), keys)))
 
     def measure(self, X: Any, y: Any, sample_weight: Any = None, *, where: Any = None) -> Metrics:
-        """The head's metrics of these rows."""
+        """Returns the head's metrics of these rows."""
         logits = self.predict_logits(X)
-        part = self._part(logits, y, sample_weight, where, self._classes)
-        return measured(self.head, None, prepare(self.head, Attached(part.labels, part.where), part.weights), logits)
+        part = self._encode(logits, y, sample_weight, where, self._classes)
+        return measure_rows(self.head, None, part.prepare(self.head), logits)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None, *, where: Any = None) -> float:
-        """Accuracy of a classifier, R2 of a regressor; of other heads the loss of these rows, negative.
+        """Returns the accuracy of a classifier, the R2 of a regressor; for other heads the negative loss of these rows.
 
-        Of several labels an example is right where all are; a soft label is right by its share, of several by the
-        product. NaN where no row counts.
+        An example with several labels is right if all labels are right. A soft label counts as right by its share, and
+        several soft labels by the product of their shares. The score is NaN if no row counts.
         """
         logits = self.predict_logits(X)
-        part = self._part(logits, y, sample_weight, where, self._classes)
-        # A regressor's as they are: float32 is the head's.
-        labels = np.asarray(y, np.float64) if targets.kind_of(self.head) == "regressor" else part.labels
+        part = self._encode(logits, y, sample_weight, where, self._classes)
+        # The labels of a regressor as they were given: the head's are float32.
+        labels = np.asarray(y, np.float64) if targets.tell_kind(self.head) == "regressor" else part.labels
         return targets.score(self.head, logits, labels, part.weights, part.where)
 
     @property
     def feature_importances_(self) -> np.ndarray:
         """The share of each feature in the gain of all splits; zeros if there is none."""
         check_is_fitted(self, "booster_")
-        gains = self._engine().gains(self.booster_).astype(np.float64)
+        gains = self._find_engine().sum_gains(self.booster_).astype(np.float64)
         return gains / total if (total := gains.sum()) else gains
 
-    # What is made of the arguments.
-
-    def _engine(self) -> Engine:
+    def _find_engine(self) -> XGBoost | LightGBM:
         if self.booster not in ENGINES:
             raise ValueError(f"booster must be one of {[*ENGINES]}. Given {self.booster!r}.")
         return ENGINES[self.booster]
 
-    def _rounds(self) -> int:
-        n = self.n_estimators
-        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
-            raise ValueError(f"n_estimators must be an integer of at least 1. Given {n!r}.")
-        return int(n)
-
-    def _booster_params(self) -> tuple[dict[str, Any], Any]:
-        """The booster's parameters, and the step of Poisson objectives."""
-        params = {key: value for key, value in self._params.items() if value is not None}
+    def _settle_params(self) -> tuple[dict[str, Any], Any]:
+        """Returns the booster's parameters, and the step of Poisson objectives."""
+        params = {key: value for key, value in self.params.items() if value is not None}
         if isinstance(missing := params.get("missing"), float) and np.isnan(missing):
             del params["missing"]
-        if decided := [key for key in params if key in DECIDED[self.booster]]:
-            raise ValueError(f"The head decides {decided}: leave them out, or choose another head.")
-        if rounds := [key for key in params if key in ROUNDS]:
-            raise ValueError(f"The number of rounds is n_estimators. Given {rounds} too; leave them out.")
-        if idle := [key for key in params if key in IDLE[self.booster]]:
-            raise ValueError(
-                f"{idle} belong to the booster's own objectives and would do nothing under a head. Weigh rows and "
-                "classes by fit(..., sample_weight=...); choose the loss by the head and its loss_fn."
-            )
-        for key in params:
-            if key in ELSEWHERE[self.booster]:
-                raise ValueError(f"{key} is no parameter here and would do nothing: {ELSEWHERE[self.booster][key]}.")
-        if stopping := [key for key in params if key in STOPPING]:
-            raise ValueError(f"To stop early pass early_stopping_rounds= and monitor=. Given {stopping}.")
-        if self.booster == "lightgbm" and "multi_strategy" in params:
-            raise ValueError(
-                "LightGBM grows a tree for each logit. Given multi_strategy, which is XGBoost's: use "
-                "booster='xgboost' for trees that all logits share, or leave it out."
-            )
-        if self.booster == "lightgbm":
-            self._check_boosting(params)
+        check_params(params, self.booster, self.early_stopping_rounds)
         if self.booster == "xgboost" and isinstance(self.head, PoissonRegressionHead):
             params.setdefault("max_delta_step", 0.7)
         if not any(isinstance(head, PoissonRegressionHead) for head in trees.leaves(self.head)):
             return params, 0.7
         return params, params.get("max_delta_step" if self.booster == "xgboost" else "poisson_max_delta_step", 0.7)
 
-    def _check_boosting(self, params: Mapping[str, Any]) -> None:
-        """Refuses what LightGBM does not do under an objective of ours."""
-        kind = next((str(params[alias]) for alias in ("boosting", "boosting_type", "boost") if alias in params), "gbdt")
-        if kind in ("rf", "random_forest"):
-            raise ValueError(
-                f"LightGBM's random forests take no objective but its own, and no logits to start from. Given "
-                f'{kind!r}. Boost instead ("gbdt", "dart").'
-            )
-        if kind == "dart" and self.early_stopping_rounds is not None:
-            raise ValueError(
-                "DART changes the weights of earlier trees, so no earlier round can be gone back to. Given "
-                f"early_stopping_rounds={self.early_stopping_rounds!r}. Leave one of them out."
-            )
-
-    def _table(self, X: Any, reset: bool) -> Any:
+    def _validate_table(self, X: Any, reset: bool) -> Any:
         # Frames go to the booster as they are: an array would lose their categories.
-        if hasattr(X, "columns"):
+        if is_frame(X):
             return validate_data(self, X, reset=reset, skip_check_array=True)
         return validate_data(self, X, reset=reset, accept_sparse="csr", ensure_all_finite="allow-nan", dtype="numeric")
 
-    def _mask(self, x: Any, y: Any, where: Any) -> Any:
-        """Which labels are there, after a look at their number."""
+    def _read_mask(self, x: Any, y: Any, where: Any) -> Any:
+        """Checks the number of labels, and returns which of them exist."""
         if y is not None and not isinstance(y, Mapping):
             check_consistent_length(y, x)
-        return where if isinstance(where, Mapping) else targets.mask(where, int(x.shape[0]))
+        return where if isinstance(where, Mapping) else targets.read_mask(where, int(x.shape[0]))
 
-    def _part(self, x: Any, y: Any, sample_weight: Any, where: Any, classes: targets.Classes | None) -> Part:
-        """Rows with their labels encoded; their margins come later."""
-        where = self._mask(x, y, where)
+    def _encode(self, x: Any, y: Any, sample_weight: Any, where: Any, classes: targets.Classes | None) -> Part:
+        """Returns rows with encoded labels."""
+        where = self._read_mask(x, y, where)
         labels = targets.encode(self.head, y, where, classes)
         weights = None if sample_weight is None else np.asarray(sample_weight, np.float32)
-        n = int(x.shape[0])
-        if weights is not None and weights.shape != (n,):
+        if weights is not None and weights.shape != (n := int(x.shape[0]),):
             raise ValueError(f"sample_weight must be one number a row, shape {(n,)}. Given shape {weights.shape}.")
-        return Part(x, labels, where, weights, np.zeros((n, 0), np.float32))
+        return Part(x, labels, where, weights)
 
-    def _start(self, rows: Any) -> np.ndarray:
+    def _find_start(self, rows: Rows) -> np.ndarray:
+        """Returns the logits before the first tree."""
         dimension = self.head.logits_dimension
         if self.init_score is None:
-            return np.asarray(_constants(self.head, jax.tree.map(np.asarray, rows.batch)), np.float32)
+            return np.asarray(_find_constants(self.head, jax.tree.map(np.asarray, rows.batch)), np.float32)
         try:
             given = np.broadcast_to(np.asarray(self.init_score, np.float32), (dimension,)).copy()
         except ValueError as error:
@@ -363,7 +313,7 @@ class BoostedHead(BaseEstimator):
             raise ValueError(f"init_score must be finite. Given {self.init_score!r}.")
         return given
 
-    def _evaluated(self, pairs: Any, weights: Any, where: Any, classes: targets.Classes | None) -> list[Part]:
+    def _encode_pairs(self, pairs: Any, weights: Any, where: Any, classes: targets.Classes | None) -> list[Part]:
         pairs = list(() if pairs is None else pairs)
         if strange := [pair for pair in pairs if not (isinstance(pair, (tuple, list)) and len(pair) == 2)]:
             parts = f" of {len(strange[0])}" if isinstance(strange[0], (tuple, list)) else ""
@@ -375,25 +325,26 @@ class BoostedHead(BaseEstimator):
             if values is not None and len(values) != len(pairs):
                 raise ValueError(f"{name} must have an entry for each of eval_set, {len(pairs)}. Given {len(values)}.")
         weights, where = ([None] * len(pairs) if values is None else values for values in (weights, where))
-        every = zip(pairs, weights, where, strict=True)
-        return [self._part(self._table(x, reset=False), y, w, there, classes) for (x, y), w, there in every]
+        return [
+            self._encode(self._validate_table(x, reset=False), y, w, there, classes)
+            for (x, y), w, there in zip(pairs, weights, where, strict=True)
+        ]
 
-    def _monitor(self, names: tuple[str, ...], is_evaluated: bool) -> Monitor | None:
-        """The metric to stop by, one of these."""
-        rounds = self.early_stopping_rounds
-        if rounds is None:
+    def _choose_monitor(self, names: tuple[str, ...], is_evaluated: bool) -> Monitor | None:
+        """Returns the metric to stop by, one of these names."""
+        if self.early_stopping_rounds is None:
             if self.monitor is not None:
                 raise ValueError(f"monitor={self.monitor!r} decides when to stop. Pass early_stopping_rounds= too.")
             return None
-        if isinstance(rounds, bool) or not isinstance(rounds, (int, np.integer)) or rounds < 1:
-            raise ValueError(f"early_stopping_rounds must be an integer of at least 1, or None. Given {rounds!r}.")
+        rounds = _check_count("early_stopping_rounds", self.early_stopping_rounds, ", or None")
         if not is_evaluated:
             raise ValueError("early_stopping_rounds needs eval_set=[(X, y)] in fit: the last one decides. Given none.")
         key = self.monitor
         if key is None:
-            if isinstance(self.head, MultiHead):
+            if self.head.parts():
+                given = type(self.head).__name__
                 raise ValueError(
-                    f"early_stopping_rounds needs monitor=, one of {list(names)}. Given a MultiHead and None."
+                    f"early_stopping_rounds needs monitor=, one of {list(names)}. Given a {given} and None."
                 )
             key = names[0]
         if key not in names:
@@ -403,13 +354,19 @@ class BoostedHead(BaseEstimator):
         higher = directions(self.head)[key] if self.higher_is_better is None else self.higher_is_better
         if higher is None:
             raise ValueError(f"Whether {key!r} is better when high, the metric does not say. Pass higher_is_better=.")
-        return Monitor(key, higher, int(rounds))
+        return Monitor(key, higher, rounds)
 
 
-def _constants(head: Head, batch: Batch) -> np.ndarray:
-    """The best constant logits, by head; zeros where there is no formula for them."""
+def _check_count(name: str, value: Any, also: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1{also}. Given {value!r}.")
+    return int(value)
+
+
+def _find_constants(head: Head, batch: Batch) -> np.ndarray:
+    """Returns the best constant logits of each head inside; zeros where there is no formula for them."""
     if batch.parts is not None:
-        return np.concatenate(list(trees.each(head, _constants, batch.parts).values()))
+        return np.concatenate(list(trees.each(head, _find_constants, batch.parts).values()))
     try:
         return predicting.constants(head, batch)
     except NoClosedForm:

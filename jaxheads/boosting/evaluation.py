@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxheads.boosting.datasets import Rows, RowsCache, as_logits, check_boosted
-from jaxheads.boosting.objectives import arguments, check_rows
+from jaxheads.boosting.attaching import Dataset
+from jaxheads.boosting.datasets import Rows, RowsCache, check_boosted
 from jaxheads.engine.evaluating import compiled_measure
 from jaxheads.engine.gathering import at
 from jaxheads.engine.readiness import ready
@@ -23,11 +23,11 @@ from jaxheads.numerics import pairs
 CHUNK = 65_536
 
 
-def measured(head: Head, params: Any, rows: Rows, logits: np.ndarray) -> Metrics:
-    """The metrics of all rows: chunks of them, added on the host in float64."""
+def measure_rows(head: Head, params: Any, rows: Rows, logits: np.ndarray) -> Metrics:
+    """Measures all rows in chunks, which are added on the host in float64."""
     states, bound = [], ready(head, params)
     for start in range(0, max(len(logits), 1), CHUNK):
-        batch = at(bound, rows.part(start, start + CHUNK).batch, logits[start : start + CHUNK])
+        batch = at(bound, rows.cut(start, start + CHUNK).batch, logits[start : start + CHUNK])
         states.append(Metrics(compiled_measure(bound, batch, None, None), head))
     return Metrics.merge(states)
 
@@ -53,16 +53,16 @@ class Evaluation:
 
     @property
     def __name__(self) -> str:
-        """What XGBoost's scikit-learn estimators call it in their log."""
+        """The name in the log of XGBoost's scikit-learn estimators."""
         key, *others = self.keys
-        return type(self.head).__name__ if others else logged([key])[key]
+        return type(self.head).__name__ if others else name_in_log([key])[key]
 
     def __call__(self, predicted: Any, dataset: Any, sample_weight: Any = None) -> Any:
         """`(margins, DMatrix or Dataset)`; or `(labels, margins[, sample_weight])`, as scikit-learn's wrappers call."""
-        logits, *given = self._given(predicted, dataset, sample_weight)
+        rows, logits = self._cache.read(self.head, predicted, dataset, sample_weight)
         _check_margins(self.head, logits)
-        values = self._values(logits, *given)
-        if self.library == "lightgbm" or hasattr(dataset, "get_label"):
+        values = self._measure(rows, logits)
+        if self.library == "lightgbm" or isinstance(dataset, Dataset):
             return self.entries(values)
         key, *others = self.keys
         if others:
@@ -73,31 +73,24 @@ class Evaluation:
         return values[key]
 
     def values(self, predicted: Any, dataset: Any) -> dict[str, float]:
-        """The metrics by key, of what are known to be margins, and a DMatrix or Dataset."""
-        return self._values(*self._given(predicted, dataset, None))
+        """Returns the metrics by key. `predicted` is known to be margins, `dataset` is a DMatrix or Dataset."""
+        return self._measure(*self._cache.read(self.head, predicted, dataset, None))
 
-    def _given(self, predicted: Any, dataset: Any, sample_weight: Any) -> tuple[np.ndarray, Any, Any, Any]:
-        """Logits, labels, weights and dataset of a call."""
-        margins, *others = arguments(predicted, dataset, sample_weight)
-        return as_logits(self.head, margins, "The booster"), *others
-
-    def _values(self, logits: np.ndarray, labels: Any, weights: Any, dataset: Any) -> dict[str, float]:
-        rows = self._cache.rows(self.head, labels, weights, dataset)
-        check_rows(rows, logits)
-        found = measured(self.head, self.params, rows, logits)
-        values = (_over_workers(found) if self.library == "xgboost" else found).compute()
+    def _measure(self, rows: Rows, logits: np.ndarray) -> dict[str, float]:
+        found = measure_rows(self.head, self.params, rows, logits)
+        values = (_add_workers(found) if self.library == "xgboost" else found).compute()
         return {key: float(values[key]) for key in self.keys}
 
     def entries(self, values: Mapping[str, float]) -> list[tuple[Any, ...]]:
-        """Metrics in the form of the library's log."""
+        """Returns metrics in the form of the library's log."""
         if self.library == "xgboost":
-            names = logged(values)
+            names = name_in_log(values)
             return [(names[key], value) for key, value in values.items()]
         return [(key, value, bool(directions(self.head)[key])) for key, value in values.items()]
 
 
-def _over_workers(metrics: Metrics) -> Metrics:
-    """The metrics of the rows of all workers of XGBoost's collective, added in float64."""
+def _add_workers(metrics: Metrics) -> Metrics:
+    """Adds the metrics of all workers of XGBoost's collective, in float64."""
     from xgboost import collective
 
     if collective.get_world_size() == 1:
@@ -107,8 +100,8 @@ def _over_workers(metrics: Metrics) -> Metrics:
     return dataclasses.replace(metrics, state=pairs.merge([total[..., None]]))
 
 
-def logged(keys: Iterable[str]) -> dict[str, str]:
-    """The metrics' names in XGBoost's log, which is printed and parsed again, at spaces and colons.
+def name_in_log(keys: Iterable[str]) -> dict[str, str]:
+    """Returns the metrics' names in XGBoost's log. The log is printed, and parsed again at spaces and colons.
 
     A name that another metric has gets a `_` more.
     """
@@ -124,7 +117,7 @@ def logged(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _check_margins(head: Head, logits: np.ndarray) -> None:
-    """Refuses what can be told to be probabilities, rows of a softmax; warns of what looks like those of a sigmoid."""
+    """Refuses rows that must be probabilities of a softmax; warns of rows that look like those of a sigmoid."""
     kinds = (MultiClassHead, BinaryClassHead, LogisticRegressionHead, MultiLabelHead)
     if not isinstance(head, kinds) or not len(logits) or logits.min() < 0 or np.ptp(logits) <= 1e-3:
         return
@@ -149,14 +142,14 @@ def _check_margins(head: Head, logits: np.ndarray) -> None:
 def xgboost_metric(head: Head, keys: str | Sequence[str] | None = None, *, params: Any = None) -> Evaluation:
     """A head's metrics as the `custom_metric` of `xgboost.train`: a list of (name, value), all of them from one pass.
 
-    Sums are kept in float64; under XGBoost's collective (Dask, Spark) they are added over workers before they are read,
-    so that an AUC is that of all rows. As the `eval_metric` of a scikit-learn estimator give it one key. Train with an
-    objective of `jh.boosting`: beside a built-in one XGBoost hands over probabilities, which cannot always be told from
-    margins (a warning says so where all are in [0, 1]).
+    Sums are kept in float64. Under XGBoost's collective (Dask, Spark) they are added over workers before they are read,
+    so an AUC covers all rows. As the `eval_metric` of a scikit-learn estimator, give it one key. Train with an
+    objective of `jh.boosting`: beside a built-in objective XGBoost hands over probabilities. These cannot always be
+    told from margins (a warning says so if all are in [0, 1]).
 
-    XGBoost stops early by the last of the metrics (of a `MultiHead` the loss of its first head, not of all: name
-    another), in a log of six decimals, and takes it to be better when low unless
-    its name begins with `auc`, `pre` or `map`. For another (`accuracy`) pass
+    XGBoost stops early by the last of the metrics (for a `MultiHead` this is the loss of its first head alone: name
+    another), in a log of six decimals. It takes a metric to be better when low, unless its name begins with `auc`,
+    `pre` or `map`. For another one (`accuracy`) pass
     `xgboost.callback.EarlyStopping(rounds=10, metric_name="accuracy", maximize=True)`. `BoostedHead` knows directions,
     and all decimals.
 
@@ -167,21 +160,21 @@ def xgboost_metric(head: Head, keys: str | Sequence[str] | None = None, *, param
         params: values of its learned and running fields.
 
     Raises:
-        ValueError: a name that is not there; a head that needs more than a dataset holds. When called: what the head
+        ValueError: an unknown name; a head that needs more than a dataset holds. When called: labels that the head
             refuses; margins of another size; rows that are probabilities.
 
     `xgboost_objective` has an example.
     """
-    return _metric(head, keys, params, "xgboost")
+    return _make_evaluation(head, keys, params, "xgboost")
 
 
 def lightgbm_metric(head: Head, keys: str | Sequence[str] | None = None, *, params: Any = None) -> Evaluation:
     """A head's metrics as the `feval` of `lightgbm.train`: a list of (name, value, whether higher is better).
 
     As `xgboost_metric`. Losses and errors are better when low, rates and areas when high. LightGBM stops early by any
-    of the metrics unless `lightgbm.early_stopping(..., first_metric_only=True)`, so by default those alone are there
-    that have a direction; of another key (`label/mean`) LightGBM is told low. On several machines LightGBM knows those
-    of its own rows.
+    of the metrics unless `lightgbm.early_stopping(..., first_metric_only=True)`. So by default only metrics that have a
+    direction are there. A metric without one (`label/mean`) is given to LightGBM as better when low. On several
+    machines, LightGBM measures the rows of each machine apart.
 
     >>> import numpy as np
     >>> import jaxheads as jh
@@ -189,12 +182,12 @@ def lightgbm_metric(head: Head, keys: str | Sequence[str] | None = None, *, para
     >>> metric(np.array([1.0, 2.0]), np.array([1.0, 4.0]), np.array([1.0, 3.0]))  # as LGBMRegressor calls it
     [('average_loss', 3.0, False), ('label/mean', 1.75, False)]
     """
-    return _metric(head, keys, params, "lightgbm")
+    return _make_evaluation(head, keys, params, "lightgbm")
 
 
-def _metric(head: Head, keys: str | Sequence[str] | None, params: Any, library: str) -> Evaluation:
+def _make_evaluation(head: Head, keys: str | Sequence[str] | None, params: Any, library: str) -> Evaluation:
     check_boosted(head, params, metrics=True)
-    names = numbers(head)
+    names = list_numbers(head)
     if keys is None:
         have_one = tuple(name for name in names if directions(head)[name] is not None)
         by_default = (*names[1:], *names[:1]) if library == "xgboost" else have_one
@@ -207,8 +200,8 @@ def _metric(head: Head, keys: str | Sequence[str] | None, params: Any, library: 
     return Evaluation(head, params, chosen, library)
 
 
-def numbers(head: Head) -> tuple[str, ...]:
-    """The names of the metrics that are single numbers."""
+def list_numbers(head: Head) -> tuple[str, ...]:
+    """Returns the names of the metrics that are single numbers."""
     # Read from zeros on the host: nothing is compiled.
     with np.errstate(all="ignore"):
         zero = Metrics.merge([head.metrics()]).compute()

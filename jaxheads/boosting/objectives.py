@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxheads.boosting.conventions import Options
-from jaxheads.boosting.datasets import Rows, RowsCache, as_logits, check_boosted, of_dataset
-from jaxheads.boosting.derivatives import Hessian, check_options, of_batch
+from jaxheads.boosting.conventions import Hessian, Options
+from jaxheads.boosting.datasets import RowsCache, check_boosted
+from jaxheads.boosting.derivatives import differentiate
 from jaxheads.engine.gathering import at
 from jaxheads.engine.readiness import ready
 from jaxheads.head import Head
@@ -25,57 +25,37 @@ class Objective:
     Attributes:
         head: unbound.
         params: the values of its learned and running fields, or None.
-        hessian, floor, options: as for `derivatives`.
+        options: of `derivatives`.
     """
 
     head: Head
     params: Any
-    hessian: Hessian
-    floor: float
     options: Options
     _cache: RowsCache = dataclasses.field(default_factory=RowsCache, repr=False, compare=False)
 
+    def __post_init__(self):
+        check_boosted(self.head, self.params, metrics=False)
+
     def __call__(self, predicted: Any, dataset: Any, sample_weight: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """`(margins, DMatrix or Dataset)`; or `(labels, margins[, sample_weight])`, as scikit-learn's wrappers call."""
-        margins, *given = arguments(predicted, dataset, sample_weight)
-        rows = self._cache.rows(self.head, *given)
-        logits = as_logits(self.head, margins, "The booster")
-        check_rows(rows, logits)
-        g, h = _derivatives(self.head, self.params, rows.batch, logits, self.hessian, self.floor, self.options)
+        rows, logits = self._cache.read(self.head, predicted, dataset, sample_weight)
+        g, h = _differentiate(self.head, self.params, rows.batch, logits, self.options)
         gradient, hessian = np.asarray(g), np.asarray(h)
         if not np.isfinite(gradient.sum() + hessian.sum()):
-            _refuse(gradient, hessian, logits)
+            _check_finite(gradient, hessian, logits)
         if logits.shape[1] == 1:
             return gradient.reshape(-1), hessian.reshape(-1)
         return gradient, hessian
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def _derivatives(
-    head: Head, params: Any, batch: Batch, logits: Any, hessian: Hessian, floor: float, options: Options
-) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=4)
+def _differentiate(head: Head, params: Any, batch: Batch, logits: Any, options: Options) -> tuple[jax.Array, jax.Array]:
     bound = ready(head, params)
-    return of_batch(bound, at(bound, batch, logits), hessian, floor, options)
+    return differentiate(bound, at(bound, batch, logits), options)
 
 
-def arguments(first: Any, second: Any, sample_weight: Any) -> tuple[Any, Any, Any, Any]:
-    """Margins, labels, weights and the dataset (None where there is none), from either of the two forms of a call."""
-    if not hasattr(second, "get_label"):
-        return second, np.asarray(first), None if sample_weight is None else np.asarray(sample_weight), None
-    return first, *of_dataset(second), second
-
-
-def check_rows(rows: Rows, logits: np.ndarray) -> None:
-    """Refuses labels of another number of rows than the margins."""
-    if rows.n != len(logits):
-        raise ValueError(
-            f"There are {rows.n} labels for {len(logits)} margins. Give the dataset its labels, label=..., or attach "
-            "them, jh.boosting.with_labels(dataset, labels); a slice of it needs a slice of them."
-        )
-
-
-def _refuse(gradient: np.ndarray, hessian: np.ndarray, logits: np.ndarray) -> None:
-    """Says where the derivatives are not finite; sums that overflow alone are none of its business."""
+def _check_finite(gradient: np.ndarray, hessian: np.ndarray, logits: np.ndarray) -> None:
+    """Refuses derivatives that are not finite. A sum of finite ones may overflow, and is no error."""
     bad = ~(np.isfinite(gradient) & np.isfinite(hessian))
     if bad.any():
         row, column = (int(i) for i in np.argwhere(bad)[0])
@@ -96,9 +76,9 @@ def xgboost_objective(
 ) -> Objective:
     """A head's loss as the `obj` of `xgboost.train`, or the `objective` of XGBoost's scikit-learn estimators.
 
-    It reads labels and weights from the `DMatrix` (those of `with_labels` first), and runs on every worker of Dask or
-    Spark: it pickles if the head does (a `loss_fn` that is a lambda does not; write a function in a module). Parameters
-    of XGBoost's own objectives (`scale_pos_weight`) do nothing.
+    It reads labels and weights from the `DMatrix`; labels from `with_labels`, if there are any, replace its own. It
+    runs on every worker of Dask or Spark, because it pickles if the head does (a `loss_fn` that is a lambda does not
+    pickle; write a function in a module). Parameters of XGBoost's own objectives (`scale_pos_weight`) do nothing.
 
     XGBoost starts a custom objective from a margin of `base_score=0.5`; pass `base_score=0` and `base_margin`, rows of
     `head.constant_logits(labels)`. Its `XGBClassifier` alone keeps the logistic link of two classes: there 0.5, its
@@ -107,7 +87,7 @@ def xgboost_objective(
     Args:
         head: any head with one row of logits an example, and without a `weight_column`.
         params: values of its learned and running fields; they are not trained.
-        hessian, floor: as for `derivatives`; `"auto"` is what XGBoost's own objective does.
+        hessian, floor: as for `derivatives`; `"auto"` is the convention of XGBoost's own objective.
         max_delta_step: of a `PoissonRegressionHead`; set the booster's parameter too, as its own objective does.
 
     Raises:
@@ -129,7 +109,7 @@ def xgboost_objective(
     >>> head.predictions(booster.predict(data, output_margin=True)[:, None], "class_ids")["class_ids"].ravel()
     Array([0, 0, 1, 1], dtype=int32)
     """
-    return _objective(head, params, hessian, floor, "xgboost", max_delta_step)
+    return Objective(head, params, Options(hessian, floor, "xgboost", max_delta_step))
 
 
 def lightgbm_objective(
@@ -157,11 +137,4 @@ def lightgbm_objective(
     >>> (booster.predict(x, raw_score=True) > 0).tolist()
     [False, False, True, True]
     """
-    return _objective(head, params, hessian, floor, "lightgbm", max_delta_step)
-
-
-def _objective(
-    head: Head, params: Any, hessian: Hessian, floor: float, library: str, max_delta_step: float
-) -> Objective:
-    check_boosted(head, params, metrics=False)
-    return Objective(head, params, hessian, float(floor), check_options(hessian, floor, library, max_delta_step))
+    return Objective(head, params, Options(hessian, floor, "lightgbm", max_delta_step))

@@ -16,7 +16,7 @@ class Monitor(NamedTuple):
     Attributes:
         key: its name.
         higher: whether it is better when high.
-        rounds: for how many it may fail to improve.
+        rounds: for how many rounds it may fail to improve.
     """
 
     key: str
@@ -26,12 +26,12 @@ class Monitor(NamedTuple):
 
 @dataclasses.dataclass
 class Log:
-    """A metric for a booster that keeps what it told it: XGBoost's own log has six decimals, which small losses lose.
+    """A metric for a booster that keeps its values. XGBoost's own log has six decimals, too few for small losses.
 
     Attributes:
         metric: of a head, as the booster takes it.
         datasets: the booster's, in order; the last one decides.
-        monitor: what to stop by, if at all.
+        monitor: the metric to stop by, or None.
         values: by dataset and metric, one value a round.
     """
 
@@ -45,11 +45,11 @@ class Log:
 
     @property
     def names(self) -> list[str]:
-        """Those of the datasets."""
+        """The names of the datasets."""
         return [f"validation_{i}" for i in range(len(self.datasets))]
 
     def __call__(self, predicted: Any, dataset: Any) -> list[tuple[Any, ...]]:
-        """As the metric, kept."""
+        """Measures as the metric does, and keeps the values."""
         found = self.metric.values(predicted, dataset)
         name = next(name for name, known in zip(self.names, self.datasets, strict=True) if known is dataset)
         for key, value in found.items():
@@ -64,10 +64,9 @@ class Log:
         pick: Callable[[Any], Any] = np.argmax if self.monitor.higher else np.argmin
         return int(pick(self.values[self.names[-1]][self.monitor.key]))
 
-    def over_since(self) -> int | None:
-        """The best round, if the monitored metric has not improved for its number of rounds since; else None."""
-        best = self.best
-        if self.monitor is None or best is None:
+    def find_stop(self) -> int | None:
+        """Returns the best round if the monitored metric has failed to improve for its number of rounds; else None."""
+        if self.monitor is None or (best := self.best) is None:
             return None
         scores = self.values[self.names[-1]][self.monitor.key]
         if math.isnan(scores[-1]):

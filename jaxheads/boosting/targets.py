@@ -1,17 +1,14 @@
-"""Labels as scikit-learn's users have them, and what a head makes of its logits, in their words."""
+"""Labels, predictions and scores as users of scikit-learn know them, from those of a head and back."""
 
 import warnings
-from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from sklearn.metrics import r2_score
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import assert_all_finite, column_or_1d
 
-from jaxheads.compose import GlobalObjectiveHead, MultiHead
 from jaxheads.contract import Given
 from jaxheads.head import Head
 from jaxheads.heads import BinaryClassHead, MultiClassHead, MultiLabelHead
@@ -22,30 +19,30 @@ ClassHead: TypeAlias = BinaryClassHead | MultiClassHead
 CLASS_HEADS = (BinaryClassHead, MultiClassHead)
 
 
-def keys_of(head: Head) -> tuple[str, ...]:
-    """The prediction keys of a head."""
+def list_keys(head: Head) -> tuple[str, ...]:
+    """Returns the prediction keys of a head."""
     return tuple(head.outputs(jnp.zeros((1, head.logits_dimension))))
 
 
-def base_of(head: Head) -> Any:
-    """The head that says what labels and classes are."""
-    return head.base if isinstance(head, GlobalObjectiveHead) else head
+def find_base(head: Head) -> Any:
+    """Returns the head that decides which labels and classes there are."""
+    return head if head.wrapped is None else head.wrapped
 
 
-def kind_of(head: Head) -> str | None:
-    """`"classifier"`, `"regressor"`, or None for what scikit-learn has no word for."""
-    if isinstance(head, MultiHead):
+def tell_kind(head: Head) -> str | None:
+    """Returns `"classifier"`, `"regressor"`, or None for a head that scikit-learn has no word for."""
+    if head.parts():
         return None
-    if isinstance(base_of(head), (*CLASS_HEADS, MultiLabelHead)):
+    if isinstance(find_base(head), (*CLASS_HEADS, MultiLabelHead)):
         return "classifier"
-    return "regressor" if "predictions" in keys_of(head) and isinstance(head.label_spec, LabelSpec) else None
+    return "regressor" if "predictions" in list_keys(head) and isinstance(head.label_spec, LabelSpec) else None
 
 
 class Classes(NamedTuple):
-    """What a classifier learns of its labels.
+    """The classes that a classifier has found among its labels.
 
     Attributes:
-        names: of its classes, in the head's order; None where labels have columns.
+        names: the classes, in the head's order; None where labels have columns.
         order: the head's ids (or columns), in the order of `classes_`.
     """
 
@@ -54,30 +51,30 @@ class Classes(NamedTuple):
 
     @classmethod
     def of(cls, head: Head, y: Any, where: Any) -> "Classes | None":
-        """Those of labels that are there; None of what is no classifier."""
-        head = base_of(head)
+        """Finds the classes of the labels that exist; None for a head that is no classifier."""
+        head = find_base(head)
         if isinstance(head, MultiLabelHead):
             return cls(None, np.arange(head.n_classes))
         if not isinstance(head, CLASS_HEADS) or y is None:
             return None
-        names = _names(head, y, where)
-        # Scorers of scikit-learn take them to be sorted.
+        names = _find_names(head, y, where)
+        # Scorers of scikit-learn assume that classes are sorted.
         return cls(names, np.argsort(names))
 
-    def sorted(self, head: Head) -> np.ndarray:
-        """What scikit-learn calls `classes_`."""
+    def sort(self, head: Head) -> np.ndarray:
+        """Returns the classes in the order of scikit-learn's `classes_`."""
         if self.names is None:
-            return np.asarray(base_of(head).label_vocabulary or self.order)
+            return np.asarray(find_base(head).label_vocabulary or self.order)
         return self.names[self.order]
 
 
-def _names(head: ClassHead, y: Any, where: Any) -> np.ndarray:
-    """The classes behind a head's ids.
+def _find_names(head: ClassHead, y: Any, where: Any) -> np.ndarray:
+    """Finds the classes behind a head's ids.
 
-    0 ... n - 1, if labels are such ids (or shares); else those of the vocabulary, else the different labels in order.
+    These are 0 ... n - 1 if labels are such ids or shares; else the vocabulary; else the different labels, sorted.
     """
     n, y = len(head.class_names()), column_or_1d(y)
-    y = _plain(y if where is None else y[where])
+    y = _convert_objects(y if where is None else y[where])
     if y.dtype == np.bool_ and n == 2:
         return np.array([False, True])
     if _are_ids(y, n):
@@ -85,7 +82,7 @@ def _names(head: ClassHead, y: Any, where: Any) -> np.ndarray:
             warnings.warn(
                 f"Labels from {y.min()} to {y.max()} of {n} classes are taken for ids of 0 ... {n - 1}, the first of "
                 "which is not among these rows. If they are meant to count from 1, subtract 1.",
-                stacklevel=5,
+                stacklevel=4,
             )
         return np.arange(n, dtype=y.dtype)
     if y.dtype.kind == "f" and isinstance(head, BinaryClassHead):
@@ -106,8 +103,8 @@ def _names(head: ClassHead, y: Any, where: Any) -> np.ndarray:
     return classes
 
 
-def mask(where: Any, n: int) -> np.ndarray | None:
-    """Which labels of one column are there, bool `[n]`."""
+def read_mask(where: Any, n: int) -> np.ndarray | None:
+    """Returns which labels of one column exist, bool `[n]`."""
     if where is None:
         return None
     given = np.asarray(inputs.as_where(where, (n,)))
@@ -115,8 +112,8 @@ def mask(where: Any, n: int) -> np.ndarray | None:
     return given[:, 0].astype(bool)
 
 
-def _plain(y: np.ndarray) -> np.ndarray:
-    """Objects that are all numbers or truth values, as an array of them."""
+def _convert_objects(y: np.ndarray) -> np.ndarray:
+    """Converts objects that are all numbers, or all truth values, to an array of these."""
     if y.dtype != object:
         return y
     found = np.array(y.tolist())
@@ -124,51 +121,51 @@ def _plain(y: np.ndarray) -> np.ndarray:
 
 
 def _are_ids(y: np.ndarray, n: int) -> bool:
-    """Whether labels are whole numbers of 0 ... n - 1, floats too."""
+    """Tells whether labels are whole numbers of 0 ... n - 1, also as floats."""
     return y.dtype.kind in "iuf" and y.size > 0 and bool(np.isin(y, np.arange(n)).all())
 
 
 def _are_shares(head: ClassHead, y: np.ndarray) -> bool:
-    """Whether labels are soft ones, shares of positives, of which some are no ids."""
+    """Tells whether labels are soft: shares of positives, at least one of them neither 0 nor 1."""
     if y.dtype.kind != "f" or not isinstance(head, BinaryClassHead) or not y.size or _are_ids(y, 2):
         return False
     return bool(((y >= 0) & (y <= 1)).all())
 
 
 def encode(head: Head, y: Any, where: Any, classes: Classes | None) -> Any:
-    """Labels as the head takes them."""
-    head = base_of(head)
+    """Encodes labels as the head takes them."""
+    head = find_base(head)
     if y is None:
         raise ValueError("This estimator requires y to be passed, but the target y is None.")
-    if isinstance(head, MultiHead) or not isinstance(head.label_spec, LabelSpec):
+    if not isinstance(head.label_spec, LabelSpec):
         return head.encode_labels(y, where)
     if head.label_spec.size == 1:
         y = column_or_1d(y, warn=True)
         if where is None and y.dtype.kind == "f":
             assert_all_finite(y, input_name="y")
         if y.dtype == object and not isinstance(head, CLASS_HEADS):
-            y = _numbers(y)
+            y = _convert_numbers(y)
     if isinstance(head, CLASS_HEADS) and classes is not None and classes.names is not None:
-        return _encoded(head, y, where, classes.names)
+        return _encode_classes(head, y, where, classes.names)
     return head.encode_labels(y, where)
 
 
-def _encoded(head: ClassHead, y: np.ndarray, where: Any, names: np.ndarray) -> np.ndarray:
-    """Ids of classes, or shares; of rows without a label 0."""
+def _encode_classes(head: ClassHead, y: np.ndarray, where: Any, names: np.ndarray) -> np.ndarray:
+    """Encodes labels as ids of classes, or as shares; 0 in rows without a label."""
     there = np.ones(len(y), bool) if where is None else where
-    known = _plain(y[there])
+    known = _convert_objects(y[there])
     are_names = head.label_vocabulary is not None and names.dtype.kind == "U"
     if _are_shares(head, known) and (are_names or names.dtype.kind == "b" or _are_ids(names, 2)):
         return np.where(there, y, 0).astype(np.float32)
-    # Names of a vocabulary are its own business, in fit or later.
+    # The head encodes the names of its vocabulary itself, in fit and later.
     if head.label_vocabulary is not None and (are_names or known.dtype.kind in "USO"):
         return head.encode_labels(y, where)
     ids = np.zeros(len(y), np.int32)
-    ids[there] = _class_ids(known, names)
+    ids[there] = _find_ids(known, names)
     return ids
 
 
-def _class_ids(y: np.ndarray, classes: np.ndarray) -> np.ndarray:
+def _find_ids(y: np.ndarray, classes: np.ndarray) -> np.ndarray:
     if (y.dtype.kind in "USO") != (classes.dtype.kind in "USO"):
         ids, unknown = np.zeros(len(y), int), np.ones(len(y), bool)
     else:
@@ -182,35 +179,34 @@ def _class_ids(y: np.ndarray, classes: np.ndarray) -> np.ndarray:
     return ids
 
 
-def _numbers(y: np.ndarray) -> np.ndarray:
+def _convert_numbers(y: np.ndarray) -> np.ndarray:
     try:
         return y.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"Unknown label type: y must be numbers. Given objects such as {y[0]!r}.") from error
 
 
-def predicted(head: Head, logits: np.ndarray, classes: Classes | None) -> Any:
-    """What a scikit-learn user calls the prediction: a class, labels that are there, a number; by head of several."""
-    head = base_of(head)
-    if isinstance(head, MultiHead):
+def predict(head: Head, logits: np.ndarray, classes: Classes | None) -> Any:
+    """Predicts as scikit-learn does: classes, columns of 0 and 1, or numbers; a dict by head for several heads."""
+    head = find_base(head)
+    if parts := head.parts():
         routed = head.route(Given(logits=logits))
-        return {name: predicted(inner, np.asarray(routed[name].logits), None) for name, inner in head.parts().items()}
+        return {name: predict(inner, np.asarray(routed[name].logits), None) for name, inner in parts.items()}
     if isinstance(head, MultiLabelHead):
         return (logits > 0).astype(np.int32)
-    keys = keys_of(head)
+    keys = list_keys(head)
     key = next((key for key in ("class_ids", "predictions") if key in keys), keys[0])
     values = np.asarray(head.predictions(logits, key)[key])
     values = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
     if key != "class_ids":
         return values
-    vocabulary = getattr(head, "label_vocabulary", None)
-    names = classes.names if classes is not None else np.asarray(vocabulary) if vocabulary else None
+    names = classes.names if classes is not None else np.asarray(head.vocabulary) if head.vocabulary else None
     return values if names is None else names[values]
 
 
 def score(head: Head, logits: np.ndarray, labels: Any, weights: Any, where: Any) -> float:
-    """What a scikit-learn user calls the score: accuracy, R2, or the loss, negative."""
-    base, kind = base_of(head), kind_of(head)
+    """Scores as scikit-learn does: by accuracy or R2, and any other head by its negative loss."""
+    base, kind = find_base(head), tell_kind(head)
     if kind is None:
         return -float(head.loss(labels, logits, weights=weights, where=where))
     there = np.ones(len(logits), bool) if where is None else where
@@ -219,7 +215,7 @@ def score(head: Head, logits: np.ndarray, labels: Any, weights: Any, where: Any)
         return float("nan")
     labels, logits, weights = np.asarray(labels)[there], logits[there], weights[there]
     if kind == "regressor":
-        return float(r2_score(labels, predicted(head, logits, None), sample_weight=weights))
+        return float(r2_score(labels, predict(head, logits, None), sample_weight=weights))
     labels = labels.reshape(len(labels), -1)
     if isinstance(base, MultiClassHead):
         right = labels == np.asarray(base.predictions(logits, "class_ids")["class_ids"])
@@ -227,8 +223,3 @@ def score(head: Head, logits: np.ndarray, labels: Any, weights: Any, where: Any)
         # A soft label is the share of positives.
         right = 1 - np.abs(labels.astype(np.float64) - (logits > 0))
     return float(np.average(right.prod(-1), weights=weights))
-
-
-def on_host(predictions: Mapping[str, Any]) -> dict[str, Any]:
-    """Predictions as NumPy arrays."""
-    return jax.tree.map(np.asarray, dict(predictions))

@@ -60,9 +60,12 @@ def table(features: Any) -> Mapping[Any, Any] | None:
     """A mapping, or a data frame as one; None for anything else."""
     if isinstance(features, Mapping):
         return features
-    if hasattr(features, "columns") and hasattr(features, "__getitem__"):
-        return {key: features[key] for key in features.columns}
-    return None
+    return {key: features[key] for key in features.columns} if is_frame(features) else None
+
+
+def is_frame(x: Any) -> bool:
+    """Tells whether `x` is a data frame, of pandas or of a library like it."""
+    return hasattr(x, "columns") and hasattr(x, "__getitem__")
 
 
 def column(features: Any, key: str, what: str) -> Any:
