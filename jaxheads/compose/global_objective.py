@@ -185,21 +185,21 @@ class GlobalObjectiveHead(AbstractWrapperHead):
                 f"base must have no loss_fn: this head has a loss of its own. Given {self.base!r}. Choose surrogate="
                 f"{list(formulas.SCALE)}."
             )
-        for field, known in (
-            ("objective", OBJECTIVES),
-            ("surrogate", tuple(formulas.SCALE)),
-            ("constraint", CONSTRAINTS),
-            ("normalize", NORMALIZATIONS),
+        for field, value, known in (
+            ("objective", self.objective, OBJECTIVES),
+            ("surrogate", self.surrogate, tuple(formulas.SCALE)),
+            ("constraint", self.constraint, CONSTRAINTS),
+            ("normalize", self.normalize, NORMALIZATIONS),
         ):
-            if getattr(self, field) not in known:
-                raise ValueError(f"{field} must be one of {known}. Given {getattr(self, field)!r}.")
+            if value not in known:
+                raise ValueError(f"{field} must be one of {known}. Given {value!r}.")
         self._check_options()
         self._check_targets()
         self._check_anchors()
         if not _is_finite(self.initial_multiplier) or self.initial_multiplier < 0:
             raise ValueError(f"initial_multiplier must be a number of at least 0. Given {self.initial_multiplier!r}.")
         if self.operating_point is not None:
-            self._each("operating_point", _is_finite, "a finite logit")
+            self._check_each("operating_point", self.operating_point, _is_finite, "a finite logit")
         self._check_groups()
         if self.base.extra_metrics:
             metric_names(fields.unbound(self))  # refuses names that clash
@@ -214,17 +214,19 @@ class GlobalObjectiveHead(AbstractWrapperHead):
             "normalize": self.is_of_pairs,
             "group_rate": not (self.is_of_pairs or self._has_anchors),
         }
+        values = fields.values_of(self)
         for field in dataclasses.fields(self):
-            if not read.get(field.name, True) and (value := getattr(self, field.name)) != field.default:
+            if not read.get(field.name, True) and (value := values[field.name]) != field.default:
                 raise ValueError(f"{self.objective} reads no {field.name}. Given {value!r}. Leave it out.")
 
     def _check_targets(self) -> None:
         low_is_legal = self.objective == TPR_AT_FPR
         legal = "in [0, 1)" if low_is_legal else "in (0, 1]"
         if self.objective in CONSTRAINED:
-            self._each("target", lambda t: 0 <= t < 1 if low_is_legal else 0 < t <= 1, f"a number {legal}")
+            is_legal = (lambda t: 0 <= t < 1) if low_is_legal else (lambda t: 0 < t <= 1)
+            self._check_each("target", self.target, is_legal, f"a number {legal}")
         if self.label_priors is not None:
-            self._each("label_priors", lambda p: 0 <= p <= 1, "a share in [0, 1]")
+            self._check_each("label_priors", self.label_priors, lambda p: 0 <= p <= 1, "a share in [0, 1]")
 
     def _check_groups(self) -> None:
         if self.group_rate is None:
@@ -255,9 +257,9 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         ):
             raise ValueError(f"precision_range must be two numbers in [0, 1], rising. Given {ends!r}.")
 
-    def _each(self, field: str, is_legal: Callable[[Any], bool], what: str) -> None:
+    def _check_each(self, field: str, value: Any, is_legal: Callable[[Any], bool], what: str) -> None:
         """Refuses what is not a legal number, or one for each label."""
-        value, n = getattr(self, field), self.logits_dimension
+        n = self.logits_dimension
         values = value if isinstance(value, tuple) else (value,)
         if not all(_is_finite(x) and is_legal(x) for x in values) or len(values) not in (1, n):
             raise ValueError(

@@ -137,8 +137,9 @@ class MultiHead(AbstractCompositeHead):
             )
         if len(set(names)) < len(names):
             raise ValueError(f"Heads of a MultiHead must have different names. Given: {names}.")
-        for what in ("slices", "bootstrap"):
-            if len(found := {getattr(head, what) for head in self.heads}) > 1:
+        slices, bootstraps = {head.slices for head in self.heads}, {head.bootstrap for head in self.heads}
+        for what, found in (("slices", slices), ("bootstrap", bootstraps)):
+            if len(found) > 1:
                 raise ValueError(
                     f"Heads of a MultiHead must have the same {what}, or none. Given {sorted(map(repr, found))}."
                 )
@@ -194,10 +195,12 @@ class MultiHead(AbstractCompositeHead):
         if given.labels is not ABSENT:
             labels = _of_each(given.labels, "labels", names)
             parts = {name: part.replace(labels=labels[name]) for name, part in parts.items()}
-        for what in ("weights", "where", "normalizer", "keys"):
-            value = self._by_head(getattr(given, what), what)
-            parts = {name: part.replace(**{what: value[name]}) for name, part in parts.items()}
-        return parts
+        weights, where = self._by_head(given.weights, "weights"), self._by_head(given.where, "where")
+        normalizer, keys = self._by_head(given.normalizer, "normalizer"), self._by_head(given.keys, "keys")
+        return {
+            name: part.replace(weights=weights[name], where=where[name], normalizer=normalizer[name], keys=keys[name])
+            for name, part in parts.items()
+        }
 
     def combine(self, losses: Mapping[str, Any], shares: Mapping[str, Any]) -> Any:
         total, weights = None, self._weights

@@ -74,8 +74,8 @@ class SequentialHeadWrapper(AbstractWrapperHead):
         return self.static_head
 
     def validate(self) -> None:
-        for field in ("sequence_length_mask", "sequence_lengths"):
-            key = getattr(self, field)
+        keys = {"sequence_length_mask": self.sequence_length_mask, "sequence_lengths": self.sequence_lengths}
+        for field, key in keys.items():
             if not isinstance(key, str) and key is not None:
                 raise ValueError(f"{field} must be a string, a key of features. Given type: {type(key).__name__}.")
         if not (self.feature_columns is None or isinstance(self.feature_columns, (str, tuple))):

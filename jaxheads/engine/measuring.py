@@ -72,8 +72,14 @@ def _sums_of_leaf(head: Any, batch: Batch, seen: Any, devices: Devices, inside: 
     if rows is None:
         return tiles.finished(whole(batch, seen))
     lazy = isinstance(batch.logits, LinearLogits)
-    cut = {name: getattr(batch, name) for name in ("labels", "weights", "where", "scale", "slices")}
-    cut["logits"] = batch.logits.hidden if lazy else batch.logits
+    cut = {
+        "labels": batch.labels,
+        "logits": batch.logits.hidden if lazy else batch.logits,
+        "weights": batch.weights,
+        "where": batch.where,
+        "scale": batch.scale,
+        "slices": batch.slices,
+    }
 
     def by_tiles(cut: Any, batch: Batch) -> list[jax.Array]:
         def of_tile(tile: Any, fresh: jax.Array, i: jax.Array) -> list[Any]:

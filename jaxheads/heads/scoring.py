@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxheads.metrics import ScoresView
+from jaxheads.metrics.base import at_threshold
 from jaxheads.metrics.grids import AbstractGrid
 from jaxheads.numerics import stable
 
@@ -25,9 +26,9 @@ def check_thresholds(thresholds: Any) -> None:
             raise ValueError(f"thresholds not in (0, 1): {t!r} in {thresholds!r}.")
     printed: dict[str, float] = {}
     for t in thresholds:
-        if printed.setdefault(f"{t:g}", t) != t:
+        if (other := printed.setdefault(at_threshold("", t), t)) != t:
             raise ValueError(
-                f"thresholds {printed[f'{t:g}']!r} and {t!r} print alike (%g) and would share the metric keys "
+                f"thresholds {other!r} and {t!r} print alike (%g) and would share the metric keys "
                 f"positive_threshold_{t:g}. Leave one out."
             )
 
@@ -40,11 +41,12 @@ def check_bins(bins: Any) -> None:
 
 def at_thresholds(scores: ScoresView, thresholds: Any) -> dict[str, Any]:
     """`accuracy|precision|recall/positive_threshold_t` for each threshold."""
-    return {
-        f"{key}/positive_threshold_{t:g}": getattr(scores.at(t), key)
-        for t in thresholds or ()
-        for key in ("accuracy", "precision", "recall")
-    }
+    found = {}
+    for t in thresholds or ():
+        decided = scores.at(t)
+        rates = {"accuracy": decided.accuracy, "precision": decided.precision, "recall": decided.recall}
+        found |= {at_threshold(key, t): rate for key, rate in rates.items()}
+    return found
 
 
 def class_id_outputs(logits: jax.Array, n: int) -> dict[str, Any]:

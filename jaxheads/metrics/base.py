@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from jaxheads.numerics import fields
+
 # What a head keeps beside what it observes: the mean of its losses; what its loss is divided by, inside a `MultiHead`;
 # how many elements weigh anything, with slices.
 AVERAGE_LOSS, DIVISOR, COUNT = KEPT = ("average_loss", "divisor", "slice_count")
@@ -21,6 +23,11 @@ RESERVED = ("slice", "count", "regularization_loss")
 
 # Under which keys heads and metrics keep what is read under the same: the score histogram; calibration by bins.
 SCORES = "scores"
+
+
+def at_threshold(key: str, threshold: float) -> str:
+    """The key of a metric of decisions at a threshold of the user's."""
+    return f"{key}/positive_threshold_{threshold:g}"
 
 
 def calibration_key(bins: int) -> str:
@@ -135,9 +142,9 @@ class Metric(abc.ABC):
 
     def __repr__(self) -> str:
         """As it is written: the arguments that differ from their defaults."""
-        every = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
-        given = [f for f in every if getattr(self, f.name) != f.default]
-        arguments = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in given)
+        values = fields.values_of(self) if dataclasses.is_dataclass(self) else {}
+        defaults = {field.name: field.default for field in fields.of_kind(type(self))} if values else {}
+        arguments = ", ".join(f"{name}={value!r}" for name, value in values.items() if value != defaults[name])
         return f"jh.metrics.{type(self).__name__}({arguments})"
 
     @abc.abstractmethod

@@ -43,8 +43,7 @@ class Slices:
     def __post_init__(self):
         if not (isinstance(self.column, str) or callable(self.column)):
             raise ValueError(f"Slices: column must be a key of features or a function of them. Given {self.column!r}.")
-        for name, least in (("n", 1), ("min_count", 0)):
-            value = getattr(self, name)
+        for name, value, least in (("n", self.n, 1), ("min_count", self.min_count, 0)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
                 raise ValueError(f"Slices: {name} must be an integer of at least {least}. Given {value!r}.")
             object.__setattr__(self, name, int(value))

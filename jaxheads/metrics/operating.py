@@ -70,7 +70,7 @@ class PrecisionAtRecall(AbstractScoreMetric):
 
     def __post_init__(self):
         super().__post_init__()
-        check_share(self, "recall")
+        check_share(self, "recall", self.recall)
 
     @property
     def key(self) -> str:
@@ -99,7 +99,7 @@ class RecallAtPrecision(AbstractScoreMetric):
 
     def __post_init__(self):
         super().__post_init__()
-        check_share(self, "precision")
+        check_share(self, "precision", self.precision)
 
     @property
     def key(self) -> str:
@@ -130,7 +130,7 @@ class SensitivityAtSpecificity(AbstractScoreMetric):
 
     def __post_init__(self):
         super().__post_init__()
-        check_share(self, "specificity")
+        check_share(self, "specificity", self.specificity)
 
     @property
     def key(self) -> str:
@@ -158,7 +158,7 @@ class SpecificityAtSensitivity(AbstractScoreMetric):
 
     def __post_init__(self):
         super().__post_init__()
-        check_share(self, "sensitivity")
+        check_share(self, "sensitivity", self.sensitivity)
 
     @property
     def key(self) -> str:
@@ -189,12 +189,12 @@ class BestThreshold(AbstractScoreMetric):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "beta")
+        check_positive(self, "beta", self.beta)
         if (self.cost_false_positive is None) != (self.cost_false_negative is None):
             raise ValueError(f"{self!r} needs both costs, cost_false_positive and cost_false_negative, or none.")
         if self.cost_false_positive is not None:
-            check_positive(self, "cost_false_positive")
-            check_positive(self, "cost_false_negative")
+            check_positive(self, "cost_false_positive", self.cost_false_positive)
+            check_positive(self, "cost_false_negative", self.cost_false_negative)
             if self.beta != 1:
                 raise ValueError(f"{self!r}: beta is of the F score; with costs there is none. Leave one out.")
 

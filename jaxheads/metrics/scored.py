@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import jax
 import numpy as np
 
-from jaxheads.metrics.base import AbstractSourceMetric, Observation
+from jaxheads.metrics.base import AbstractSourceMetric, Observation, at_threshold
 from jaxheads.metrics.curves import Interval, ScoresView
 from jaxheads.metrics.outcomes import Outcomes
 from jaxheads.metrics.scores import Scores
@@ -114,11 +114,11 @@ class AbstractThresholdMetric(AbstractScoreMetric):
     def __post_init__(self):
         super().__post_init__()
         if self.threshold is not None:
-            check_share(self, "threshold", 1.0)
+            check_share(self, "threshold", self.threshold, below=1.0)
 
     @property
     def ending(self) -> str:
-        return "" if self.threshold is None else f"/positive_threshold_{self.threshold:g}"
+        return "" if self.threshold is None else at_threshold("", self.threshold)
 
     def refine(self, observation: Any) -> Observation:
         scores: Any = super().refine(observation)
@@ -143,35 +143,30 @@ class AbstractThresholdMetric(AbstractScoreMetric):
     def read(self, view: ScoresView) -> Any:
         return self.decided(view.at_zero() if self.threshold is None else view.at(self.threshold))
 
+    @abc.abstractmethod
     def decided(self, outcomes: Outcomes) -> Any:
-        """The value from the weights of the four outcomes: by default what they have by the name of the key."""
-        return getattr(outcomes, self.stem)
+        """The value from the weights of the four outcomes."""
 
 
-def check_share(metric: Any, field: str, below: float = np.inf) -> None:
+def check_share(metric: Any, field: str, given: Any, below: float = np.inf) -> None:
     """Makes a float of a field that must be a number in (0, 1], and smaller than `below`."""
-    value = _number(metric, field)
+    value = _to_float(given)
     if not 0 < value <= 1 or value >= below or (value < 1 and not stable.fits_float32(value)):
         end = ")" if below == 1.0 else "]"
-        raise ValueError(
-            f"{type(metric).__name__}: {field} must be a number in (0, 1{end}. Given {getattr(metric, field)!r}."
-        )
+        raise ValueError(f"{type(metric).__name__}: {field} must be a number in (0, 1{end}. Given {given!r}.")
     object.__setattr__(metric, field, value)
 
 
-def check_positive(metric: Any, field: str) -> None:
+def check_positive(metric: Any, field: str, given: Any) -> None:
     """Makes a float of a field that must be a positive finite number."""
-    value = _number(metric, field)
+    value = _to_float(given)
     if not 0 < value < np.inf:
-        raise ValueError(
-            f"{type(metric).__name__}: {field} must be a positive number. Given {getattr(metric, field)!r}."
-        )
+        raise ValueError(f"{type(metric).__name__}: {field} must be a positive number. Given {given!r}.")
     object.__setattr__(metric, field, value)
 
 
-def _number(metric: Any, field: str) -> float:
-    """A field as a float, NaN if it is no number."""
-    value = getattr(metric, field)
+def _to_float(value: Any) -> float:
+    """The value as a float, NaN if it is no number."""
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     return float(value) if number else np.nan
 

@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from jaxheads.metrics.base import COUNT, SCORES, Observation, Path, View, calibration_key
 from jaxheads.metrics.curves import Interval, ScoresView
-from jaxheads.metrics.groups import Grouped, Slices
+from jaxheads.metrics.groups import Bootstrap, Grouped, Slices
 from jaxheads.metrics.reading import add_quantiles, float32, joined, named, on_host, slots, without
 from jaxheads.numerics import meshes, pairs
 
@@ -32,6 +32,12 @@ class Reader(Protocol):
 
     @property
     def suffix(self) -> str | None: ...
+
+    @property
+    def slices(self) -> Slices | None: ...
+
+    @property
+    def bootstrap(self) -> Bootstrap | None: ...
 
     def observed(self) -> Mapping[Path, Observation]: ...
 
@@ -295,7 +301,7 @@ class Metrics:
         return np.ndim(self.state) - 2
 
     def _slices(self, what: str) -> Slices:
-        if not isinstance(found := getattr(self.head, "slices", None), Slices):
+        if (found := self.head.slices) is None:
             raise ValueError(f'{what} needs a head with slices, slices=jh.Slices("origin", 3). Given {self.head!r}.')
         return found
 
@@ -309,7 +315,7 @@ class Metrics:
     def _check_confidence(self, confidence: Any) -> None:
         if not isinstance(confidence, (int, float)) or not 0 < confidence < 1:
             raise ValueError(f"confidence must be a number between 0 and 1, such as 0.95. Given {confidence!r}.")
-        if getattr(self.head, "bootstrap", None) is None:
+        if self.head.bootstrap is None:
             raise ValueError(
                 f"compute(confidence=...) reads bootstrap replicas. Given {self.head!r}, which keeps none: build it "
                 "with bootstrap=jh.Bootstrap(200), and give a key to every update."

@@ -13,10 +13,10 @@ from jaxheads.metrics.reading import is_addressable, joined
 
 def kind(state: Any, size: int) -> str | None:
     """In a line what a state is that has no values to show; None for one that has."""
-    if isinstance(state, Tracer) or not isinstance(state, (jax.Array, np.ndarray)):
-        return f"{getattr(state, 'dtype', type(state).__name__)}{list(getattr(state, 'shape', ()))}"
+    if not isinstance(state, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)):
+        return f"{type(state).__name__}[]"
     line = f"{state.dtype}{list(state.shape)}"
-    if state.ndim != 2:
+    if isinstance(state, (Tracer, jax.ShapeDtypeStruct)) or state.ndim != 2:
         return line
     if isinstance(state, jax.Array) and state.is_deleted():
         return f"{line}, deleted (it was donated to a compiled function)"

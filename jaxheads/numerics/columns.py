@@ -4,7 +4,7 @@ import dataclasses
 import numbers
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import jax
 import numpy as np
@@ -56,13 +56,26 @@ def describe(x: Any) -> str:
     return f"{x.dtype}{list(x.shape)}"
 
 
+@runtime_checkable
+class Frame(Protocol):
+    """A data frame, of whatever library."""
+
+    @property
+    def columns(self) -> Any: ...
+
+    def __getitem__(self, key: Any, /) -> Any: ...
+
+
+def is_frame(x: Any) -> TypeGuard[Frame]:
+    """Tells whether a value has columns by name."""
+    return isinstance(x, Frame)
+
+
 def table(features: Any) -> Mapping[Any, Any] | None:
     """A mapping, or a data frame as one; None for anything else."""
     if isinstance(features, Mapping):
         return features
-    if hasattr(features, "columns") and hasattr(features, "__getitem__"):
-        return {key: features[key] for key in features.columns}
-    return None
+    return {key: features[key] for key in features.columns} if is_frame(features) else None
 
 
 def column(features: Any, key: str, what: str) -> Any:
@@ -102,8 +115,8 @@ def _column(value: Any) -> Any:
             first = first[0]
         if not isinstance(first, (numbers.Number, np.generic, np.ndarray)):
             return f"a {kind} of {type(first).__name__}"
-    elif not isinstance(value, (numbers.Number, np.generic)) and not hasattr(value, "__array__"):
-        if not hasattr(value, "__jax_array__"):
+    elif not isinstance(value, (numbers.Number, np.generic, inputs.NumpyArrayLike)):
+        if not isinstance(value, inputs.JaxArrayLike):
             return f"a {kind}"
         value = value.__jax_array__()
     try:

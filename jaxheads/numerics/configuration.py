@@ -24,10 +24,10 @@ class Configuration:
         """Refuses bad configuration. Static fields are frozen already; runs once, at construction."""
 
     def __post_init__(self):
-        for field in fields.of_kind(type(self), fields.STATIC):
-            object.__setattr__(self, field.name, fields.freeze(field.name, getattr(self, field.name)))
-        for field in fields.of_kind(type(self), fields.HEADS):
-            object.__setattr__(self, field.name, _nested(field.name, getattr(self, field.name)))
+        for name, value in fields.values_of(self, fields.STATIC).items():
+            object.__setattr__(self, name, fields.freeze(name, value))
+        for name, value in fields.values_of(self, fields.HEADS).items():
+            object.__setattr__(self, name, _nested(name, value))
         fields.check_children(self)
         self.validate()
 
@@ -37,7 +37,7 @@ class Configuration:
                 f"{self!r} is bound to parameters: only unbound heads are compared and hashed. Keep the head and its "
                 "parameters apart and pass params=."
             )
-        return tuple(getattr(self, f.name) for f in fields.of_kind(type(self), fields.STATIC, fields.HEADS))
+        return tuple(fields.values_of(self, fields.STATIC, fields.HEADS).values())
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -51,10 +51,10 @@ class Configuration:
 
     def __repr__(self) -> str:
         """The arguments that differ from their defaults, those of the class itself before those of its bases."""
-        inherited = getattr(type(self).__mro__[1], "__dataclass_fields__", {})
-        parts = []
+        base, values, parts = type(self).__mro__[1], fields.values_of(self), []
+        inherited = [field.name for field in dataclasses.fields(base)] if dataclasses.is_dataclass(base) else []
         for field in sorted(fields.of_kind(type(self)), key=lambda f: f.name in inherited):
-            value = getattr(self, field.name)
+            value = values[field.name]
             if isinstance(value, (jax.Array, np.ndarray)):
                 parts.append(f"{field.name}=<{value.dtype}{list(value.shape)}>")
             elif field.init and not _is_default(value, field.default):

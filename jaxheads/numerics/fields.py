@@ -49,10 +49,16 @@ def _field(kind: str, initializer: Callable[..., Any]) -> Any:
     return dataclasses.field(default=None, kw_only=True, metadata={_KIND: (kind, initializer)})
 
 
+@functools.lru_cache(maxsize=1024)
 def of_kind(cls: type, *kinds: str) -> tuple[dataclasses.Field, ...]:
     """The fields of a head class, those of `kinds` if any are named."""
     every = dataclasses.fields(cls)
     return tuple(f for f in every if not kinds or f.metadata.get(_KIND, (STATIC, None))[0] in kinds)
+
+
+def values_of(node: Any, *kinds: str) -> dict[str, Any]:
+    """Returns the values of a dataclass's fields by name, those of `kinds` if any are named."""
+    return {field.name: getattr(node, field.name) for field in of_kind(type(node), *kinds)}
 
 
 def initializer(field: dataclasses.Field) -> Callable[..., Any]:
@@ -91,7 +97,8 @@ def register(cls: type) -> None:
     static = tuple(f.name for f in of_kind(cls, STATIC))
 
     def flatten(head):
-        return tuple(getattr(head, n) for n in data), tuple(getattr(head, n) for n in static)
+        values = values_of(head)
+        return tuple(values[n] for n in data), tuple(values[n] for n in static)
 
     def flatten_with_keys(head):
         children, aux = flatten(head)
@@ -110,20 +117,24 @@ def register(cls: type) -> None:
 def children(node: Any) -> dict[str, Any]:
     """The heads inside a head, by the name under which their parameters nest."""
     found: dict[str, Any] = {}
-    for field in of_kind(type(node), HEADS):
-        value = getattr(node, field.name)
+    for name, value in values_of(node, HEADS).items():
         if isinstance(value, tuple):
-            found.update({child.name or str(i): child for i, child in enumerate(value)})
+            found.update(_name_heads(value))
         elif value is not None:
-            found[field.name] = value
+            found[name] = value
     return found
+
+
+def _name_heads(heads: tuple[Any, ...]) -> list[tuple[str, Any]]:
+    """Returns the heads of a tuple with their names; a head without a name has its number."""
+    return [(head.name or str(i), head) for i, head in enumerate(heads)]
 
 
 def check_children(node: Any) -> None:
     """Refuses heads in tuples whose parameters would share a name, with each other or with a field."""
     fields = {field.name for field in dataclasses.fields(node)}
-    held = [getattr(node, field.name) for field in of_kind(type(node), HEADS)]
-    names = [child.name or str(i) for value in held if isinstance(value, tuple) for i, child in enumerate(value)]
+    held = [value for value in values_of(node, HEADS).values() if isinstance(value, tuple)]
+    names = [name for heads in held for name, _ in _name_heads(heads)]
     if clashing := sorted({name for name in names if name in fields or names.count(name) > 1}):
         raise ValueError(
             f"{type(node).__name__} holds heads whose names clash, with each other or with a field: {clashing}. Their "
@@ -133,13 +144,13 @@ def check_children(node: Any) -> None:
 
 def with_values(node: Any, changes: Mapping[str, Any]) -> Any:
     """`dataclasses.replace` that goes past `__init__` and reaches, by name, into tuples of heads."""
-    heads = {field.name for field in of_kind(type(node), HEADS)}
+    heads = values_of(node, HEADS)
     copy = object.__new__(type(node))
-    for field in dataclasses.fields(node):
-        value = changes.get(field.name, getattr(node, field.name))
-        if field.name in heads and isinstance(value, tuple):
-            value = tuple(changes.get(child.name or str(i), child) for i, child in enumerate(value))
-        object.__setattr__(copy, field.name, value)
+    for name, old in values_of(node).items():
+        value = changes.get(name, old)
+        if name in heads and isinstance(value, tuple):
+            value = tuple(changes.get(inner, child) for inner, child in _name_heads(value))
+        object.__setattr__(copy, name, value)
     return copy
 
 
@@ -245,8 +256,8 @@ def missing(node: Any, shapes: Mapping[str, Any] | None = None) -> list[str]:
         if not _may_learn(node):
             return []
         shapes = abstract(unbound(node))
-    names = [f.name for f in of_kind(type(node), LEARNED, RUNNING)]
-    own = [name for name in names if name in shapes and getattr(node, name) is None]
+    values = values_of(node, LEARNED, RUNNING)
+    own = [name for name, value in values.items() if name in shapes and value is None]
     inside = {name: child for name, child in children(node).items() if name in shapes}
     return own + [f"{name}.{inner}" for name, child in inside.items() for inner in missing(child, shapes[name])]
 
@@ -258,8 +269,7 @@ def _may_learn(node: Any) -> bool:
 
 def state_of(node: Any) -> dict[str, Any]:
     """The values of the running fields of a bound head, nested as `init_state` nests them."""
-    own = {f.name: getattr(node, f.name) for f in of_kind(type(node), RUNNING)}
-    values = {name: value for name, value in own.items() if value is not None}
+    values = {name: value for name, value in values_of(node, RUNNING).items() if value is not None}
     for name, child in children(node).items():
         if inner := state_of(child):
             values[name] = inner

@@ -5,7 +5,7 @@ waiting for a device array would stall the device, and a tracer has no values.
 """
 
 import functools
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,25 @@ def is_readable(x: Any, check: bool | None) -> bool:
     return True
 
 
+@runtime_checkable
+class JaxArrayLike(Protocol):
+    """A value that JAX can make an array of, such as a variable of flax's nnx."""
+
+    def __jax_array__(self) -> jax.Array: ...
+
+
+@runtime_checkable
+class NumpyArrayLike(Protocol):
+    """A value that NumPy can make an array of, such as a column of a data frame."""
+
+    def __array__(self) -> np.ndarray: ...
+
+
 def as_array(x: Any, what: str, *, names: bool = False) -> np.ndarray | jax.Array:
     """`x` as a NumPy array, or as it is if it is a JAX array. With `names`, objects may stand among strings."""
     if isinstance(x, (jax.Array, np.ndarray)):
         return x
-    if hasattr(x, "__jax_array__"):
+    if isinstance(x, JaxArrayLike):
         return jnp.asarray(x)
     try:
         array = np.asarray(x)

@@ -37,9 +37,9 @@ class LabelSpec:
     def __post_init__(self):
         if self.kind not in ("float", "int", "bool"):
             raise ValueError(f'A label is of kind "float", "int" or "bool". Given {self.kind!r}.')
-        for name in ("low", "high", "fill"):
+        for name, value in (("low", self.low), ("high", self.high), ("fill", self.fill)):
             # NumPy's scalars have a dtype of their own, which strict promotion would refuse to compare.
-            if isinstance(value := getattr(self, name), np.generic):
+            if isinstance(value, np.generic):
                 object.__setattr__(self, name, value.item())
         if self.low is not None and self.high is not None and not self.low <= self.high:
             raise ValueError(f"A label's low must not be above its high. Given low={self.low!r}, high={self.high!r}.")

@@ -84,7 +84,8 @@ def sum_over_rows(sums: Callable[..., list[Any]], batch: Any, n: int, rows: int)
         added = [pairs.two_sum(total, part) for (total, _), part in zip(carry, parts, strict=True)]
         carry = [(total, lost + error) for (total, error), (_, lost) in zip(added, carry, strict=True)]
         return carry, [
-            {name: getattr(part, name) for name in ("observation", "weights", "groups", "replicas")} for part in late
+            {"observation": x.observation, "weights": x.weights, "groups": x.groups, "replicas": x.replicas}
+            for x in late
         ]
 
     shapes, late_shapes = jax.eval_shape(of_tile, jnp.int32(0))

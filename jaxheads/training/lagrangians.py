@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxheads.engine.optimizing import is_optimizer
 from jaxheads.numerics.duals import MULTIPLIERS, PrimalDualState, count_multipliers, is_multiplier
 
 
@@ -59,7 +60,7 @@ def primal_dual(
     """
     dual_optimizer = optax.sgd(1.0) if dual_optimizer is None else dual_optimizer
     for name, given in (("optimizer", optimizer), ("dual_optimizer", dual_optimizer)):
-        if not (callable(getattr(given, "init", None)) and callable(getattr(given, "update", None))):
+        if not is_optimizer(given):
             raise ValueError(
                 f"{name} must be an optax.GradientTransformation, such as optax.sgd(0.1). Given {given!r}."
             )

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def evaluate(
     state: TrainState, eval_step: Callable[..., Any], batches: Batches, *, key: Any = None, progress: bool = False
 ) -> Metrics:
     """The `Metrics` of all batches, by what `make_eval_step` gave, compiled if it is not yet; `key` for a bootstrap."""
-    return mean_loss_and_metrics(state, _compiled(eval_step), bar_of(batches, "evaluate", progress), key)[1]
+    return mean_loss_and_metrics(state, _compile(eval_step), bar_of(batches, "evaluate", progress), key)[1]
 
 
 def fit(
@@ -86,7 +86,7 @@ def fit(
         raise ValueError(f"checkpoint_every needs a directory. Given checkpoint_every={checkpoint_every}.")
     if eval_step is not None and validation is not None:
         monitor, higher_is_better = check_monitor(monitor, higher_is_better, state, eval_step, validation)
-    step, folders = _compiled(train_step, donate_argnums=0), ("latest", "best")
+    step, folders = _compile(train_step, donate_argnums=0), ("latest", "best")
     latest, kept = (Checkpoints(None if directory is None else pathlib.Path(directory) / x) for x in folders)
     state, at = latest.restore(jax.tree.map(jnp.copy, state))
     best = kept.restore(state, at.best_epoch)[0] if at.best_epoch else state
@@ -113,7 +113,7 @@ def fit(
             line |= _named("train", dataclasses.replace(metrics, state=at.sums[1:]))
         if eval_step is not None and validation is not None:
             bar = bar_of(validation, "validation", progress)
-            line["validation/loss"], found = mean_loss_and_metrics(state, _compiled(eval_step), bar)
+            line["validation/loss"], found = mean_loss_and_metrics(state, _compile(eval_step), bar)
             line |= _named("validation", found)
         _report(line, writer, progress)
         at.end_epoch(line)
@@ -124,9 +124,16 @@ def fit(
     return Fitted(state, state if validation is None else best, at.history)
 
 
-def _compiled(step: Any, **options: Any) -> Any:
-    """A step as it is if it was compiled (or mapped over devices) by its owner."""
-    return step if hasattr(step, "lower") else jax.jit(step, **options)
+@runtime_checkable
+class Compiled(Protocol):
+    """What `jax.jit` and `jax.pmap` return."""
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def _compile(step: Any, **options: Any) -> Any:
+    """Compiles a step, unless its owner did, or mapped it over devices."""
+    return step if isinstance(step, Compiled) else jax.jit(step, **options)
 
 
 def _named(prefix: str, metrics: Metrics) -> dict[str, float]:
