@@ -6,7 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxheads.losses.global_objectives import Problem
+from jaxheads.losses.global_objectives import (
+    FPR_AT_TPR,
+    PRECISION_AT_RECALL,
+    RECALL_AT_PRECISION,
+    TPR_AT_FPR,
+    Problem,
+)
 from jaxheads.metrics import Interval, ScoresView
 from jaxheads.metrics.mean import SumsView
 from jaxheads.metrics.operating import (
@@ -17,10 +23,10 @@ from jaxheads.metrics.operating import (
 )
 
 ACHIEVED = {
-    "precision_at_recall": lambda target: PrecisionAtRecall(target),
-    "recall_at_precision": lambda target: RecallAtPrecision(target),
-    "tpr_at_fpr": lambda target: SensitivityAtSpecificity(1 - target),
-    "fpr_at_tpr": lambda target: SpecificityAtSensitivity(target),
+    PRECISION_AT_RECALL: PrecisionAtRecall,
+    RECALL_AT_PRECISION: RecallAtPrecision,
+    TPR_AT_FPR: lambda target: SensitivityAtSpecificity(1 - target),
+    FPR_AT_TPR: SpecificityAtSensitivity,
 }
 
 
@@ -64,14 +70,19 @@ def of_constraint(rates: SumsView, problem: Problem, shape: tuple[int, ...], sca
     }
 
 
+def achieved_key(objective: str, target: float) -> str:
+    """The key of the best value that is achieved while the target is held."""
+    return f"{objective}_{target:g}"
+
+
 def achieved(objective: str, target: float, scores: ScoresView) -> dict[str, Any]:
     """The best of what is optimized while the target is held, and at which threshold."""
     found = ACHIEVED[objective](target).read(scores)
-    if objective == "fpr_at_tpr":
+    if objective == FPR_AT_TPR:
         specificity = found[""]
         value, lower, upper = (1 - x for x in (specificity.value, specificity.upper, specificity.lower))
         found[""] = Interval(*(scores.where(has_pairs(scores), x) for x in (value, lower, upper)))
-    return {f"{objective}_{target:g}{part}": value for part, value in found.items()}
+    return {f"{achieved_key(objective, target)}{part}": value for part, value in found.items()}
 
 
 def misordered(scores: ScoresView, labels: int) -> Any:

@@ -17,11 +17,11 @@ from jaxheads.head import Head
 from jaxheads.heads import BinaryClassHead, MultiLabelHead
 from jaxheads.losses import global_objectives as formulas
 from jaxheads.metrics import Mean, Observation, ScoresView
+from jaxheads.metrics.base import SCORES, joined
 from jaxheads.metrics.mean import Sums
 from jaxheads.metrics.state import metric_names
 from jaxheads.numerics import fields, hooks, masking, pairs
 
-RECALL_AT_PRECISION, TPR_AT_FPR = "recall_at_precision", "tpr_at_fpr"
 PRECISION_RECALL_AUC, ROC_AUC, ERROR_RATE = "precision_recall_auc", "roc_auc", "error_rate"
 CONSTRAINED = tuple(_rates.ACHIEVED)
 OBJECTIVES = (*CONSTRAINED, PRECISION_RECALL_AUC, ROC_AUC, ERROR_RATE)
@@ -220,7 +220,7 @@ class GlobalObjectiveHead(AbstractWrapperHead):
                 raise ValueError(f"{self.objective} reads no {field.name}. Given {value!r}. Leave it out.")
 
     def _check_targets(self) -> None:
-        low_is_legal = self.objective == TPR_AT_FPR
+        low_is_legal = self.objective == formulas.TPR_AT_FPR
         legal = "in [0, 1)" if low_is_legal else "in (0, 1]"
         if self.objective in CONSTRAINED:
             is_legal = (lambda t: 0 <= t < 1) if low_is_legal else (lambda t: 0 < t <= 1)
@@ -307,7 +307,7 @@ class GlobalObjectiveHead(AbstractWrapperHead):
             return formulas.problem(self.objective, self._per_label(self.target))
         low, high = self.precision_range
         anchors = np.linspace(low, high, self.num_anchors + 2)[1:-1]
-        return formulas.problem(RECALL_AT_PRECISION, np.broadcast_to(anchors, self._shape))
+        return formulas.problem(formulas.RECALL_AT_PRECISION, np.broadcast_to(anchors, self._shape))
 
     def _per_label(self, value: Any) -> np.ndarray:
         return np.broadcast_to(np.asarray(value, np.float64).reshape(-1), (self.logits_dimension,))
@@ -464,15 +464,14 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         if self._groups is not None:
             own |= self._groups.violations(seen[GROUPS])
         # What the base head watches itself, under the same name, it reads itself.
-        return {**values, **own, **({} if self._watches_the_same else self._achieved(seen["scores"]))}
+        return {**values, **own, **({} if self._watches_the_same else self._achieved(seen[SCORES]))}
 
     @property
     def higher_is_better(self) -> Mapping[str, bool]:
         """As the base head says; what is achieved rises, but for a false positive rate."""
         own = dict.fromkeys(("objective", "lagrangian", "constraint_violation", "group_violation"), False)
-        achieved = {
-            f"{self.objective}_{t:g}": self.objective != "fpr_at_tpr" for t in self._per_label(self.target or 0)
-        }
+        keys = [_rates.achieved_key(self.objective, t) for t in self._per_label(self.target or 0)]
+        achieved = dict.fromkeys(keys, self.objective != formulas.FPR_AT_TPR)
         return {**self.base.higher_is_better, **own, **achieved}
 
     @property
@@ -490,7 +489,7 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         if self.logits_dimension == 1:
             return _rates.achieved(self.objective, float(targets[0]), scores)
         return {
-            f"{key}/{scores.names[label]}": value
+            joined(key, scores.names[label]): value
             for label, view in scores.columns.items()
             for key, value in _rates.achieved(self.objective, float(targets[label]), view).items()
         }
@@ -501,7 +500,7 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         The latter is the mean over labels, for which every label must have metrics of its own.
         """
         if self.is_of_pairs:
-            return _rates.misordered(seen["scores"], self.logits_dimension)
+            return _rates.misordered(seen[SCORES], self.logits_dimension)
         return super().read_loss({**seen, AVERAGE_LOSS: seen[LAGRANGIAN]}, divisor)
 
 

@@ -12,6 +12,7 @@ from jaxheads import losses, spec
 from jaxheads.contract import LabelSpec, WeightColumn
 from jaxheads.heads import constants, loss_functions, scoring
 from jaxheads.metrics import LogitGrid, Mean, Observation, Scores
+from jaxheads.metrics.base import SCORES
 from jaxheads.metrics.grids import AbstractGrid
 from jaxheads.numerics import stable, vocabulary
 
@@ -110,15 +111,15 @@ class BinaryClassHead(loss_functions.AbstractLossFnHead):
     def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
         return {
             "prediction/mean": Mean(jax.nn.sigmoid(logits)),
-            "scores": self.sources(labels, logits)["scores"](),
+            SCORES: self.sources(labels, logits)[SCORES](),
         }
 
     def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
         thresholds = tuple(dict.fromkeys(self.thresholds or ()))
-        return {"scores": lambda: Scores(labels, logits, self.bins, thresholds)}
+        return {SCORES: lambda: Scores(labels, logits, self.bins, thresholds)}
 
     def summarize(self, seen: Mapping[str, Any]) -> dict[str, Any]:
-        scores = seen["scores"]
+        scores = seen[SCORES]
         decided = scores.at_zero()
         larger = scores.xp.maximum(scores.positives, scores.negatives)
         return {

@@ -11,6 +11,7 @@ from jaxheads.contract import LabelSpec
 from jaxheads.head import Head
 from jaxheads.heads import constants
 from jaxheads.metrics import Mean, Observation
+from jaxheads.metrics.base import MOMENTS
 
 
 class LogisticRegressionHead(Head):
@@ -70,7 +71,7 @@ class LogisticRegressionHead(Head):
         return {"prediction/mean": Mean(jax.nn.sigmoid(logits)), "label/mean": Mean(labels)}
 
     def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
-        return {"moments": lambda: metrics.Moments(labels, jax.nn.sigmoid(logits))}
+        return {MOMENTS: lambda: metrics.Moments(labels, jax.nn.sigmoid(logits))}
 
     def signatures(self, predictions: Any) -> dict[str, spec.ExportOutput]:
         return spec.regression_signatures(predictions, "predictions")

@@ -12,6 +12,7 @@ from jaxheads import losses, metrics, spec
 from jaxheads.contract import LabelSpec
 from jaxheads.heads import constants, loss_functions, scoring
 from jaxheads.metrics import Mean, Observation, Scores
+from jaxheads.metrics.base import CONFUSION, RANKS, SCORES
 from jaxheads.numerics import meshes, stable, vocabulary
 
 
@@ -112,9 +113,9 @@ class MultiClassHead(loss_functions.AbstractLossFnHead):
             return Scores(one_hot, stable.log_odds_of_each(logits), None, names=names)
 
         return {
-            "confusion": lambda: metrics.ConfusionTable.of(labels, stable.first_argmax(logits), names),
-            "ranks": lambda: metrics.Ranks(stable.rank(logits, labels), n),
-            "scores": scores,
+            CONFUSION: lambda: metrics.ConfusionTable.of(labels, stable.first_argmax(logits), names),
+            RANKS: lambda: metrics.Ranks(stable.rank(logits, labels), n),
+            SCORES: scores,
         }
 
     def class_names(self) -> tuple[str, ...]:

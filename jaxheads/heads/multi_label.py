@@ -12,8 +12,11 @@ from jaxheads import losses, spec
 from jaxheads.contract import LabelSpec, Rows, Term
 from jaxheads.heads import constants, loss_functions, scoring
 from jaxheads.metrics import ColumnMeans, LogitGrid, Observation, Scores
+from jaxheads.metrics.base import SCORES, joined
 from jaxheads.metrics.grids import AbstractGrid
 from jaxheads.numerics import inputs, masking, vocabulary
+
+PROBABILITY_MEAN = "probability_mean"
 
 
 class MultiLabelHead(loss_functions.AbstractLossFnHead):
@@ -168,24 +171,24 @@ class MultiLabelHead(loss_functions.AbstractLossFnHead):
 
     def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
         classes = tuple(self._watched().values())
-        seen: dict[str, Observation] = {"scores": self._scores(labels, logits, classes)}
-        return {**seen, "probability_mean": ColumnMeans(jax.nn.sigmoid(logits), classes)} if classes else seen
+        seen: dict[str, Observation] = {SCORES: self._scores(labels, logits, classes)}
+        return {**seen, PROBABILITY_MEAN: ColumnMeans(jax.nn.sigmoid(logits), classes)} if classes else seen
 
     def _scores(self, labels: jax.Array, logits: jax.Array, classes: tuple[int, ...]) -> Scores:
         thresholds, names = tuple(dict.fromkeys(self.thresholds or ())), tuple(self.label_vocabulary or ())
         return Scores(labels, logits, self.bins, thresholds, classes, names)
 
     def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
-        return {"scores": lambda: self._scores(labels, logits, ())}
+        return {SCORES: lambda: self._scores(labels, logits, ())}
 
     def summarize(self, seen: Mapping[str, Any]) -> dict[str, Any]:
-        scores = seen["scores"]
+        scores = seen[SCORES]
         out = {"auc": scores.roc_auc(), "auc_precision_recall": scores.pr_auc()}
         out |= scoring.at_thresholds(scores, self.thresholds)
         for i, (name, column) in enumerate(self._watched().items()):
-            out[f"probability_mean/{name}"] = seen["probability_mean"].mean[..., i]
-            out[f"auc/{name}"] = scores.columns[column].roc_auc()
-            out[f"auc_precision_recall/{name}"] = scores.columns[column].pr_auc()
+            out[joined(PROBABILITY_MEAN, name)] = seen[PROBABILITY_MEAN].mean[..., i]
+            out[joined("auc", name)] = scores.columns[column].roc_auc()
+            out[joined("auc_precision_recall", name)] = scores.columns[column].pr_auc()
         return out
 
     def signatures(self, predictions: Mapping[str, Any]) -> dict[str, spec.ExportOutput]:

@@ -13,6 +13,7 @@ from jaxheads.contract import LabelSpec
 from jaxheads.head import Head
 from jaxheads.heads import constants, loss_functions
 from jaxheads.metrics import Mean, Observation
+from jaxheads.metrics.base import MOMENTS
 
 
 class PoissonRegressionHead(Head):
@@ -88,7 +89,7 @@ class PoissonRegressionHead(Head):
         return {"prediction/mean": Mean(jnp.exp(logits)), "label/mean": Mean(labels)}
 
     def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
-        return {"moments": lambda: metrics.Moments(labels, jnp.exp(logits))}
+        return {MOMENTS: lambda: metrics.Moments(labels, jnp.exp(logits))}
 
     def signatures(self, predictions: Any) -> dict[str, spec.ExportOutput]:
         return spec.regression_signatures(predictions, "predictions")

@@ -11,6 +11,7 @@ from jaxheads import losses, metrics, spec
 from jaxheads.contract import LabelSpec
 from jaxheads.heads import constants, loss_functions
 from jaxheads.metrics import Mean, Observation
+from jaxheads.metrics.base import MOMENTS
 
 
 class RegressionHead(loss_functions.AbstractLossFnHead):
@@ -103,7 +104,7 @@ class RegressionHead(loss_functions.AbstractLossFnHead):
         return {"prediction/mean": Mean(self._predicted(logits)), "label/mean": Mean(labels)}
 
     def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
-        return {"moments": lambda: metrics.Moments(labels, self._predicted(logits))}
+        return {MOMENTS: lambda: metrics.Moments(labels, self._predicted(logits))}
 
     def _predicted(self, logits: jax.Array) -> jax.Array:
         return logits if self.inverse_link_fn is None else self.inverse_link_fn(logits)

@@ -18,11 +18,24 @@ from jaxheads.numerics import fields
 # What a head keeps beside what it observes: the mean of its losses; what its loss is divided by, inside a `MultiHead`;
 # how many elements weigh anything, with slices.
 AVERAGE_LOSS, DIVISOR, COUNT = KEPT = ("average_loss", "divisor", "slice_count")
-# What metrics of slices, and of a regularized loss, are called.
-RESERVED = ("slice", "count", "regularization_loss")
+# The loss of all data that a head in a `MultiHead` has seen.
+LOSS = "loss"
+# The columns of `by_slice` beside the metrics, and the metric of a regularized loss.
+SLICE, SLICE_SIZE, REGULARIZATION_LOSS = RESERVED = ("slice", "count", "regularization_loss")
 
-# Under which keys heads and metrics keep what is read under the same: the score histogram; calibration by bins.
-SCORES = "scores"
+# The sources that heads of the library have: the score histogram, the confusion matrix, the rank of the label, and the
+# moments of labels and predictions. A head observes its own histogram under the same key.
+SCORES, CONFUSION, RANKS, MOMENTS = "scores", "confusion", "ranks", "moments"
+
+
+def joined(*parts: str | None) -> str:
+    """The full name of a metric or a summary from its key and the names that there are, as `auc/sun/HEAD`."""
+    return "/".join(part for part in parts if part)
+
+
+def is_part_of(key: str, whole: str) -> bool:
+    """Whether a key is that of a whole metric, or what `joined` makes of it for one class or threshold."""
+    return key == whole or key.startswith(f"{whole}/")
 
 
 def at_threshold(key: str, threshold: float) -> str:
@@ -31,7 +44,7 @@ def at_threshold(key: str, threshold: float) -> str:
 
 
 def calibration_key(bins: int) -> str:
-    """That of the calibration in so many bins."""
+    """The key of the observation for the calibration in so many bins."""
     return f"calibration/{bins}"
 
 

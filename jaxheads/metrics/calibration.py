@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.metrics.base import Observation, View, calibration_key
+from jaxheads.metrics.base import CONFUSION, Observation, View, calibration_key
 from jaxheads.metrics.scored import AbstractScoreMetric
 from jaxheads.numerics import masking
 from jaxheads.numerics.edges import edges_of
@@ -176,8 +176,8 @@ class AbstractSumsMetric(AbstractScoreMetric):
         self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]
     ) -> Mapping[str, Observation]:
         scores = self.check_classes(self.made(sources))
-        one_of_many = self.average == "micro" and "confusion" in sources
-        whole = self.whole(scores, sources["confusion"]()) if one_of_many else None
+        one_of_many = self.average == "micro" and CONFUSION in sources
+        whole = self.whole(scores, sources[CONFUSION]()) if one_of_many else None
         return {self.kept: self.sums(scores)} if whole is None else {self._kept_whole: whole}
 
     @property

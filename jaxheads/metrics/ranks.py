@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.metrics.base import AbstractSourceMetric, Observation, View
+from jaxheads.metrics.base import RANKS, AbstractSourceMetric, Observation, View
 from jaxheads.numerics import masking
 
 
@@ -84,7 +84,7 @@ class TopKAccuracy(AbstractSourceMetric):
 
     k: int = 5
 
-    source = "ranks"
+    source = RANKS
     higher_is_better = True
 
     def __post_init__(self):

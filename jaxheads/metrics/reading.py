@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.metrics.base import Observation, Path
+from jaxheads.metrics.base import Observation, Path, joined
 from jaxheads.metrics.curves import Interval
 
 
@@ -24,11 +24,6 @@ def slots(head: Any, regularized: bool) -> tuple[dict[Path, tuple[int, Observati
         layout[path] = (offset, observation)
         offset += observation.size
     return layout, offset
-
-
-def joined(*parts: str | None) -> str:
-    """The full name of a metric or a summary from its key and, where there is one, the name of its head."""
-    return "/".join(part for part in parts if part)
 
 
 def named(values: Mapping[tuple[str, str | None], Any], bounds: bool, xp: Any) -> dict[str, Any]:

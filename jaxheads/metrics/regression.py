@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from jaxheads.metrics.base import AbstractSourceMetric
+from jaxheads.metrics.base import MOMENTS, AbstractSourceMetric
 from jaxheads.metrics.curves import Interval
 from jaxheads.metrics.moments import Moments, MomentsView, RoundedInterval
 
@@ -35,7 +35,7 @@ class AbstractMomentMetric(AbstractSourceMetric):
 
     multioutput: Literal["uniform_average", "raw_values"] = "uniform_average"
 
-    source = "moments"
+    source = MOMENTS
     key: ClassVar[str]
 
     def __post_init__(self):

@@ -8,7 +8,15 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import jax
 import numpy as np
 
-from jaxheads.metrics.base import AbstractSourceMetric, Observation, at_threshold
+from jaxheads.metrics.base import (
+    CONFUSION,
+    SCORES,
+    AbstractSourceMetric,
+    Observation,
+    at_threshold,
+    is_part_of,
+    joined,
+)
 from jaxheads.metrics.curves import Interval, ScoresView
 from jaxheads.metrics.outcomes import Outcomes
 from jaxheads.metrics.scores import Scores
@@ -31,7 +39,7 @@ class AbstractScoreMetric(AbstractSourceMetric):
     average: Average = dataclasses.field(default="micro", kw_only=True)
     name: str | None = dataclasses.field(default=None, kw_only=True)
 
-    source = "scores"
+    source = SCORES
     stem: ClassVar[str] = ""
 
     def __post_init__(self):
@@ -77,8 +85,7 @@ class AbstractScoreMetric(AbstractSourceMetric):
 
     def direction(self, key: str) -> bool | None:
         """That of the value; there is none of the threshold that it is reached at."""
-        is_value = key == self._full_key or key.startswith(f"{self._full_key}/")
-        return self.higher_is_better if is_value else None
+        return self.higher_is_better if is_part_of(key, self._full_key) else None
 
     def values(self, view: Any) -> Mapping[str, Any]:
         stem = self._full_key
@@ -88,7 +95,7 @@ class AbstractScoreMetric(AbstractSourceMetric):
         if self.average is None:
             parts = _parts(self.read(each))
             return {
-                f"{stem}{part}/{name}": _mapped(lambda x, i=i: x[..., i], value)
+                joined(f"{stem}{part}", name): _mapped(lambda x, i=i: x[..., i], value)
                 for part, value in parts.items()
                 for i, name in enumerate(view.names)
             }
@@ -130,15 +137,15 @@ class AbstractThresholdMetric(AbstractScoreMetric):
         self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]
     ) -> Mapping[str, Observation]:
         if self._decides_by_argmax(sources):
-            return {"confusion": sources["confusion"]()}
+            return {CONFUSION: sources[CONFUSION]()}
         return super().observe(labels, logits, sources)
 
     def summarize(self, seen: Mapping[str, Any]) -> Mapping[str, Any]:
-        return self.values(seen["confusion" if self._decides_by_argmax(seen) else self.source])
+        return self.values(seen[CONFUSION if self._decides_by_argmax(seen) else self.source])
 
     def _decides_by_argmax(self, sources: Mapping[str, Any]) -> bool:
         """Whether the head predicts one of many classes: without a threshold, its confusion matrix tells."""
-        return self.threshold is None and "confusion" in sources
+        return self.threshold is None and CONFUSION in sources
 
     def read(self, view: ScoresView) -> Any:
         return self.decided(view.at_zero() if self.threshold is None else view.at(self.threshold))

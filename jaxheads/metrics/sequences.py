@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxheads.metrics.base import Metric, Observation
+from jaxheads.metrics.base import CONFUSION, SCORES, Metric, Observation
 from jaxheads.metrics.mean import Mean
 
 
@@ -50,11 +50,11 @@ class ExactMatch(Metric):
 
     def _right(self, sources: Mapping[str, Callable[[], Observation]]) -> jax.Array:
         """Returns which entries are right, `[..., 1]` or `[..., d]`."""
-        if "confusion" in sources:
-            made: Any = sources["confusion"]()
+        if CONFUSION in sources:
+            made: Any = sources[CONFUSION]()
             return made.right
-        if "scores" in sources:
-            made = sources["scores"]()
+        if SCORES in sources:
+            made = sources[SCORES]()
             right = (made.logits > 0) == (jnp.asarray(made.labels, jnp.float32) > 0.5)
             return right & ~jnp.isnan(made.logits)
         raise ValueError(

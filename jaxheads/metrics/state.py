@@ -12,10 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxheads.metrics.base import COUNT, SCORES, Observation, Path, View, calibration_key
+from jaxheads.metrics.base import (
+    COUNT,
+    REGULARIZATION_LOSS,
+    SCORES,
+    SLICE,
+    SLICE_SIZE,
+    Observation,
+    Path,
+    View,
+    calibration_key,
+    joined,
+)
 from jaxheads.metrics.curves import Interval, ScoresView
 from jaxheads.metrics.groups import Bootstrap, Grouped, Slices
-from jaxheads.metrics.reading import add_quantiles, float32, joined, named, on_host, slots, without
+from jaxheads.metrics.reading import add_quantiles, float32, named, on_host, slots, without
 from jaxheads.numerics import meshes, pairs
 
 
@@ -291,8 +302,8 @@ class Metrics:
                 measured = {key: without(x, too_small(key[1]), np.nan, xp) for key, x in measured.items()}
                 add_quantiles(out, replicas, measured, confidence, undefined, xp, self._lead)
         self._warn(shown, bad, xp)
-        names = {} if xp is jnp else {"slice": np.asarray(slices.names or tuple(range(slices.n)))}
-        sizes = {joined("count", name): float32(count, xp) for name, count in counts.items()}
+        names = {} if xp is jnp else {SLICE: np.asarray(slices.names or tuple(range(slices.n)))}
+        sizes = {joined(SLICE_SIZE, name): float32(count, xp) for name, count in counts.items()}
         return {**names, **sizes, **out}
 
     @property
@@ -343,7 +354,7 @@ class Metrics:
         values = dict(self.head.read(seen))
         if regularization is not None and at == (0, 0):
             mean = View(xp, undefined).ratio(regularization[..., 0], regularization[..., 1])
-            values["regularization_loss", self.head.suffix] = mean
+            values[REGULARIZATION_LOSS, self.head.suffix] = mean
         return values, bad, xp
 
     def curve(

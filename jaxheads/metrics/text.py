@@ -7,8 +7,9 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from jaxheads.metrics.base import joined
 from jaxheads.metrics.curves import Interval, ScoresView
-from jaxheads.metrics.reading import is_addressable, joined
+from jaxheads.metrics.reading import is_addressable
 
 
 def kind(state: Any, size: int) -> str | None:

@@ -56,6 +56,11 @@ def of_kind(cls: type, *kinds: str) -> tuple[dataclasses.Field, ...]:
     return tuple(f for f in every if not kinds or f.metadata.get(_KIND, (STATIC, None))[0] in kinds)
 
 
+def names_along(path: Any) -> list[str]:
+    """Returns the names along a path in a pytree. A key with slashes, as haiku's, is several names."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+
+
 def values_of(node: Any, *kinds: str) -> dict[str, Any]:
     """Returns the values of a dataclass's fields by name, those of `kinds` if any are named."""
     return {field.name: getattr(node, field.name) for field in of_kind(type(node), *kinds)}

@@ -43,8 +43,11 @@ class NumpyArrayLike(Protocol):
     def __array__(self) -> np.ndarray: ...
 
 
-def as_array(x: Any, what: str, *, names: bool = False) -> np.ndarray | jax.Array:
-    """`x` as a NumPy array, or as it is if it is a JAX array. With `names`, objects may stand among strings."""
+def as_array(x: Any, what: str, *, names: bool | None = None) -> np.ndarray | jax.Array:
+    """`x` as a NumPy array, or as it is if it is a JAX array.
+
+    `names` is for labels: whether they may be names, and objects may stand among strings.
+    """
     if isinstance(x, (jax.Array, np.ndarray)):
         return x
     if isinstance(x, JaxArrayLike):
@@ -59,7 +62,7 @@ def as_array(x: Any, what: str, *, names: bool = False) -> np.ndarray | jax.Arra
     if array.dtype.kind == "O" and not (is_text(array) or (array.ndim and (names or not array.size))):
         raise ValueError(
             f"{what} must be a dense array of numbers"
-            + (", or of strings where a label_vocabulary is given. " if what.startswith("labels") else ". ")
+            + (", or of strings where a label_vocabulary is given. " if names is not None else ". ")
             + f"Given a {type(x).__name__}, which NumPy reads as an object array of shape {array.shape}. Sparse "
             "and ragged containers are not supported: pass a dense array, or rows of equal length."
         )

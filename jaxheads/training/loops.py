@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxheads.metrics import Metrics
-from jaxheads.training.progress import Checkpoints, bar_of, check_monitor, mean_loss_and_metrics
+from jaxheads.metrics.base import LOSS, joined
+from jaxheads.training.progress import (
+    TRAIN,
+    VALIDATION,
+    Checkpoints,
+    bar_of,
+    check_monitor,
+    mean_loss_and_metrics,
+)
 from jaxheads.training.state import TrainState
 
 Batches = Iterable[Mapping[str, Any]]
@@ -108,15 +116,13 @@ def fit(
         if at.batch == skipped:
             raise ValueError("fit() was given an epoch without batches. An iterator that was used up? Pass a list.")
         at.check()
-        line = {"epoch": at.epoch + 1, "step": int(state.step), "train/loss": float(at.sums[0].sum()) / at.batch}
-        if metrics is not None:
-            line |= _named("train", dataclasses.replace(metrics, state=at.sums[1:]))
+        metrics = None if metrics is None else dataclasses.replace(metrics, state=at.sums[1:])
+        values = _flatten(TRAIN, float(at.sums[0].sum()) / at.batch, metrics)
         if eval_step is not None and validation is not None:
-            bar = bar_of(validation, "validation", progress)
-            line["validation/loss"], found = mean_loss_and_metrics(state, _compile(eval_step), bar)
-            line |= _named("validation", found)
-        _report(line, writer, progress)
-        at.end_epoch(line)
+            bar = bar_of(validation, VALIDATION, progress)
+            values |= _flatten(VALIDATION, *mean_loss_and_metrics(state, _compile(eval_step), bar))
+        _report(at.epoch + 1, int(state.step), values, writer, progress)
+        at.end_epoch({"epoch": at.epoch + 1, "step": int(state.step), **values})
         if validation is not None and at.improved(monitor, bool(higher_is_better)):
             best = jax.tree.map(jnp.copy, state)
             kept.save(at.epoch, best, at)
@@ -136,16 +142,18 @@ def _compile(step: Any, **options: Any) -> Any:
     return step if isinstance(step, Compiled) else jax.jit(step, **options)
 
 
-def _named(prefix: str, metrics: Metrics) -> dict[str, float]:
+def _flatten(half: str, loss: float, metrics: Metrics | None) -> dict[str, float]:
+    """Returns the mean loss and the metrics of one half of the history, by key."""
+    found = {} if metrics is None else metrics.compute()
     # A confusion matrix is no number to follow.
-    return {f"{prefix}/{key}": float(value) for key, value in metrics.compute().items() if value.ndim == 0}
+    numbers = {key: float(value) for key, value in found.items() if value.ndim == 0}
+    return {joined(half, key): value for key, value in {LOSS: loss, **numbers}.items()}
 
 
-def _report(line: Mapping[str, float], writer: Any, progress: bool) -> None:
-    metrics = {key: value for key, value in line.items() if "/" in key}
+def _report(epoch: int, step: int, values: Mapping[str, float], writer: Any, progress: bool) -> None:
+    """Gives the values of an epoch to the writer, and prints the losses among them."""
     if writer is not None:
-        for key, value in metrics.items():
-            writer.add_scalar(key, value, line["step"])
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
     if progress:
-        losses = [key for key in metrics if "loss" in key]
-        print(f"epoch {line['epoch']}  " + "  ".join(f"{key} {metrics[key]:.5g}" for key in losses))
+        print(f"epoch {epoch}  " + "  ".join(f"{key} {value:.5g}" for key, value in values.items() if LOSS in key))

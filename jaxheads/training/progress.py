@@ -14,8 +14,12 @@ import numpy as np
 
 from jaxheads.engine.reading import directions
 from jaxheads.metrics import Metrics
+from jaxheads.metrics.base import LOSS, joined
 from jaxheads.metrics.state import metric_names
 from jaxheads.numerics import pairs
+
+# The two halves of the history: a key is `train/loss`, `validation/auc`.
+TRAIN, VALIDATION = "train", "validation"
 
 
 @dataclasses.dataclass
@@ -119,13 +123,15 @@ def check_monitor(monitor: str, higher: bool | None, state: Any, eval_step: Any,
     if iter(validation) is validation:
         raise ValueError("validation is gone through after every epoch. Given an iterator: pass a list.")
     metrics = jax.eval_shape(eval_step, state, next(iter(validation))).metrics
-    known = ["loss", *metric_names(metrics.head)]
-    if monitor.removeprefix("validation/") not in known:  # as in the history, or as in the metrics
+    known = [LOSS, *metric_names(metrics.head)]
+    # The monitor is a key of the history, or of the metrics.
+    keys = {name: key for key in known for name in (key, joined(VALIDATION, key))}
+    if monitor not in keys:
         raise ValueError(f"monitor={monitor!r} is no metric of {metrics.head!r}. Expected one of {known}.")
-    key = monitor.removeprefix("validation/")
-    if higher is None and (higher := {"loss": False, **directions(metrics.head)}[key]) is None:
+    key = keys[monitor]
+    if higher is None and (higher := {LOSS: False, **directions(metrics.head)}[key]) is None:
         raise ValueError(f"Whether {key!r} is better when high, the metric does not say. Pass higher_is_better=.")
-    return f"validation/{key}", higher
+    return joined(VALIDATION, key), higher
 
 
 class Checkpoints:

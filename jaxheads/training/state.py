@@ -90,8 +90,7 @@ def _check_owner(params: Any, head_params: Any) -> None:
     """Refuses the parameters of a head module that owns what the head learns: there they would never be trained."""
 
     def names(tree: Any) -> list[tuple[str, ...]]:
-        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree)]
-        return [tuple(path.split("/")) for path in paths]
+        return [tuple(fields.names_along(path)) for path, _ in jax.tree.leaves_with_path(tree)]
 
     owned = {("learned", *name) for name in names(head_params)}
     held = {name[i:] for name in names(params) for i in range(len(name))}
