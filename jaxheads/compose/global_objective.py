@@ -17,7 +17,7 @@ from jaxheads.head import Head
 from jaxheads.heads import BinaryClassHead, MultiLabelHead
 from jaxheads.losses import global_objectives as formulas
 from jaxheads.metrics import Mean, Observation, ScoresView
-from jaxheads.metrics.base import SCORES, joined
+from jaxheads.metrics.base import SCORES, join_names
 from jaxheads.metrics.mean import Sums
 from jaxheads.metrics.state import metric_names
 from jaxheads.numerics import fields, hooks, masking, pairs
@@ -489,7 +489,7 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         if self.logits_dimension == 1:
             return _rates.achieved(self.objective, float(targets[0]), scores)
         return {
-            joined(key, scores.names[label]): value
+            join_names(key, scores.names[label]): value
             for label, view in scores.columns.items()
             for key, value in _rates.achieved(self.objective, float(targets[label]), view).items()
         }

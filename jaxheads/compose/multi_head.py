@@ -11,7 +11,7 @@ from jaxheads.compose._abstract import AbstractCompositeHead
 from jaxheads.contract import Given, LinearLogits, learned, subheads
 from jaxheads.engine import trees
 from jaxheads.head import Head
-from jaxheads.metrics.base import LOSS, joined
+from jaxheads.metrics.base import LOSS, join_names
 from jaxheads.metrics.state import metric_names
 from jaxheads.numerics import fields, inputs
 from jaxheads.numerics.batch import ABSENT
@@ -163,7 +163,7 @@ class MultiHead(AbstractCompositeHead):
                 f"without end. Given heads under constraints, or weighted by uncertainty themselves: {signed}. Use "
                 "fixed head_weights."
             )
-        keys = [joined(LOSS, name) for name in names]
+        keys = [join_names(LOSS, name) for name in names]
         keys += [key for head in self.heads for key in metric_names(fields.unbound(head))]
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
             raise ValueError(f"Metric keys of these heads collide: {twice}. Give the heads of {names} other names.")

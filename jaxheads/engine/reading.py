@@ -14,7 +14,7 @@ from jaxheads.contract import AVERAGE_LOSS, AbstractHead
 from jaxheads.engine import gathering
 from jaxheads.engine.elements import observations_of
 from jaxheads.metrics import Count, Grouped, Mean, Observation
-from jaxheads.metrics.base import COUNT, DIVISOR, LOSS, RESERVED, Path, is_part_of, joined
+from jaxheads.metrics.base import COUNT, DIVISOR, LOSS, RESERVED, Path, is_part_of, join_names
 from jaxheads.metrics.mean import Total
 from jaxheads.metrics.reading import slots
 from jaxheads.metrics.state import views_of_nothing
@@ -110,7 +110,7 @@ def read(head: Any, seen: Mapping[Path, Any]) -> dict[tuple[str, str | None], An
 def directions(head: Any) -> dict[str, bool | None]:
     """Tells, by a metric's full name, whether a higher value is better; None where neither is better, or unknown."""
     with np.errstate(all="ignore"):
-        return {joined(*key): higher for key, higher in _directions(head, views_of_nothing(head)).items()}
+        return {join_names(*key): higher for key, higher in _directions(head, views_of_nothing(head)).items()}
 
 
 def _directions(head: Any, seen: Mapping[Path, Any]) -> dict[tuple[str, str | None], bool | None]:

@@ -12,7 +12,7 @@ from jaxheads import losses, spec
 from jaxheads.contract import LabelSpec, Rows, Term
 from jaxheads.heads import constants, loss_functions, scoring
 from jaxheads.metrics import ColumnMeans, LogitGrid, Observation, Scores
-from jaxheads.metrics.base import SCORES, joined
+from jaxheads.metrics.base import SCORES, join_names
 from jaxheads.metrics.grids import AbstractGrid
 from jaxheads.numerics import inputs, masking, vocabulary
 
@@ -98,9 +98,9 @@ class MultiLabelHead(loss_functions.AbstractLossFnHead):
         vocabulary.check(self.label_vocabulary, n, "MultiLabelHead")
         super().validate()
         scoring.check_bins(self.bins)
-        self._watched()
+        self._find_watched()
 
-    def _watched(self) -> dict[str, int]:
+    def _find_watched(self) -> dict[str, int]:
         """The classes that have metrics of their own: ids by what stands in the metric keys."""
         names, watched = self.label_vocabulary, {}
         chosen = self.classes_for_class_based_metrics or ()
@@ -170,25 +170,25 @@ class MultiLabelHead(loss_functions.AbstractLossFnHead):
         return {"logits": logits, "probabilities": lambda: jax.nn.sigmoid(logits)}
 
     def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
-        classes = tuple(self._watched().values())
-        seen: dict[str, Observation] = {SCORES: self._scores(labels, logits, classes)}
+        classes = tuple(self._find_watched().values())
+        seen: dict[str, Observation] = {SCORES: self._make_scores(labels, logits, classes)}
         return {**seen, PROBABILITY_MEAN: ColumnMeans(jax.nn.sigmoid(logits), classes)} if classes else seen
 
-    def _scores(self, labels: jax.Array, logits: jax.Array, classes: tuple[int, ...]) -> Scores:
+    def _make_scores(self, labels: jax.Array, logits: jax.Array, classes: tuple[int, ...]) -> Scores:
         thresholds, names = tuple(dict.fromkeys(self.thresholds or ())), tuple(self.label_vocabulary or ())
         return Scores(labels, logits, self.bins, thresholds, classes, names)
 
     def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
-        return {SCORES: lambda: self._scores(labels, logits, ())}
+        return {SCORES: lambda: self._make_scores(labels, logits, ())}
 
     def summarize(self, seen: Mapping[str, Any]) -> dict[str, Any]:
         scores = seen[SCORES]
         out = {"auc": scores.roc_auc(), "auc_precision_recall": scores.pr_auc()}
         out |= scoring.at_thresholds(scores, self.thresholds)
-        for i, (name, column) in enumerate(self._watched().items()):
-            out[joined(PROBABILITY_MEAN, name)] = seen[PROBABILITY_MEAN].mean[..., i]
-            out[joined("auc", name)] = scores.columns[column].roc_auc()
-            out[joined("auc_precision_recall", name)] = scores.columns[column].pr_auc()
+        for i, (name, column) in enumerate(self._find_watched().items()):
+            out[join_names(PROBABILITY_MEAN, name)] = seen[PROBABILITY_MEAN].mean[..., i]
+            out[join_names("auc", name)] = scores.columns[column].roc_auc()
+            out[join_names("auc_precision_recall", name)] = scores.columns[column].pr_auc()
         return out
 
     def signatures(self, predictions: Mapping[str, Any]) -> dict[str, spec.ExportOutput]:

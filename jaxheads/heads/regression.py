@@ -101,12 +101,12 @@ class RegressionHead(loss_functions.AbstractLossFnHead):
         return {"predictions": logits} if link is None else {"predictions": lambda: link(logits), "logits": logits}
 
     def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
-        return {"prediction/mean": Mean(self._predicted(logits)), "label/mean": Mean(labels)}
+        return {"prediction/mean": Mean(self._predict(logits)), "label/mean": Mean(labels)}
 
     def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
-        return {MOMENTS: lambda: metrics.Moments(labels, self._predicted(logits))}
+        return {MOMENTS: lambda: metrics.Moments(labels, self._predict(logits))}
 
-    def _predicted(self, logits: jax.Array) -> jax.Array:
+    def _predict(self, logits: jax.Array) -> jax.Array:
         return logits if self.inverse_link_fn is None else self.inverse_link_fn(logits)
 
     def signatures(self, predictions: Any) -> dict[str, spec.ExportOutput]:

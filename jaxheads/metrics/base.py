@@ -28,7 +28,7 @@ SLICE, SLICE_SIZE, REGULARIZATION_LOSS = RESERVED = ("slice", "count", "regulari
 SCORES, CONFUSION, RANKS, MOMENTS = "scores", "confusion", "ranks", "moments"
 
 
-def joined(*parts: str | None) -> str:
+def join_names(*parts: str | None) -> str:
     """The full name of a metric or a summary from its key and the names that there are, as `auc/sun/HEAD`."""
     return "/".join(part for part in parts if part)
 

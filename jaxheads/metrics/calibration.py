@@ -212,11 +212,11 @@ class AbstractClassMean(AbstractSumsMetric):
     """A weighted mean of one value an entry."""
 
     def sums(self, scores: Any) -> Observation:
-        labels = _floats(scores)
+        labels = _take_labels(scores)
         return ClassMeans(self.entries(labels, scores.logits), labels, scores.class_names)
 
     def whole(self, scores: Any, decided: Any) -> Observation | None:
-        row = self.of_row(_floats(scores), scores.logits)
+        row = self.of_row(_take_labels(scores), scores.logits)
         return None if row is None else ClassMeans(row, masking.ones_like(row), ("all",))
 
     def of_row(self, labels: jax.Array, logits: jax.Array) -> jax.Array | None:
@@ -316,7 +316,7 @@ class ExpectedCalibrationError(AbstractSumsMetric):
         return calibration_key(self.bins)
 
     def sums(self, scores: Any) -> Observation:
-        return CalibrationBins(_floats(scores), scores.logits, self.bins, scores.class_names)
+        return CalibrationBins(_take_labels(scores), scores.logits, self.bins, scores.class_names)
 
     def whole(self, scores: Any, decided: Any) -> Observation:
         largest = scores.logits.max(-1, keepdims=True)
@@ -326,6 +326,6 @@ class ExpectedCalibrationError(AbstractSumsMetric):
         return view.error
 
 
-def _floats(scores: Any) -> jax.Array:
+def _take_labels(scores: Any) -> jax.Array:
     """The labels of scores, one for each of their entries."""
     return jnp.asarray(scores.labels, jnp.float32) * masking.ones_like(scores.logits)

@@ -196,17 +196,17 @@ class Membership:
         """`reduce` of each group's weights, 1 inside and 0 outside, one after the other."""
         # On a mesh a loop would be an all-reduce for each.
         return (
-            self.at_once(reduce) if not meshes.is_local(self) else jax.lax.map(self._weighing(reduce), self._groups())
+            self.at_once(reduce) if not meshes.is_local(self) else jax.lax.map(self._weigh(reduce), self._list_groups())
         )
 
     def at_once(self, reduce: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """The same for all groups at once."""
-        return jax.vmap(self._weighing(reduce))(self._groups())
+        return jax.vmap(self._weigh(reduce))(self._list_groups())
 
-    def _groups(self) -> jax.Array:
+    def _list_groups(self) -> jax.Array:
         return jnp.arange(self.n, dtype=jnp.int32) if self.ids is not None else jnp.moveaxis(self.matrix, -1, 0)
 
-    def _weighing(self, reduce: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    def _weigh(self, reduce: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
         def of_group(group: jax.Array) -> jax.Array:
             inside = self.ids == group if self.ids is not None else group[..., None]
             return reduce(inside.astype(jnp.float32))

@@ -15,7 +15,7 @@ from jaxheads.metrics.base import (
     Observation,
     at_threshold,
     is_part_of,
-    joined,
+    join_names,
 )
 from jaxheads.metrics.curves import Interval, ScoresView
 from jaxheads.metrics.outcomes import Outcomes
@@ -90,21 +90,21 @@ class AbstractScoreMetric(AbstractSourceMetric):
     def values(self, view: Any) -> Mapping[str, Any]:
         stem = self._full_key
         if self.average == "micro":
-            return {f"{stem}{part}": value for part, value in _parts(self.read(view)).items()}
+            return {f"{stem}{part}": value for part, value in _as_parts(self.read(view)).items()}
         each = view.by_class()
         if self.average is None:
-            parts = _parts(self.read(each))
+            parts = _as_parts(self.read(each))
             return {
-                joined(f"{stem}{part}", name): _mapped(lambda x, i=i: x[..., i], value)
+                join_names(f"{stem}{part}", name): _map_interval(lambda x, i=i: x[..., i], value)
                 for part, value in parts.items()
                 for i, name in enumerate(view.names)
             }
-        value, nan = _parts(self.read(each.with_undefined(np.nan)))[""], each.xp.isnan
+        value, nan = _as_parts(self.read(each.with_undefined(np.nan)))[""], each.xp.isnan
         # Not measured, unless it was measured and is NaN: that of a NaN score is not left out.
         middle = value.value if isinstance(value, Interval) else value
         defined = ~nan(middle) | nan(each.total)
         weights = each.support if self.average == "weighted" else None
-        return {stem: _mapped(lambda x: view.mean_over(x, defined, weights), value)}
+        return {stem: _map_interval(lambda x: view.mean_over(x, defined, weights), value)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,9 +178,9 @@ def _to_float(value: Any) -> float:
     return float(value) if number else np.nan
 
 
-def _parts(value: Any) -> Mapping[str, Any]:
+def _as_parts(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {"": value}
 
 
-def _mapped(function: Any, value: Any) -> Any:
+def _map_interval(function: Any, value: Any) -> Any:
     return Interval(*map(function, value)) if isinstance(value, Interval) else function(value)

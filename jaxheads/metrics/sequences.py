@@ -38,7 +38,7 @@ class ExactMatch(Metric):
     def observe(  # pyright: ignore[reportIncompatibleMethodOverride]  # with `rows`, which metrics may ask for
         self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]], rows: Any
     ) -> Mapping[str, Observation]:
-        right = self._right(sources)
+        right = self._find_right(sources)
         live = rows.weights > 0
         steps = jnp.any(live, axis=-1, keepdims=True)
         axes = tuple(range(1, right.ndim))
@@ -48,7 +48,7 @@ class ExactMatch(Metric):
         share = steps.astype(jnp.float32) / jnp.maximum(number, jnp.ones_like(number))
         return {"exact_match": Mean(share * (~wrong).astype(jnp.float32), share)}
 
-    def _right(self, sources: Mapping[str, Callable[[], Observation]]) -> jax.Array:
+    def _find_right(self, sources: Mapping[str, Callable[[], Observation]]) -> jax.Array:
         """Returns which entries are right, `[..., 1]` or `[..., d]`."""
         if CONFUSION in sources:
             made: Any = sources[CONFUSION]()

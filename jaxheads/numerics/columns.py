@@ -96,7 +96,7 @@ def numeric_columns(features: Any) -> Columns:
     for key, value in given.items():
         if isinstance(value, Mapping):
             columns[key] = numeric_columns(value)
-        elif isinstance(column := _column(value), str):
+        elif isinstance(column := _read_column(value), str):
             left_out[key] = column
         else:
             columns[key] = column
@@ -104,7 +104,7 @@ def numeric_columns(features: Any) -> Columns:
     return columns
 
 
-def _column(value: Any) -> Any:
+def _read_column(value: Any) -> Any:
     """A feature as an array of numbers, or in words what it is instead."""
     kind = type(value).__name__
     if isinstance(value, (list, tuple)):

@@ -27,11 +27,11 @@ class Configuration:
         for name, value in fields.values_of(self, fields.STATIC).items():
             object.__setattr__(self, name, fields.freeze(name, value))
         for name, value in fields.values_of(self, fields.HEADS).items():
-            object.__setattr__(self, name, _nested(name, value))
+            object.__setattr__(self, name, _freeze_heads(name, value))
         fields.check_children(self)
         self.validate()
 
-    def _identity(self) -> tuple[Any, ...]:
+    def _get_identity(self) -> tuple[Any, ...]:
         if jax.tree.leaves(self):
             raise ValueError(
                 f"{self!r} is bound to parameters: only unbound heads are compared and hashed. Keep the head and its "
@@ -44,10 +44,10 @@ class Configuration:
             return True
         if not isinstance(other, Configuration) or type(self) is not type(other):
             return NotImplemented
-        return self._identity() == other._identity()
+        return self._get_identity() == other._get_identity()
 
     def __hash__(self) -> int:
-        return hash((type(self), self._identity()))
+        return hash((type(self), self._get_identity()))
 
     def __repr__(self) -> str:
         """The arguments that differ from their defaults, those of the class itself before those of its bases."""
@@ -62,7 +62,7 @@ class Configuration:
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
-def _nested(name: str, value: Any) -> Any:
+def _freeze_heads(name: str, value: Any) -> Any:
     """A head, a tuple of heads, or None."""
     value = tuple(value) if isinstance(value, list) else value
     inside = value if isinstance(value, tuple) else () if value is None else (value,)

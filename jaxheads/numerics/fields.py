@@ -24,7 +24,7 @@ def learned(initializer: Callable[[Any, jax.Array], Any], *, init: Literal[False
         initializer: `(head, key) -> array`, the first value; None if this configuration has no such parameter.
         init: tells type checkers that the constructor need not be given this field.
     """
-    return _field(LEARNED, initializer)
+    return _make_field(LEARNED, initializer)
 
 
 def running(initializer: Callable[[Any], Any], *, init: Literal[False] = False) -> Any:
@@ -34,7 +34,7 @@ def running(initializer: Callable[[Any], Any], *, init: Literal[False] = False) 
         initializer: `(head) -> array`, the first value; None if this configuration has no such statistic.
         init: tells type checkers that the constructor need not be given this field.
     """
-    return _field(RUNNING, initializer)
+    return _make_field(RUNNING, initializer)
 
 
 def subheads(**kwargs: Any) -> Any:
@@ -42,7 +42,7 @@ def subheads(**kwargs: Any) -> Any:
     return dataclasses.field(metadata={_KIND: (HEADS, None)}, **kwargs)
 
 
-def _field(kind: str, initializer: Callable[..., Any]) -> Any:
+def _make_field(kind: str, initializer: Callable[..., Any]) -> Any:
     if not callable(initializer):
         raise ValueError(f"{kind}() takes a function that makes the first value. Given {initializer!r}.")
     # By keyword in the constructor after all, so that dataclasses.replace of a bound head keeps its parameters.
@@ -163,14 +163,14 @@ def init(node: Any, key: jax.Array) -> dict[str, Any]:
     """The first values of the learned fields, nested by the names of the heads inside."""
     learned_fields = of_kind(type(node), LEARNED)
     made = {f.name: initializer(f)(node, jax.random.fold_in(key, i)) for i, f in enumerate(learned_fields)}
-    values: dict[str, Any] = {name: _strong(value) for name, value in made.items() if value is not None}
+    values: dict[str, Any] = {name: _strip_weak_type(value) for name, value in made.items() if value is not None}
     for i, (name, child) in enumerate(children(node).items(), start=len(learned_fields)):
         if inner := init(child, jax.random.fold_in(key, i)):
             values[name] = inner
     return values
 
 
-def _strong(value: Any) -> jax.Array:
+def _strip_weak_type(value: Any) -> jax.Array:
     """An array without JAX's weak type, which the first update would take away: a second compilation."""
     value = jnp.asarray(value)
     return jax.lax.convert_element_type(value, value.dtype)
@@ -179,7 +179,7 @@ def _strong(value: Any) -> jax.Array:
 def init_state(node: Any) -> dict[str, Any]:
     """The first values of the running fields, nested likewise."""
     made = {f.name: initializer(f)(node) for f in of_kind(type(node), RUNNING)}
-    values: dict[str, Any] = {name: _strong(value) for name, value in made.items() if value is not None}
+    values: dict[str, Any] = {name: _strip_weak_type(value) for name, value in made.items() if value is not None}
     for name, child in children(node).items():
         if inner := init_state(child):
             values[name] = inner
@@ -283,11 +283,11 @@ def state_of(node: Any) -> dict[str, Any]:
 
 def has_state(node: Any) -> bool:
     """Whether the node or a head inside it has running fields."""
-    return bool(_state_shapes(unbound(node)))
+    return bool(_trace_state(unbound(node)))
 
 
 @functools.lru_cache(maxsize=1024)
-def _state_shapes(node: Any) -> dict[str, Any]:
+def _trace_state(node: Any) -> dict[str, Any]:
     """Shapes and dtypes of what `init_state` of an unbound head makes."""
     return jax.eval_shape(functools.partial(init_state, node))
 
@@ -302,7 +302,7 @@ def carry(node: Any, state: Mapping[str, Any], new: Mapping[str, Any]) -> dict[s
 
 def check_state(node: Any, state: Mapping[str, Any], what: str, fix: str) -> None:
     """Refuses a running state of other keys, shapes or dtypes than `init_state` makes."""
-    expected = _state_shapes(unbound(node))
+    expected = _trace_state(unbound(node))
 
     def kinds(tree: Any) -> dict[str, str]:
         leaves = jax.tree.leaves_with_path(tree)

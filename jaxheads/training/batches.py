@@ -56,7 +56,7 @@ def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
     return {**jax.tree.map(fill, arrays), "where": exists(where, arrays.get("labels"))}
 
 
-def _array(x: Any) -> Any:
+def _to_array(x: Any) -> Any:
     return x if isinstance(x, jax.Array) else np.asarray(x)
 
 
@@ -108,9 +108,9 @@ def shard_batch(batch: Any, mesh: Mesh, axis_name: str | tuple[str, ...] | None 
         )
     # A process may also have a mesh of its own: then it is alone.
     processes = len({device.process_index for device in mesh.devices.flat})
-    arrays, rows = _read(batch, np.asarray if processes > 1 else _array)
+    arrays, rows = _read(batch, np.asarray if processes > 1 else _to_array)
     sharding = NamedSharding(mesh, PartitionSpec(names))
-    parts = _parts_here(sharding, math.prod(mesh.shape[name] for name in names))
+    parts = _count_parts(sharding, math.prod(mesh.shape[name] for name in names))
     refused = None
     if rows % parts:
         refused = ValueError(
@@ -126,7 +126,7 @@ def shard_batch(batch: Any, mesh: Mesh, axis_name: str | tuple[str, ...] | None 
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), arrays)
 
 
-def _parts_here(sharding: NamedSharding, devices: int) -> int:
+def _count_parts(sharding: NamedSharding, devices: int) -> int:
     """In how many parts the rows of this process are cut; refuses a mesh where processes share parts."""
     held: dict[int, set[int]] = {}
     for device, (rows,) in sharding.devices_indices_map((devices,)).items():
@@ -197,7 +197,7 @@ def lockstep(batches: Iterable[Mapping[str, Any]], size: int, like: Mapping[str,
         except Exception as raised:
             # Not yet: the others would wait for this process in their next step.
             error = raised
-        left, shapeless, failed = _anywhere(batch is not _END, last is None, error is not None)
+        left, shapeless, failed = _ask_all(batch is not _END, last is None, error is not None)
         if error is not None:
             raise error
         if failed:
@@ -209,7 +209,7 @@ def lockstep(batches: Iterable[Mapping[str, Any]], size: int, like: Mapping[str,
         yield last if batch is not _END else {**last, "where": jax.tree.map(np.zeros_like, last["where"])}
 
 
-def _anywhere(*flags: bool) -> tuple[bool, ...]:
+def _ask_all(*flags: bool) -> tuple[bool, ...]:
     """Of each whether it is so in any process."""
     if jax.process_count() == 1:
         return flags

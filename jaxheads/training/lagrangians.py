@@ -76,7 +76,7 @@ def primal_dual(
         dual_optimizer = optax.conditionally_mask(dual_optimizer, has_begun)
     both = optax.multi_transform(
         {"primal": optimizer, "dual": dual_optimizer},
-        lambda params: jax.tree_util.tree_map_with_path(_kind, params),
+        lambda params: jax.tree_util.tree_map_with_path(_label_leaf, params),
     )
 
     def init(params: Any) -> PrimalDualState:
@@ -109,7 +109,7 @@ def primal_dual(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _kind(path: Any, _: Any) -> str:
+def _label_leaf(path: Any, _: Any) -> str:
     return "dual" if is_multiplier(path) else "primal"
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxheads.metrics import Metrics
-from jaxheads.metrics.base import LOSS, joined
+from jaxheads.metrics.base import LOSS, join_names
 from jaxheads.training.progress import (
     TRAIN,
     VALIDATION,
@@ -147,7 +147,7 @@ def _flatten(half: str, loss: float, metrics: Metrics | None) -> dict[str, float
     found = {} if metrics is None else metrics.compute()
     # A confusion matrix is no number to follow.
     numbers = {key: float(value) for key, value in found.items() if value.ndim == 0}
-    return {joined(half, key): value for key, value in {LOSS: loss, **numbers}.items()}
+    return {join_names(half, key): value for key, value in {LOSS: loss, **numbers}.items()}
 
 
 def _report(epoch: int, step: int, values: Mapping[str, float], writer: Any, progress: bool) -> None:

@@ -90,22 +90,22 @@ def ftrl(
     Array([-0.190...,  0.        ], dtype=float32)
     """
     if not callable(learning_rate):
-        learning_rate = _checked("learning_rate", learning_rate, "> 0")
-    power = -_checked("learning_rate_power", learning_rate_power, "<= 0")
-    start = _checked("initial_accumulator_value", initial_accumulator_value, ">= 0")
-    l1 = _checked("l1_regularization_strength", l1_regularization_strength, ">= 0")
-    l2 = _checked("l2_regularization_strength", l2_regularization_strength, ">= 0")
-    shrinkage = _checked("l2_shrinkage_regularization_strength", l2_shrinkage_regularization_strength, ">= 0")
-    beta = _checked("beta", beta, ">= 0")
+        learning_rate = _check("learning_rate", learning_rate, "> 0")
+    power = -_check("learning_rate_power", learning_rate_power, "<= 0")
+    start = _check("initial_accumulator_value", initial_accumulator_value, ">= 0")
+    l1 = _check("l1_regularization_strength", l1_regularization_strength, ">= 0")
+    l2 = _check("l2_regularization_strength", l2_regularization_strength, ">= 0")
+    shrinkage = _check("l2_shrinkage_regularization_strength", l2_shrinkage_regularization_strength, ">= 0")
+    beta = _check("beta", beta, ">= 0")
 
     def init(params: Any) -> Any:
         count = None
         if callable(learning_rate):
             count = jnp.zeros([], jnp.int32)
-            _checked("learning_rate at step 0", learning_rate(count), ">= 0")
+            _check("learning_rate at step 0", learning_rate(count), ">= 0")
         return FtrlState(
-            accumulators=jax.tree.map(lambda w: jnp.full_like(w, start, _wide(w)), params),
-            linears=jax.tree.map(lambda w: jnp.zeros_like(w, _wide(w)), params),
+            accumulators=jax.tree.map(lambda w: jnp.full_like(w, start, _choose_dtype(w)), params),
+            linears=jax.tree.map(lambda w: jnp.zeros_like(w, _choose_dtype(w)), params),
             count=count,
         )
 
@@ -168,7 +168,7 @@ def ftrl(
 _LEGAL = {"> 0": operator.gt, ">= 0": operator.ge, "<= 0": operator.le}
 
 
-def _checked(name: str, value: Any, legal: str) -> Any:
+def _check(name: str, value: Any, legal: str) -> Any:
     """A hyperparameter as a float; what `optax.inject_hyperparams` traces stays as it is, unread."""
     if isinstance(value, Tracer):
         return value
@@ -177,7 +177,7 @@ def _checked(name: str, value: Any, legal: str) -> Any:
     return float(value)
 
 
-def _wide(weight: Any) -> Any:
+def _choose_dtype(weight: Any) -> Any:
     """The dtype of a weight's sums."""
     dtype = jnp.result_type(weight)
     return dtype if dtype == jnp.float64 else jnp.float32

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxheads.engine.reading import directions
 from jaxheads.metrics import Metrics
-from jaxheads.metrics.base import LOSS, joined
+from jaxheads.metrics.base import LOSS, join_names
 from jaxheads.metrics.state import metric_names
 from jaxheads.numerics import pairs
 
@@ -54,7 +54,7 @@ class Progress:
                 f"This epoch was begun with {len(self.sums) - 1} sums of metrics, and the step now gives {rows - 1}: "
                 "another head, or another with_metrics. Go on with the same, or in a new directory."
             )
-        self.sums, self.batch = _added(self.sums, out), self.batch + 1
+        self.sums, self.batch = _add_step(self.sums, out), self.batch + 1
 
     def end_epoch(self, line: dict[str, float]) -> None:
         """One epoch more, and what is to say of it."""
@@ -95,7 +95,7 @@ class Progress:
 
 
 @jax.jit
-def _added(sums: jax.Array | None, out: Any) -> jax.Array:
+def _add_step(sums: jax.Array | None, out: Any) -> jax.Array:
     """Sums over steps, as compensated pairs: the loss in the first row, the metrics below."""
     metrics = jnp.zeros((0, 1)) if out.metrics is None else out.metrics.state
     loss = jnp.pad(jnp.reshape(out.loss, (1, 1)), ((0, 0), (0, metrics.shape[-1] - 1)))
@@ -125,13 +125,13 @@ def check_monitor(monitor: str, higher: bool | None, state: Any, eval_step: Any,
     metrics = jax.eval_shape(eval_step, state, next(iter(validation))).metrics
     known = [LOSS, *metric_names(metrics.head)]
     # The monitor is a key of the history, or of the metrics.
-    keys = {name: key for key in known for name in (key, joined(VALIDATION, key))}
+    keys = {name: key for key in known for name in (key, join_names(VALIDATION, key))}
     if monitor not in keys:
         raise ValueError(f"monitor={monitor!r} is no metric of {metrics.head!r}. Expected one of {known}.")
     key = keys[monitor]
     if higher is None and (higher := {LOSS: False, **directions(metrics.head)}[key]) is None:
         raise ValueError(f"Whether {key!r} is better when high, the metric does not say. Pass higher_is_better=.")
-    return joined(VALIDATION, key), higher
+    return join_names(VALIDATION, key), higher
 
 
 class Checkpoints:

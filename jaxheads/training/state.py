@@ -56,19 +56,19 @@ class TrainState:
         """
         check_unbound(head)
         check_optimizer(optimizer)
-        params, model_state = _copied(params, "params"), _copied(model_state, "model_state")
+        params, model_state = _copy(params, "params"), _copy(model_state, "model_state")
         init_key, key = jax.random.split(key)
-        head_params = _copied(head.init(init_key), "head_params")
+        head_params = _copy(head.init(init_key), "head_params")
         _check_owner(params, head_params)
-        head_state = _copied(head.init_state(), "head_state")
-        opt_state = _copied(optimizer.init(joined(params, head_params)), "opt_state")
+        head_state = _copy(head.init_state(), "head_state")
+        opt_state = _copy(optimizer.init(join_params(params, head_params)), "opt_state")
         duals.check_ascends(opt_state, head_params)
         return cls(jnp.zeros((), jnp.int32), params, head_params, opt_state, model_state, head_state, key)
 
     @property
     def trainable(self) -> Any:
         """What the optimizer sees: `params`; of a head that learns, `{"params": params, "head": head_params}`."""
-        return joined(self.params, self.head_params)
+        return join_params(self.params, self.head_params)
 
     @property
     def bound(self) -> dict[str, Any]:
@@ -76,12 +76,12 @@ class TrainState:
         return fields.merge(self.head_params, self.head_state)
 
 
-def joined(params: Any, head_params: Mapping[str, Any]) -> Any:
+def join_params(params: Any, head_params: Mapping[str, Any]) -> Any:
     """The tree that the optimizer sees."""
     return {"params": params, "head": head_params} if head_params else params
 
 
-def parted(trainable: Any, learns: bool) -> tuple[Any, Any]:
+def split_params(trainable: Any, learns: bool) -> tuple[Any, Any]:
     """The parameters of the network and those of the head, from what the optimizer sees."""
     return (trainable["params"], trainable["head"]) if learns else (trainable, {})
 
@@ -103,7 +103,7 @@ def _check_owner(params: Any, head_params: Any) -> None:
         )
 
 
-def _copied(tree: Any, what: str) -> Any:
+def _copy(tree: Any, what: str) -> Any:
     """The same values in arrays of their own, without weak types: those would be another type after the first step."""
 
     def copy(path: Any, leaf: Any) -> jax.Array:

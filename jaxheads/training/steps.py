@@ -19,7 +19,7 @@ from jaxheads.engine.optimizing import averaged, check_opt_state, check_optimize
 from jaxheads.engine.readiness import check_parts_add_up, ready
 from jaxheads.head import Head, check_unbound
 from jaxheads.numerics import fields, inputs, meshes, pairs
-from jaxheads.training.state import TrainState, parted
+from jaxheads.training.state import TrainState, split_params
 
 KEYS = ("features", "labels", "weights", "where")
 PASSED = ("train", "model_state", "rngs")
@@ -95,7 +95,7 @@ def make_train_step(
     """
     check_unbound(head)
     check_optimizer(optimizer)
-    call, labelled = _caller(apply_fn), _is_labelled(head)
+    call, labelled = _wrap(apply_fn), _is_labelled(head)
     if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
         raise ValueError(f"micro_batches must be an integer of at least 1. Given {micro_batches!r}.")
     names = (rngs,) if isinstance(rngs, str) else tuple(rngs)
@@ -112,11 +112,11 @@ def make_train_step(
         keys, draws = rngs_of(key), jax.random.fold_in(key, REPLICAS) if draws_keys else None
 
         def loss_of(trainable: Any):
-            params, head_params = parted(trainable, bool(state.head_params))
+            params, head_params = split_params(trainable, bool(state.head_params))
             logits, new = call(params, batch["features"], True, model_state, keys)
             bound = ready(head, fields.merge(head_params, state.head_state))
-            found = gather(bound, _given(batch, logits, with_metrics, draws, divisor))
-            losses = _listed(regularization_fn, params)
+            found = gather(bound, _to_given(batch, logits, with_metrics, draws, divisor))
+            losses = _list_losses(regularization_fn, params)
             shares = None if losses is None else inputs.as_scalars([loss / micro_batches for loss in losses])
             loss, found = evaluating.evaluate(bound, found, shares, axis_name)
             return loss, (found._replace(regularization=inputs.as_scalars(losses)), new)
@@ -133,7 +133,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, StepOutput]:
         _check_state(state)
         check_opt_state(optimizer, state.opt_state, state.trainable)
-        given, key = _unpacked(batch, labelled), jax.random.fold_in(state.key, state.step)
+        given, key = _unpack(batch, labelled), jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             meshes.check_axis(axis_name)
             _check_shared(state, axis_name)
@@ -147,7 +147,7 @@ def make_train_step(
         if axis_name is not None:
             metrics = None if metrics is None else metrics.psum(axis_name)
         trainable, opt_state = updated(optimizer, grads, state.opt_state, state.trainable, loss)
-        params, head_params = parted(trainable, bool(state.head_params))
+        params, head_params = split_params(trainable, bool(state.head_params))
         model_state, head_state = carried
         new = TrainState(state.step + 1, params, head_params, opt_state, model_state, head_state, state.key)
         return new, StepOutput(loss, metrics)
@@ -155,9 +155,9 @@ def make_train_step(
     def in_parts(state: TrainState, batch: dict[str, Any], key: jax.Array, carried: Any):
         """The sums of `part` over the micro-batches; their losses are divided by what that of the whole batch is."""
         bound = ready(head, state.bound)
-        logits = _like_logits(functools.partial(call, rngs=rngs_of(key)), state, batch["features"])
+        logits = _make_zero_logits(functools.partial(call, rngs=rngs_of(key)), state, batch["features"])
         draws = key if draws_keys else None
-        divisor = losing.divisor(bound, gather(bound, _given(batch, logits, False, draws, None)), axis_name)
+        divisor = losing.divisor(bound, gather(bound, _to_given(batch, logits, False, draws, None)), axis_name)
         parts = jax.tree.map(lambda x: _split(x, micro_batches), batch)
 
         def body(carry: Any, xs: Any):
@@ -192,16 +192,16 @@ def make_eval_step(
     it is folded with the device.
     """
     check_unbound(head)
-    call, labelled = _caller(apply_fn), _is_labelled(head)
+    call, labelled = _wrap(apply_fn), _is_labelled(head)
 
     def eval_step(state: TrainState, batch: Mapping[str, Any], key: jax.Array | None = None) -> StepOutput:
         _check_state(state)
-        given, bound = _unpacked(batch, labelled), ready(head, state.bound)
+        given, bound = _unpack(batch, labelled), ready(head, state.bound)
         logits, _ = call(state.params, given["features"], False, state.model_state, None)
         if key is not None and axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        found = gather(bound, _given(given, logits, True, key, None))
-        losses = inputs.as_scalars(_listed(regularization_fn, state.params))
+        found = gather(bound, _to_given(given, logits, True, key, None))
+        losses = inputs.as_scalars(_list_losses(regularization_fn, state.params))
         loss, found = evaluating.evaluate(bound, found, losses, axis_name)
         metrics = evaluating.metrics_of(bound, evaluating.without_gradient(found), axis_name)
         return StepOutput(loss, metrics if axis_name is None else metrics.psum(axis_name))
@@ -217,11 +217,11 @@ def make_predict_step(
     `keys` are those of `head.predictions`; by default all.
     """
     check_unbound(head)
-    call = _caller(apply_fn)
+    call = _wrap(apply_fn)
 
     def predict_step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
         _check_state(state)
-        features = _unpacked(batch, None)["features"]
+        features = _unpack(batch, None)["features"]
         logits, _ = call(state.params, features, False, state.model_state, None)
         return head.predictions(logits, keys, params=state.bound, features=features)
 
@@ -246,7 +246,7 @@ def _check_shared(state: TrainState, axis_name: Any) -> None:
         )
 
 
-def _caller(apply_fn: Any) -> Callable[..., tuple[Any, Any]]:
+def _wrap(apply_fn: Any) -> Callable[..., tuple[Any, Any]]:
     """`apply_fn` with the keywords that it declares, giving always the pair `(logits, model_state)`."""
     if not callable(apply_fn):
         raise ValueError(f"apply_fn must be a function apply_fn(params, features, ...). Given {apply_fn!r}.")
@@ -272,7 +272,7 @@ def _caller(apply_fn: Any) -> Callable[..., tuple[Any, Any]]:
         if len(out) != 2:
             raise ValueError(f"apply_fn must return logits or (logits, model_state). Given {len(out)} values.")
         logits, new = out
-        if train and (before := _kinds(model_state)) != (after := _kinds(new)):
+        if train and (before := _describe(model_state)) != (after := _describe(new)):
             raise ValueError(
                 "apply_fn must return a model_state of the same structure, shapes and dtypes as the state holds. Given "
                 f"{after}, expected {before}. Pass its first value to TrainState.create(model_state=...)."
@@ -282,7 +282,7 @@ def _caller(apply_fn: Any) -> Callable[..., tuple[Any, Any]]:
     return call
 
 
-def _kinds(tree: Any) -> dict[str, str]:
+def _describe(tree: Any) -> dict[str, str]:
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path): f"{jnp.result_type(x)}{list(jnp.shape(x))}" for path, x in leaves}
 
@@ -297,7 +297,7 @@ def _draws_keys(head: Head) -> bool:
     return any(leaf.samples or leaf.bootstrap is not None for leaf in trees.leaves(head))
 
 
-def _unpacked(batch: Any, labelled: bool | None) -> dict[str, Any]:
+def _unpack(batch: Any, labelled: bool | None) -> dict[str, Any]:
     """The entries of a batch by the names that a head knows; of prediction, where `labelled` is None, the features."""
     needed = KEYS[: 2 if labelled else 1]
     given = sorted(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
@@ -309,20 +309,20 @@ def _unpacked(batch: Any, labelled: bool | None) -> dict[str, Any]:
     return {"features": batch["features"]} if labelled is None else dict(batch)
 
 
-def _given(batch: Mapping[str, Any], logits: Any, with_slices: bool, key: Any, normalizer: Any) -> Given:
+def _to_given(batch: Mapping[str, Any], logits: Any, with_slices: bool, key: Any, normalizer: Any) -> Given:
     """A batch and its logits, as `head.loss` and `head.measure` would be given them."""
     entries = {"labels": None, **batch}
     return Given(**entries, logits=logits, normalizer=normalizer, with_slices=with_slices, key=key)
 
 
-def _listed(regularization_fn: Callable[[Any], Any] | None, params: Any) -> list[Any] | None:
+def _list_losses(regularization_fn: Callable[[Any], Any] | None, params: Any) -> list[Any] | None:
     if regularization_fn is None:
         return None
     losses = regularization_fn(params)
     return list(losses) if isinstance(losses, (list, tuple)) else [losses]
 
 
-def _like_logits(call: Callable[..., tuple[Any, Any]], state: TrainState, features: Any) -> Any:
+def _make_zero_logits(call: Callable[..., tuple[Any, Any]], state: TrainState, features: Any) -> Any:
     """Zeros in the shape of the logits of a whole batch, which never passes the network."""
 
     def logits(params: Any, features: Any, model_state: Any) -> Any:
