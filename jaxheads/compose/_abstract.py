@@ -22,8 +22,8 @@ class AbstractCompositeHead(Head):
     name: ClassVar[Any] = None  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
     loss_reduction: ClassVar[Any] = None  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
     extra_metrics: ClassVar[Any] = ()  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
-    slices: ClassVar[Any] = property(lambda self: self.first.slices)  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
-    bootstrap: ClassVar[Any] = property(lambda self: self.first.bootstrap)  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
+    slices: ClassVar[Any] = property(lambda self: self.first.slices, doc="The slices of all heads inside.")  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
+    bootstrap: ClassVar[Any] = property(lambda self: self.first.bootstrap, doc="The bootstrap of all heads inside.")  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
 
     @property
     @abc.abstractmethod

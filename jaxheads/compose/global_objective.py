@@ -143,9 +143,9 @@ class GlobalObjectiveHead(AbstractWrapperHead):
     0.597 0.400 0.667
     """
 
-    name: ClassVar[Any] = property(lambda self: self.base.name)
-    extra_metrics: ClassVar[Any] = property(lambda self: self.base.extra_metrics)
-    weight_column: ClassVar[Any] = property(lambda self: self.base.weight_column)  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
+    name: ClassVar[Any] = property(lambda self: self.base.name, doc="The name of the base head.")
+    extra_metrics: ClassVar[Any] = property(lambda self: self.base.extra_metrics, doc="The base head's extra metrics.")
+    weight_column: ClassVar[Any] = property(lambda self: self.base.weight_column, doc="The base head's weight column.")  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
 
     base: Head = subheads()
     objective: str
@@ -357,10 +357,11 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         return hooks.call(self.base, "losses", labels, logits, rows=rows)
 
     def _compute_lagrangians(self, labels: jax.Array, logits: jax.Array, rows: Rows | None) -> jax.Array:
+        groups, counts, multipliers = self._groups, self.group_counts, self.group_lagrange_multipliers
+        inside = None if groups is None else self._find_groups(rows)
         values = self._price_errors(*self._shift_to_anchors(labels, logits))
-        if self._groups is not None:
-            inside, multipliers = self._find_groups(rows), self.group_lagrange_multipliers
-            values = values + self._groups.terms(labels, logits, inside, self.group_counts, multipliers)
+        if groups is not None and inside is not None:
+            values = values + groups.terms(labels, logits, inside, counts, multipliers)
         if self._has_anchors:
             values = jnp.mean(values, axis=-1)
         # One label needs no mean: the reduction of an axis of size 1 is slow on a CPU.
