@@ -13,8 +13,9 @@ import pytest
 from zoo import ENGINE, ZOO, Entry, bounds_of, changed, marked
 
 import jaxheads as jh
+from jaxheads.testing.case import Case, program
 
-N = 8
+N, SCALE = 8, np.float32(1)
 ONES, ALL = np.ones((N, 1), np.float32), np.ones((N, 1), bool)
 each = pytest.mark.parametrize("entry", marked(ZOO))
 
@@ -79,27 +80,31 @@ def added(parts: Iterable[jh.Metrics]) -> jh.Metrics:
     return total
 
 
-@functools.cache
+def case_of(entry: Entry, seed: int = 0) -> Case:
+    """The rows of an entry, as the laws of `jaxheads.testing` take them."""
+    return Case(entry.head, entry.params(), *draw(entry, seed), None, N)
+
+
 def step(head: jh.Head):
-    """One compiled function: loss, its gradients to logits and parameters, and the metrics of the batch."""
+    """Loss, its gradients to logits and parameters, and the metrics of the batch: by the program of `check_head`."""
 
     def run(labels, logits, weights, where, params):
-        def loss(logits, params):
-            return head.loss(labels, logits, weights=weights, where=where, params=params)
+        found = program(head)(labels, logits, None, weights, where, params, SCALE, None)
+        return found.loss, found.by_logits, found.by_params, found.metrics
 
-        value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(logits, params)
-        return (
-            value,
-            *gradients,
-            head.measure(labels, logits, weights=weights, where=where, params=params),
-        )
+    return run
 
-    return jax.jit(run)
+
+def reduced(head: jh.Head):
+    """The loss under each reduction. They share all but the divisor, and one compiled program."""
+    if head.parts():
+        return _reduced_of_parts(head)
+    return lambda *rows_and_params: program(head)(*rows_and_params[:2], None, *rows_and_params[2:], SCALE, None).losses
 
 
 @functools.cache
-def reduced(head: jh.Head):
-    """One compiled function: the loss under each reduction. The losses share all but the divisor."""
+def _reduced_of_parts(head: jh.Head):
+    """The heads inside have the reductions, so each reduction needs other heads."""
 
     def run(labels, logits, weights, where, params):
         rest = {"weights": weights, "where": where, "params": params}

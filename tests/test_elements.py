@@ -527,3 +527,37 @@ def test_no_keys_are_all_keys():
     every = head.predictions(LOGITS[:, :2])
     chex.assert_trees_all_equal(head.predictions(LOGITS[:, :2], ()), every)
     chex.assert_trees_all_equal(head.predictions(LOGITS[:, :2], {"b": ()}), {"b": every["b"]})
+
+
+# Rows of other devices
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_coupled_head_must_be_told_the_axis_of_other_devices(check_vma):
+    given = zoo.SHAPED["cox"]
+    rng = np.random.default_rng(0)
+    labels, logits = given.labels(rng, (8,)), rng.normal(size=(8, 1)).astype(np.float32)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]), ("devices",))
+    spread, whole = jax.sharding.PartitionSpec("devices"), jax.sharding.PartitionSpec()
+
+    def loss(axis_name, rows):
+        def local(labels, logits):
+            return given.head.loss(labels, logits, axis_name=axis_name)
+
+        step = jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=whole, check_vma=check_vma)
+        return jax.eval_shape(step, labels, logits).shape
+
+    refused = [(None, spread)] + ([((), spread)] if check_vma else [(None, whole)])
+    for arguments in refused:
+        with pytest.raises(ValueError, match=r"CoxHead look at the rows of all devices(.|\n)*\['devices'\]"):
+            loss(*arguments)
+    taken = [("devices", spread), ((), whole)] + ([(None, whole)] if check_vma else [((), spread)])
+    assert [loss(*arguments) for arguments in taken] == [()] * 3
+    if check_vma:
+        return
+    rows = jax.tree.map(lambda x: x.reshape(4, 2, 1), (labels, logits))
+    with pytest.raises(ValueError, match="give pmap an axis_name"):
+        jax.eval_shape(jax.pmap(given.head.loss, devices=jax.devices()[:4]), *rows)
+    # The axis of a vmap is no axis of devices.
+    batches = jax.tree.map(lambda x: x[None], (labels, logits))
+    assert jax.eval_shape(jax.vmap(given.head.loss, axis_name="batches"), *batches).shape == (1,)

@@ -3,6 +3,7 @@
 Expected values come from the zoo's float64 oracles. The engine's own laws are in `test_laws_engine.py`.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import pickle
@@ -25,6 +26,7 @@ from laws import (
     assert_same_values,
     assert_values,
     average_of,
+    case_of,
     draw,
     each,
     each_learning,
@@ -48,6 +50,46 @@ from zoo import ENGINE, ZOO, MultiEntry, changed, marked
 import jaxheads as jh
 from jaxheads.compose._abstract import AbstractCompositeHead
 from jaxheads.numerics import fields
+from jaxheads.testing import laws
+from jaxheads.testing.case import Skipped
+
+# The laws of `jaxheads.testing`, which authors run on heads of their own
+
+OF_THE_SAME_PROGRAM = (
+    laws.weights_are_multiplicities,
+    laws.metrics_add,
+    laws.extremes_are_harmless,
+    laws.bad_input_is_visible,
+    laws.any_cotangent,
+)
+# These compile programs of their own. They are quick for a few heads, one for each way through the engine.
+OTHERS = (
+    laws.where_is_absence,
+    laws.reductions_are_float32,
+    laws.one_trace,
+    laws.leading_axes_do_not_matter,
+    laws.predictions_are_of_rows,
+    laws.running_state_counts_what_is_there,
+)
+
+
+@each
+@pytest.mark.parametrize("law", OF_THE_SAME_PROGRAM)
+def test_laws_that_need_no_oracle(entry, law):
+    obey(law, entry)
+
+
+@pytest.mark.parametrize("entry", marked(ZOO, quick=("regression_3_exp", "binary", "nested", "sequential")))
+@pytest.mark.parametrize("law", OTHERS)
+def test_laws_that_need_no_oracle_by_other_programs(entry, law):
+    obey(law, entry)
+
+
+def obey(law, entry):
+    # A law that does not apply to this head says so by this error.
+    with contextlib.suppress(Skipped):
+        law(case_of(entry))
+
 
 # The oracle
 
@@ -443,44 +485,12 @@ def test_one_trace_for_many_eager_calls(entry, monkeypatch):
         assert len(traces) == once
 
 
-@pytest.mark.parametrize("entry", marked(ZOO, quick=("regression_3_exp", "binary", "nested", "sequential")))
-def test_eager_equals_jit(entry):
-    labels, logits = draw(entry, 21)
-    head, params = entry.head, entry.params()
-    weights, where = np.linspace(0, 2, N, dtype=np.float32)[:, None], (np.arange(N) != 4)[:, None]
-    arguments = {"weights": weights, "where": where, "params": params}
-    loss, *_, measured = step(head)(labels, logits, weights, where, params)
-    np.testing.assert_allclose(head.loss(labels, logits, **arguments), loss, rtol=1e-6, atol=1e-7)
-    assert_same_values(head.measure(labels, logits, **arguments), measured)
-    updated = head.update_metrics(head.metrics(), None, logits, labels, **arguments)
-    assert_same_values(updated, measured)
-    predictions = head.predictions(logits, params=params)
-    compiled = jax.jit(lambda head, z, params: head.predictions(z, params=params))(head, logits, params)
-    chex.assert_trees_all_close(dict(predictions), dict(compiled), rtol=1e-6, atol=1e-7)
-
-
 @each
 def test_metrics_inside_jit_have_the_shapes_outside(entry):
     """Their values are tested on the heads of the engine."""
     measured = step(entry.head)(*draw(entry, 21), ONES, ALL, entry.params())[-1]
     inside = jax.eval_shape(lambda metrics: metrics.compute(bounds=True), measured)
     chex.assert_trees_all_equal_shapes_and_dtypes(dict(inside), measured.compute(bounds=True))
-
-
-@pytest.mark.parametrize("entry", marked(ZOO, quick=ENGINE))
-def test_leading_shapes_do_not_matter(entry):
-    """Nor does it matter whether labels, weights and masks keep a last axis of size 1."""
-    labels, logits = draw(entry, 22)
-    head, params = entry.head, entry.params()
-    weights, where = np.linspace(0, 2, N, dtype=np.float32)[:, None], (np.arange(N) != 4)[:, None]
-    flat = step(head)(labels, logits, weights, where, params)
-    tall = jax.tree.map(lambda x: x.reshape(2, 2, 2, -1), (labels, logits, weights, where))
-    short = jax.tree.map(lambda x: x[..., 0] if x.shape[-1] == 1 else x, tall)
-    loss, gradient, to_params, measured = step(head)(short[0], tall[1], *short[2:], params)
-    np.testing.assert_allclose(loss, flat[0], rtol=1e-6)
-    np.testing.assert_allclose(np.reshape(gradient, logits.shape), flat[1], rtol=1e-5, atol=1e-7)
-    chex.assert_trees_all_close(to_params, flat[2], rtol=1e-5, atol=1e-7)
-    assert_same_values(measured, flat[3])
 
 
 @each

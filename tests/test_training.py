@@ -556,3 +556,22 @@ def test_a_step_costs_what_one_by_hand_costs(name):
     assert 0 < cost(made).flops <= cost(hand).flops
     # One pass over the rows serves loss and metrics. XLA may then keep a column that it made twice before.
     assert 0 < cost(made).accessed <= 1.02 * cost(hand).accessed
+
+
+def equations(jaxpr: Any) -> int:
+    """How many operations a traced program has, with those in its branches and loops."""
+    inside = [jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")) for equation in jaxpr.eqns]
+    nested = [getattr(x, "jaxpr", x) for leaves in inside for x in leaves if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
+    return len(jaxpr.eqns) + sum(map(equations, nested))
+
+
+# How many operations a traced step may have. Tracing is most of what a first step costs, and operations are most of
+# tracing; `benchmarks/tracing.py` measures the time.
+@pytest.mark.parametrize(("name", "budget"), [("binary", 420), ("multi_head", 960)])
+def test_a_traced_step_is_small(name, budget):
+    entry = next(entry for entry in ZOO if entry.name == name)
+    optimizer = optax.sgd(RATE)
+    batch, params = draw(entry, 64)
+    step = jh.make_train_step(entry.head, linear, optimizer)
+    traced = jax.make_jaxpr(step)(created(entry.head, params, optimizer), batch)
+    assert 0.8 * budget < equations(traced.jaxpr) <= budget

@@ -131,7 +131,7 @@ def _of_one(
         logits = logits.multiply()
 
     def total(logits: jax.Array) -> jax.Array:
-        return losing.sums(head, see(head, batch.replace(logits=logits), Devices()))[losing.TOTAL]
+        return losing.sums(head, see(head, batch.replace(logits=logits), Devices())).total
 
     if isinstance(hessian, str) and hessian != "unit" and head.coupling in ("batch", "sequence"):
         raise ValueError(

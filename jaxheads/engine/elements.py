@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jaxheads.contract import AbstractHead
@@ -14,7 +15,7 @@ from jaxheads.losses import terms
 from jaxheads.losses.terms import Term
 from jaxheads.metrics import Membership, Observation
 from jaxheads.metrics.base import KEPT
-from jaxheads.numerics import hooks, masking
+from jaxheads.numerics import hooks, masking, meshes
 from jaxheads.numerics import labels as rules
 from jaxheads.numerics.batch import Batch, Devices, Elements, Rows
 from jaxheads.numerics.labels import LabelSpec
@@ -38,10 +39,12 @@ def see(head: Any, batch: Batch, devices: Devices) -> Any:
 
 def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices) -> Elements:
     """Returns the elements of the batch of a head without heads inside."""
+    if head.coupling == "batch":
+        _check_sees_all_rows(head, batch, devices)
     specs, exists = head.label_spec, gathering.existing(batch)
     weights = masking.ones_like(exists) if batch.weights is None else jnp.asarray(batch.weights)
-    live = exists & (weights != 0)
-    row = jnp.any(live, -1, keepdims=True)
+    live = exists & masking.is_not_zero(weights)
+    row = live if live.shape[-1] == 1 else jnp.any(live, -1, keepdims=True)
 
     def mask_of(spec: LabelSpec, labels: jax.Array) -> jax.Array:
         if spec.axes:
@@ -72,6 +75,16 @@ def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices) -> 
     logits = None if batch.logits is None else _masked(head, batch.logits, live, row)
     elements = Elements(labels, logits, weights, bad, Rows(exists, weights))
     return elements._replace(rows=_rows_of(head, batch, elements, row, devices))
+
+
+def _check_sees_all_rows(head: AbstractHead, batch: Batch, devices: Devices) -> None:
+    """Refuses a loss over the rows of one device where other devices have more rows."""
+    if axes := meshes.unnamed_axes((batch.labels, batch.logits), devices.axis_name):
+        raise ValueError(
+            f"Rows of {type(head).__name__} look at the rows of all devices. Given axis_name={devices.axis_name!r} "
+            f"inside shard_map or pmap, whose devices may have other rows along the axes {axes}. Pass axis_name= (and "
+            "give pmap an axis_name); axis_name=() says that every device has all rows."
+        )
 
 
 def _rows_of(head: AbstractHead, batch: Batch, elements: Elements, row: jax.Array, devices: Devices) -> Rows:
@@ -177,7 +190,8 @@ def debug_check(head: AbstractHead, elements: Elements) -> None:
         from jax.experimental import checkify
 
         message = "{n} unmasked elements have an illegal label or weight for " + type(head).__name__
-        checkify.debug_check(~jnp.any(elements.bad), message, n=jnp.sum(elements.bad.astype(jnp.int32)))
+        n = jax.lax.reduce_sum(elements.bad.astype(jnp.int32), tuple(range(elements.bad.ndim)))
+        checkify.debug_check(jax.lax.eq(n, np.int32(0)), message, n=n)
 
 
 def dense_logits(head: AbstractHead, logits: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxheads.contract import AbstractHead
 from jaxheads.engine.trees import naming
-from jaxheads.numerics import columns, inputs, masking, vocabulary
+from jaxheads.numerics import columns, inputs, masking, meshes, vocabulary
 from jaxheads.numerics import labels as rules
 from jaxheads.numerics.batch import ABSENT, Batch, Given, Masks
 from jaxheads.numerics.labels import LabelSpec
@@ -95,6 +95,8 @@ def _all_true(batch: Batch) -> jax.Array:
     first = jax.tree.leaves(of, is_leaf=lambda x: isinstance(x, LinearLogits))[0]
     rows = first.hidden if isinstance(first, LinearLogits) else first
     rank = rows.ndim - 1 if batch.rank is None else batch.rank
+    if meshes.is_off_mesh(rows):
+        return jax.lax.full((*rows.shape[:rank], 1), True)
     true = masking.true_like(rows)
     if rank < rows.ndim - 1:
         true = jnp.all(true, axis=tuple(range(rank + 1, rows.ndim)))

@@ -13,12 +13,9 @@ from jaxheads.engine.elements import Seen, debug_check, see
 from jaxheads.engine.readiness import check_parts_add_up
 from jaxheads.losses import terms
 from jaxheads.metrics.base import LOSS, REGULARIZATION_LOSS, join_names
-from jaxheads.numerics import meshes, reduction
+from jaxheads.numerics import masking, meshes, reduction
 from jaxheads.numerics.batch import Batch, Devices
 from jaxheads.numerics.reduction import Divisor, Reduction
-
-# The parts of a loss, in this order: the weighted sum, its divisor, the number of elements whose weight is not 0.
-TOTAL, DIVISOR, LIVE = range(3)
 
 
 def see_loss(head: Any, batch: Batch, devices: Devices) -> tuple[Any, Any]:
@@ -31,12 +28,12 @@ def see_loss(head: Any, batch: Batch, devices: Devices) -> tuple[Any, Any]:
 
 
 def sums(head: Any, seen: Any, silent: bool = False) -> Any:
-    """Returns the sums of the loss on this device, `[3]` for each head without heads inside; 0 for a silent head."""
+    """Returns the `LossSums` of this device, for each head without heads inside; 0 for a silent head."""
     if isinstance(seen, Seen):
         if not silent:
             debug_check(head, seen.elements)
         found = terms.loss_sums(seen.term, seen.elements, Reduction.of(head.loss_reduction))
-        return jnp.zeros_like(found) if silent else found
+        return jax.tree.map(jnp.zeros_like, found) if silent else found
     quiet = {name: silent or name in head.silent for name in seen}
     return trees.each(head, sums, seen, quiet)
 
@@ -46,8 +43,7 @@ def _over_devices(tree: Any, devices: Devices) -> Any:
     if devices.axis_name is None:
         return tree
     leaves, structure = jax.tree.flatten(tree)
-    together = devices.sum(jnp.concatenate(leaves))
-    return structure.unflatten(jnp.split(together, np.cumsum([x.size for x in leaves])[:-1].tolist()))
+    return structure.unflatten(list(devices.sum(jnp.stack(leaves))))
 
 
 def value(head: Any, batch: Batch, sums: Any) -> jax.Array:
@@ -58,9 +54,9 @@ def value(head: Any, batch: Batch, sums: Any) -> jax.Array:
         return head.combine(losses, shares)
     normalizer = batch.normalizer
     if normalizer is None or isinstance(normalizer, Divisor):
-        by = sums[DIVISOR] if normalizer is None else normalizer.value
-        return sums[TOTAL] if head.loss_reduction is Reduction.SUM else reduction.divide(sums[TOTAL], by)
-    return reduction.divide(sums[TOTAL], jnp.asarray(normalizer, jnp.float32))
+        by = sums.divisor if normalizer is None else normalizer.value
+        return sums.total if head.loss_reduction is Reduction.SUM else reduction.divide(sums.total, by)
+    return reduction.divide(sums.total, jnp.asarray(normalizer, jnp.float32))
 
 
 def share(head: Any, batch: Batch, sums: Any) -> tuple[jax.Array, jax.Array]:
@@ -71,11 +67,12 @@ def share(head: Any, batch: Batch, sums: Any) -> tuple[jax.Array, jax.Array]:
         return reduction.divide(jnp.sum(shares), jnp.sum(live.astype(jnp.float32))), jnp.any(live)
     normalizer = batch.normalizer
     if isinstance(normalizer, Divisor):
-        return reduction.divide(sums[LIVE], normalizer.live), normalizer.live > 0
+        return reduction.divide(sums.live, normalizer.live), normalizer.live > 0
     part = jnp.float32(1)
     if normalizer is not None:
-        part = reduction.divide(sums[DIVISOR], jnp.asarray(normalizer, jnp.float32))
-    return jnp.where(sums[LIVE] > 0, part, jnp.zeros_like(part)), sums[LIVE] > 0
+        part = reduction.divide(sums.divisor, jnp.asarray(normalizer, jnp.float32))
+    live = jax.lax.gt(sums.live, np.float32(0))
+    return masking.keep(live, part, 0), live
 
 
 def divisor(head: AbstractHead, batch: Batch, axis_name: Any) -> Any:
@@ -104,7 +101,7 @@ def _at_any_logits(head: Any, batch: Batch) -> Batch:
 def _divisors(head: Any, sums: Any) -> Any:
     if isinstance(sums, dict):
         return trees.unnested(trees.each(head, _divisors, sums))
-    return Divisor(sums[DIVISOR], sums[LIVE])
+    return Divisor(sums.divisor, sums.live)
 
 
 def summaries(head: Any, batch: Batch, sums: Any, loss: jax.Array, regularization: Any) -> dict[str, jax.Array]:

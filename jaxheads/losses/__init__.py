@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxheads.numerics import stable
+from jaxheads.numerics import masking, stable
 
 
 def squared_error(labels: jax.Array, logits: jax.Array) -> jax.Array:
@@ -32,8 +32,8 @@ def sigmoid_cross_entropy(labels: jax.Array, logits: jax.Array) -> jax.Array:
 def _sigmoid_cross_entropy(labels: jax.Array, logits: jax.Array) -> jax.Array:
     wrong = (logits > 0).astype(logits.dtype) - labels
     # Infinitely sure and right: 0 * inf, where the limit is 0.
-    linear = jnp.where(wrong == 0, jnp.zeros_like(logits), wrong * logits)
-    return linear + stable.log1p(jnp.exp(-jnp.abs(logits)))
+    linear = masking.keep(wrong != 0, wrong * logits, 0)
+    return linear + stable.log1p(jax.lax.exp(jax.lax.neg(jax.lax.abs(logits))))
 
 
 def _sigmoid_cross_entropy_jvp(primals: Any, tangents: Any) -> Any:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxheads.numerics import masking
 from jaxheads.numerics.batch import Elements
@@ -42,14 +43,28 @@ def as_term(losses: Any, lead: tuple[int, ...], sizes: tuple[int, ...], who: str
     return Term(jnp.asarray(term.values, jnp.float32), term.count)
 
 
-def loss_sums(term: Term, elements: Elements, how: Reduction) -> jax.Array:
-    """The weighted sum of a term's values, what it is divided by, and how many elements weigh anything: `[3]`."""
+class LossSums(NamedTuple):
+    """The sums that a loss is made of, float32 scalars.
+
+    Attributes:
+        total: the weighted sum of the losses.
+        divisor: the number that it is divided by.
+        live: the number of elements whose weight is not 0.
+    """
+
+    total: Any
+    divisor: Any
+    live: Any
+
+
+def loss_sums(term: Term, elements: Elements, how: Reduction) -> LossSums:
+    """Returns the sums of a term's losses."""
     elements = _fitting(elements, term)
     # By multiplication: `where(bad, nan, loss)` would have gradient 0.
-    values = term.values * jnp.where(elements.bad, jnp.nan, masking.ones_like(elements.weights))
+    values = term.values * masking.keep(~elements.bad, masking.ones_like(elements.weights), np.nan)
     total = masking.total(masking.weighted(values, elements.weights))
-    live = masking.total((elements.weights != 0).astype(jnp.float32))
-    return jnp.stack([total, divisor(term, elements, how), live])
+    live = masking.total(masking.is_not_zero(elements.weights).astype(jnp.float32))
+    return LossSums(total, divisor(term, elements, how), live)
 
 
 def divisor(term: Term, elements: Elements, how: Reduction) -> jax.Array:
@@ -59,7 +74,7 @@ def divisor(term: Term, elements: Elements, how: Reduction) -> jax.Array:
         Reduction.SUM: lambda: elements.rows.exists.astype(jnp.float32),
         Reduction.SUM_OVER_BATCH_SIZE: lambda: elements.rows.exists.astype(jnp.float32),
         Reduction.MEAN: lambda: elements.weights,
-        Reduction.SUM_BY_NONZERO_WEIGHTS: lambda: (elements.weights != 0).astype(jnp.float32),
+        Reduction.SUM_BY_NONZERO_WEIGHTS: lambda: masking.is_not_zero(elements.weights).astype(jnp.float32),
     }[how]()
     # By multiplication: a broadcast would be laid out unlike values whose last axis is sharded.
     multiplicity = multiplicity * masking.ones_like(term.values)

@@ -111,7 +111,8 @@ class Scores(Observation):
         labels = labels * masking.ones_like(self.logits)
         weights = weights * masking.ones_like(labels)
         # A NaN score has no bucket; it must show, so it makes a NaN of the histogram.
-        weights = jnp.where(jnp.isnan(self.logits) & (weights != 0), self.logits, weights)
+        has_none = jax.lax.ne(self.logits, self.logits) & (weights != 0)
+        weights = masking.choose(has_none, self.logits, weights)
         return self._bins.buckets(layout, self.logits), labels, weights
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "ScoresView":

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.numerics import meshes
+from jaxheads.numerics import masking, meshes
 
 WIDTH = 64
 LARGEST = np.finfo(np.float32).max
@@ -99,9 +99,10 @@ def locate_uniform(x: jax.Array, first: int, count: int, scale: float, extra: tu
         scale: 1 by the power of two.
         extra: float32 edges that are no such multiples.
     """
-    x = jnp.where(jnp.isnan(x), jnp.full_like(x, -jnp.inf), x)
-    below = jnp.clip(jnp.ceil(x * np.float32(scale)), np.float32(first), np.float32(first + count))
-    below = below.astype(jnp.int32) - np.int32(first)
+    x = masking.keep(jax.lax.eq(x, x), x, -np.inf)
+    multiple = jax.lax.ceil(jax.lax.mul(x, jax.lax.full_like(x, scale)))
+    below = jax.lax.clamp(np.float32(first), multiple, np.float32(first + count))
+    below = jax.lax.sub(below.astype(jnp.int32), np.int32(first))
     for edge in extra:
         below = below + (x > np.float32(edge)).astype(jnp.int32)
     return below
@@ -130,8 +131,9 @@ def in_three(x: Any) -> Any:
         return bits(bits(x, np.int32) & np.int32(-(2**16)), np.float32)
 
     # What is not finite is all in the first.
-    finite = xp.where(xp.isfinite(x), x, xp.zeros_like(x))
-    first = xp.where(xp.isfinite(x), leading(x), x)
+    is_finite = xp.isfinite(x)
+    finite = xp.where(is_finite, x, xp.zeros_like(x))
+    first = xp.where(is_finite, leading(x), x)
     rest = finite - leading(finite)
     second = leading(rest)
     return first, second, rest - second

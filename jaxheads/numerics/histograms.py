@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxheads.numerics import meshes, pairs
+from jaxheads.numerics import masking, meshes, pairs
 from jaxheads.numerics.edges import WIDTH, in_three
 
 BLOCK = 2**14
@@ -54,12 +54,12 @@ def by_label(
         rows, _, flat = _flatten(buckets, n, columns)
         keys = flat + (labels == 1).astype(jnp.int32) * np.int32(rows * n)
         sums = jnp.zeros(2 * rows * n, jnp.float32).at[keys].add(weights, mode="promise_in_bounds")
-        return sums.reshape(2, rows, n)
+        return jax.lax.reshape(sums, (2, rows, n))
 
     def weighed(buckets, labels, weights):
         rows, most, flat = _flatten(buckets, n, columns)
         keys, both = jnp.stack([flat, flat + rows * n]), jnp.stack([weights * (1 - labels), weights * labels])
-        return _scatter(keys, both, 2 * rows * n, most).reshape(2, rows, n)
+        return jax.lax.reshape(_scatter(keys, both, 2 * rows * n, most), (2, rows, n))
 
     def by_scatter(buckets, labels, weights):
         # Hard labels and weights of 0 and 1, the usual ones, add up exactly as they are, once each.
@@ -75,7 +75,7 @@ def by_label(
 
 def _holds_everywhere(condition: jax.Array) -> jax.Array:
     """`jnp.all`, by a sum: XLA's CPU code for an `and` of many is slower."""
-    return jnp.sum(jnp.where(condition, np.float32(0), np.float32(1))) == 0
+    return jax.lax.eq(masking.total((~condition).astype(jnp.float32)), np.float32(0))
 
 
 def _is_few(buckets: jax.Array) -> bool:
@@ -153,12 +153,13 @@ def _round_down(weights: jax.Array, rows: int | None) -> jax.Array:
     """The weights rounded down to multiples of a power of two, such that any `rows` of them, or all, add up exactly."""
     bound = jnp.sum(weights)
     bound = bound if rows is None else jnp.minimum(bound, rows * jnp.max(weights))
-    exponent = jax.lax.shift_right_logical(jax.lax.bitcast_convert_type(bound, jnp.int32), np.int32(23)) - 126
+    exponent = jax.lax.shift_right_logical(jax.lax.bitcast_convert_type(bound, jnp.int32), np.int32(23))
+    exponent = jax.lax.sub(exponent, np.int32(126))
     # A sum below 2^e in multiples of 2^(e - 23) has 23 bits; a float32 holds 24. Where the rest would be subnormal, and
     # so 0 to XLA, and where the sum is no number, the quantum is so large that all is rest.
-    usual = jnp.isfinite(bound) & (exponent > -80)
-    power = jnp.where(usual, exponent - 23, 127)
-    return jnp.floor(weights * _raise_two(-power)) * _raise_two(power)
+    usual = jax.lax.is_finite(bound) & jax.lax.gt(exponent, np.int32(-80))
+    power = masking.keep(usual, jax.lax.sub(exponent, np.int32(23)), 127)
+    return jax.lax.floor(weights * _raise_two(jax.lax.neg(power))) * _raise_two(power)
 
 
 def _raise_two(exponent: jax.Array) -> jax.Array:
@@ -195,11 +196,12 @@ def _sum_by_product(
         ids = np.arange(size, dtype=np.int32).reshape(-1, *[1] * entries.ndim)
         return index[None] == jnp.asarray(ids)
 
-    high, low = one_hot(entries // WIDTH, -(-n // WIDTH)), one_hot(entries % WIDTH, WIDTH).astype(jnp.bfloat16)
+    row = jax.lax.shift_right_logical(entries, np.int32(WIDTH.bit_length() - 1))
+    column = jax.lax.bitwise_and(entries, np.int32(WIDTH - 1))
+    high, low = one_hot(row, -(-n // WIDTH)), one_hot(column, WIDTH).astype(jnp.bfloat16)
 
     def sums(part: jax.Array) -> jax.Array:
-        part = part.astype(jnp.bfloat16)[None]
-        rows = jnp.where(high, part, jnp.zeros_like(part))
+        rows = masking.keep(high, jnp.broadcast_to(part.astype(jnp.bfloat16)[None], high.shape), 0)
         return jax.lax.dot_general(
             rows,
             low,

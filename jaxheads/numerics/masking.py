@@ -8,16 +8,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jaxheads.numerics import meshes
+
+# Tracing an operation of `jax.lax` takes a third of the time of its like in `jnp`, which is a nested `jit`.
 
 
 def true_like(x: Any) -> jax.Array:
     """True for every entry of `x`, laid out over a mesh as `x` is; `ones_like` forgets the layout in jax 0.12."""
+    if meshes.is_off_mesh(x):
+        return jax.lax.full(jnp.shape(x), True)
     x = jnp.asarray(x)
     return (x == x) | True
 
 
 def ones_like(x: Any) -> jax.Array:
     """Float32 ones, laid out over a mesh as `x` is."""
+    if meshes.is_off_mesh(x):
+        return jax.lax.full(jnp.shape(x), np.float32(1))
     return true_like(x).astype(jnp.float32)
 
 
@@ -30,15 +39,20 @@ def rows_like(mask: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def choose(mask: Any, x: Any, other: Any) -> jax.Array:
-    """`jnp.where`, in one operation where nothing is to be broadcast: tracing it takes a quarter of the time."""
+    """`jnp.where`, in one operation if nothing is to be broadcast: tracing it takes a quarter of the time."""
     if jnp.shape(mask) == jnp.shape(x) == jnp.shape(other) and jnp.result_type(x) == jnp.result_type(other):
         return jax.lax.select_n(mask, other, x)
     return jnp.where(mask, x, other)
 
 
+def is_not_zero(x: jax.Array) -> jax.Array:
+    """`x != 0`."""
+    return jax.lax.ne(x, jax.lax.full_like(x, 0))
+
+
 def keep(mask: jax.Array, x: Any, fill: float) -> Any:
     """`x` where `mask`, else `fill`."""
-    return choose(mask, x, jnp.full_like(x, fill))
+    return choose(mask, x, jax.lax.full_like(x, fill))
 
 
 def keep_rows(mask: jax.Array, x: jax.Array, fill: float) -> jax.Array:
@@ -55,12 +69,12 @@ def keep_rows(mask: jax.Array, x: jax.Array, fill: float) -> jax.Array:
 def weighted(values: jax.Array, weights: jax.Array) -> jax.Array:
     """`weights * values` as float32, 0 wherever the weight is 0, whatever the value is there."""
     product = jnp.asarray(values, jnp.float32) * weights
-    return choose(weights != 0, product, jnp.zeros_like(product))
+    return choose(is_not_zero(weights), product, jax.lax.full_like(product, 0))
 
 
 def total(x: jax.Array) -> jax.Array:
     """The sum of all of `x`. A last axis of size 1 is dropped first: with it XLA's CPU code is 20 times slower."""
-    return column_totals(x[..., 0] if x.ndim > 1 and x.shape[-1] == 1 else x, kept=0)
+    return column_totals(jax.lax.squeeze(x, (x.ndim - 1,)) if x.ndim > 1 and x.shape[-1] == 1 else x, kept=0)
 
 
 # How many float32 numbers may be added one after the other: their sum is right to a few in 1e7.
@@ -79,8 +93,8 @@ def column_totals(x: jax.Array, kept: int = 1) -> jax.Array:
     exact_in_one_step = 2 if kept == 0 else 1
     if len(axes) > exact_in_one_step and math.prod(map(_fit_in_block, axes)) > _IN_A_ROW:
         for axis in reversed(range(1, len(axes))):
-            x = jax.lax.optimization_barrier(jnp.sum(x, axis=axis))
-    return jnp.sum(x, axis=tuple(range(x.ndim - kept)))
+            x = jax.lax.optimization_barrier(jax.lax.reduce_sum(x, (axis,)))
+    return jax.lax.reduce_sum(x, tuple(range(x.ndim - kept)))
 
 
 def _fit_in_block(size: Any) -> int:

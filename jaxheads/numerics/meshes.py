@@ -17,6 +17,11 @@ def explicit_mesh(x: Any) -> Any:
     return mesh if not mesh.empty and AxisType.Explicit in mesh.axis_types else None
 
 
+def is_off_mesh(x: Any) -> bool:
+    """Whether the type of `x` knows of no mesh."""
+    return jax.typeof(x).sharding.mesh.empty
+
+
 def is_local(tree: Any) -> bool:
     """Whether every leaf is known to live on one device: no mesh, or one whose axes are all mapped by hand."""
     meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree)]
@@ -58,7 +63,7 @@ def all_rows(x: jax.Array, axis_name: Any) -> jax.Array:
     """`x [..., d]` as rows `[n, d]`, whole on every device: of all devices of a mapped axis, of a mesh."""
     x = replicated(x)
     x = x.reshape(-1, x.shape[-1])
-    if axis_name is None:
+    if axis_name is None or axis_name == ():
         return x
     check_axis(axis_name)
     return jax.lax.all_gather(x, axis_name, tiled=True)
@@ -81,6 +86,19 @@ def varying(tree: Any, axis_name: Any) -> Any:
         return x
 
     return jax.tree.map(each, tree)
+
+
+def unnamed_axes(tree: Any, axis_name: Any) -> list[Any]:
+    """Returns the mapped axes over which the rows in `tree` may differ, and which `axis_name` does not name.
+
+    Without the default check of `shard_map`, and in `pmap`, types do not tell whether rows differ. There any axis name
+    is believed, also `()` for rows that are whole on every device.
+    """
+    names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    others = [name for name in jax.sharding.get_abstract_mesh().manual_axes if name not in names]
+    if not all(map(_is_typed, others)):
+        return others if axis_name is None else []
+    return [name for name in others if any(_make_varying(x, name) is None for x in jax.tree.leaves(tree))]
 
 
 def mean_of_gradients(grads: Any, axis_name: Any) -> Any:

@@ -4,7 +4,6 @@ import enum
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxheads.numerics import masking
 
@@ -62,6 +61,7 @@ class Divisor(NamedTuple):
 
 def divide(total: jax.Array, by: jax.Array) -> jax.Array:
     """`total / by`, and 0 where `by` is 0: an empty batch is a harmless step, not a NaN. A NaN total stays NaN."""
-    empty = by == 0
-    nothing = masking.choose(jnp.isnan(total), total, jnp.zeros_like(total))
-    return masking.choose(empty, nothing, total / masking.choose(empty, jnp.ones_like(by), by))
+    empty = jax.lax.eq(by, jax.lax.full_like(by, 0))
+    ratio = jax.lax.div(total, masking.choose(empty, jax.lax.full_like(by, 1), by))
+    is_nan = jax.lax.ne(ratio, ratio)
+    return masking.choose(empty & ~is_nan, jax.lax.full_like(ratio, 0), ratio)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.numerics import meshes
+from jaxheads.numerics import masking, meshes
 
 
 def log_odds(probability: float) -> float:
@@ -24,10 +24,10 @@ def log1p(x: jax.Array) -> jax.Array:
 
     The argument of the series is at most 1/3, so the first term left out is below 2e-9 of the value.
     """
-    s = x / (2 + x)
-    square, series = s * s, jnp.full_like(x, 1 / 15)
+    s = jax.lax.div(x, jax.lax.add(x, jax.lax.full_like(x, 2)))
+    square, series = jax.lax.mul(s, s), jax.lax.full_like(x, 1 / 15)
     for k in (13, 11, 9, 7, 5, 3, 1):
-        series = series * square + 1 / k
+        series = jax.lax.add(jax.lax.mul(series, square), jax.lax.full_like(x, 1 / k))
     return 2 * s * series
 
 
@@ -38,7 +38,7 @@ def pick(values: jax.Array, ids: jax.Array) -> jax.Array:
     slowly, and the selection fuses with its neighbours.
     """
     chosen = meshes.columns(values, ids.dtype) == ids
-    return jnp.sum(jnp.where(chosen, values, jnp.zeros_like(values)), -1, keepdims=True)
+    return jnp.sum(masking.keep(chosen, values, 0), -1, keepdims=True)
 
 
 def is_argmax(values: jax.Array, ids: jax.Array) -> jax.Array:
@@ -79,7 +79,7 @@ def _zero_nan(x: jax.Array) -> jax.Array:
 
     Were it the plain result of a reduction, XLA's CPU code would write it out as often as the row has entries.
     """
-    return jnp.where(jnp.isnan(x), jnp.zeros_like(x), x)
+    return masking.keep(jax.lax.eq(x, x), x, 0)
 
 
 def log_odds_of_each(logits: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from jaxheads.engine.samplers import sample_labels, sample_logits
 from jaxheads.head import Head
 from jaxheads.metrics import Metrics
 from jaxheads.numerics import fields
+from jaxheads.numerics.reduction import Reduction
 
 
 class Skipped(Exception):
@@ -27,14 +28,14 @@ class Values:
     Attributes:
         loss: the loss under the head's own reduction.
         by_logits, by_params: the gradients of the loss.
-        sums: the loss under `SUM` and `MEAN`, where the head has its own reduction.
+        losses: the loss under each reduction, by its text; empty if the heads inside have the reductions.
         metrics: the metrics of the batch.
     """
 
     loss: Any
     by_logits: Any
     by_params: Any
-    sums: dict[str, Any]
+    losses: dict[str, Any]
     metrics: Metrics
 
 
@@ -105,14 +106,22 @@ class Case:
         """Whether rows depend on each other."""
         return any(leaf.coupling == "batch" for leaf in self.leaves)
 
-    def values(self, weights: Any = None, where: Any = None, scale: float = 1.0, logits: Any = None) -> Values:
-        """Returns the head's results for these rows, from one compiled program for each number of rows."""
+    def values(
+        self, weights: Any = None, where: Any = None, scale: float = 1.0, logits: Any = None, lead: Any = None
+    ) -> Values:
+        """Returns the head's results for these rows, from one compiled program for each number of rows.
+
+        With `lead`, a shape, the rows have these leading axes, and weights and masks have no last axis.
+        """
         weights = self.spread(np.ones(self.size) if weights is None else weights, np.float32)
         where = self.spread(np.ones(self.size) if where is None else where, bool)
         logits = self.logits if logits is None else logits
-        given = self.labels, logits, self.features, weights, where, self.params, np.float32(scale)
+        given = self.labels, logits, self.features, weights, where
+        if lead is not None:
+            *rows, weights, where = jax.tree.map(lambda x: np.reshape(x, (*lead, *np.shape(x)[1:])), given)
+            given = *rows, weights[..., 0], where[..., 0]
         # Device arrays are not checked on the host, so the compiled step shows what the host would refuse.
-        return program(self.head)(*jax.device_put(given), self.key)
+        return program(self.head)(*jax.device_put((*given, self.params, np.float32(scale))), self.key)
 
 
 def _is_of_sequences(head: AbstractHead) -> bool:
@@ -126,7 +135,7 @@ def program(head: Head) -> Any:
     """Returns the compiled function from rows to `Values`, with the loss multiplied by a scale."""
     others = {}
     if not head.parts() and "loss_reduction" in {field.name for field in dataclasses.fields(head)}:
-        others = {name: dataclasses.replace(head, loss_reduction=name) for name in ("sum", "mean")}
+        others = {reduction.value: dataclasses.replace(head, loss_reduction=reduction) for reduction in Reduction}
 
     def run(
         labels: Any, logits: Any, features: Any, weights: Any, where: Any, params: Any, scale: Any, key: Any
@@ -137,9 +146,9 @@ def program(head: Head) -> Any:
             return scale * head.loss(labels, logits, **rest, params=params)
 
         value, (by_logits, by_params) = jax.value_and_grad(loss, argnums=(0, 1), allow_int=True)(logits, params)
-        sums = {name: other.loss(labels, logits, **rest, params=params) for name, other in others.items()}
+        losses = {name: other.loss(labels, logits, **rest, params=params) for name, other in others.items()}
         metrics = head.measure(labels, logits, **rest, params=params)
-        return Values(value, by_logits, _floats(by_params), sums, metrics)
+        return Values(value, by_logits, _floats(by_params), losses, metrics)
 
     return jax.jit(run)
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxheads.metrics import Metrics
 from jaxheads.numerics.labels import LabelSpec
 from jaxheads.numerics.linear import LinearLogits
+from jaxheads.numerics.reduction import Reduction
 from jaxheads.testing.case import Case, Skipped, Values
 
 Law = Callable[[Case], None]
@@ -42,19 +43,25 @@ def of(oracle: Any, devices: Sequence[Any]) -> dict[str, Law]:
 
 
 def loss_is(case: Case, oracle: Any) -> None:
-    """Checks the loss against the oracle, under `SUM` and `MEAN`, with weights."""
+    """Checks the loss against the oracle, under every reduction, with weights."""
     weights = np.linspace(0.5, 2, case.size)[:, None]
-    found = case.values(weights=weights).sums
+    found = case.values(weights=weights).losses
     if not found:
         raise Skipped("the heads inside say how the loss is reduced")
     extra = {"weights": weights} if "weights" in inspect.signature(oracle).parameters else {}
     told = oracle(case.labels, jax.tree.map(np.float64, case.logits), **extra)
     losses, counts = told if isinstance(told, tuple) else (told, np.ones_like(told))
     total = (np.asarray(losses, np.float64) * weights).sum()
-    count = (counts * weights).sum()
-    expected = {"sum": total, "mean": total / count if count else 0.0}
-    for name, value in found.items():
-        close(value, expected[name], f"The loss (loss_reduction={name!r}) is not the oracle's")
+    divisors = {
+        Reduction.SUM: 1,
+        Reduction.MEAN: np.sum(counts * weights),
+        Reduction.SUM_OVER_BATCH_SIZE: np.sum(counts),
+        Reduction.SUM_BY_NONZERO_WEIGHTS: np.sum(counts),
+    }
+    for reduction, divisor in divisors.items():
+        expected = total / divisor if divisor else 0.0
+        what = f"The loss (loss_reduction={reduction.value!r}) is not the oracle's"
+        close(found[reduction.value], expected, what)
 
 
 def where_is_absence(case: Case) -> None:
@@ -71,13 +78,16 @@ def where_is_absence(case: Case) -> None:
 def weights_are_multiplicities(case: Case) -> None:
     """Checks that a row of weight 2 counts twice, in metrics, a sum and a mean, and a row of weight 0 not at all."""
     case.check_not_random()
-    weights = np.ones(case.size)
-    weights[0], weights[-1] = 2, 0
-    again = np.append(np.arange(case.size - 1), 0) if case.size > 1 else np.array([0, 0])
-    hidden = np.arange(case.size) == case.size - 1
-    weighted, twice = spoiled(case, hidden).values(weights=weights), case.rows(again).values()
-    for name, value in weighted.sums.items():
-        close(value, twice.sums[name], f"The loss (loss_reduction={name!r}) with a weight of 2 is not that of two rows")
+    times = np.resize([2, 1, 1], case.size)
+    times[np.cumsum(times) > case.size] = 0
+    rows = np.repeat(np.arange(case.size), times)
+    there = np.arange(case.size) < len(rows)
+    weighted = spoiled(case, times == 0).values(weights=times)
+    twice = case.rows(np.resize(rows, case.size)).values(where=there)
+    for reduction in (Reduction.SUM, Reduction.MEAN):
+        if (name := reduction.value) in weighted.losses:
+            what = f"The loss (loss_reduction={name!r}) with a weight of 2 is not that of two rows"
+            close(weighted.losses[name], twice.losses[name], what)
     # The loss of a head inside depends on its reduction, which may count a row once whatever its weight is.
     same_metrics(weighted.metrics, twice.metrics, "with a weight of 2", "of the row twice", but="loss/")
 
@@ -258,35 +268,38 @@ def _illegal(spec: LabelSpec) -> float | None:
 def one_trace(case: Case) -> None:
     """Checks that new values of the same shapes cause no new trace, and that eager and compiled calls agree."""
     traces: list[int] = []
-    hook = case.head
 
     def count(labels: Any, logits: Any) -> Any:
         traces.append(0)
-        return hook.loss(labels, logits, case.features, params=case.params, key=case.key)
+        return case.head.loss(labels, logits, case.features, params=case.params, key=case.key)
 
     step = jax.jit(count)
-    first = step(case.labels, case.logits)
-    step(case.labels, jax.tree.map(lambda x: x + np.float32(1), case.logits))
+    step.eval_shape(case.labels, case.logits)
+    step.eval_shape(case.labels, jax.tree.map(lambda x: x + np.float32(1), case.logits))
     if len(traces) != 1:
         raise AssertionError(f"Two batches of the same shapes were traced {len(traces)} times.")
-    eager = hook.loss(case.labels, case.logits, case.features, params=case.params, key=case.key)
-    close(eager, first, "An eager loss is not that of a compiled step")
+
+    weights, there = np.linspace(0, 2, case.size), np.arange(case.size) != 1
+    compiled, head = case.values(weights, there), case.head
+    where = case.spread(there, bool)
+    rest = {"weights": case.spread(weights, np.float32), "where": where, "params": case.params, "key": case.key}
+    loss = head.loss(case.labels, case.logits, case.features, **rest)
+    close(loss, compiled.loss, "An eager loss is not that of a compiled step")
+    measured = head.measure(case.labels, case.logits, case.features, **rest)
+    same_metrics(measured, compiled.metrics, "of an eager call", "of a compiled step")
+    updated = head.update_metrics(head.metrics(), case.features, case.logits, case.labels, **rest)
+    same_metrics(updated, compiled.metrics, "of an eager update", "of a compiled step")
 
 
 def leading_axes_do_not_matter(case: Case) -> None:
-    """Checks that rows `[1, n]` give the loss of rows `[n]`."""
+    """Checks that rows `[2, n / 2]` have the values of rows `[n]`, and that weights and masks need no last axis."""
     if case.tail:
         raise Skipped("its leading axes have a meaning")
-
-    deep = dataclasses.replace(
-        case,
-        labels=jax.tree.map(lambda x: np.asarray(x)[None], case.labels),
-        logits=jax.tree.map(lambda x: np.asarray(x)[None], case.logits),
-        features=jax.tree.map(lambda x: np.asarray(x)[None], case.features),
-    )
     case.check_not_random()
-    loss = deep.head.loss(deep.labels, deep.logits, deep.features, params=case.params, key=case.key)
-    close(loss, case.values().loss, "The loss of rows [1, n] is not that of rows [n]")
+    weights, where = np.linspace(0, 2, case.size), np.arange(case.size) != 1
+    flat, deep = case.values(weights, where), case.values(weights, where, lead=(2, case.size // 2))
+    by_logits = jax.tree.map(lambda x: np.reshape(x, (case.size, *np.shape(x)[2:])), deep.by_logits)
+    same(dataclasses.replace(deep, by_logits=by_logits), flat, "of rows [2, n / 2]", "of rows [n]")
 
 
 def predictions_are_of_rows(case: Case) -> None:
@@ -295,11 +308,14 @@ def predictions_are_of_rows(case: Case) -> None:
     def predict(logits: Any, keys: Any = None) -> Any:
         return case.head.predictions(logits, keys, params=case.params, features=case.features, key=case.key)
 
-    eager, compiled = predict(case.logits), jax.jit(predict)(case.logits)
+    eager = predict(case.logits)
+    keys = () if case.head.parts() else tuple(eager)
+    compiled, alone = jax.jit(lambda logits: (predict(logits), {key: predict(logits, key)[key] for key in keys}))(
+        case.logits
+    )
     close(compiled, eager, "Compiled predictions are not the eager ones")
-    if not case.head.parts():
-        for key, value in eager.items():
-            close(predict(case.logits, key), {key: value}, f"The prediction {key!r} alone is not that among all")
+    for key, value in alone.items():
+        close(value, eager[key], f"The prediction {key!r} alone is not that among all")
 
 
 def running_state_counts_what_is_there(case: Case) -> None:
@@ -392,9 +408,9 @@ def _spoiled_column(spoil: Callable[[Any], np.ndarray], size: int) -> Callable[[
 def same(found: Values, expected: Values, how: str, other: str, rows: Any = None) -> None:
     """Checks that loss, gradients and metrics have the expected values."""
     close(found.loss, expected.loss, f"The loss {how} is not that {other}")
-    for name, value in found.sums.items():
-        if name in expected.sums:
-            close(value, expected.sums[name], f"The loss (loss_reduction={name!r}) {how} is not that {other}")
+    for name, value in found.losses.items():
+        if name in expected.losses:
+            close(value, expected.losses[name], f"The loss (loss_reduction={name!r}) {how} is not that {other}")
     by_logits = found.by_logits if rows is None else jax.tree.map(lambda x: np.asarray(x)[rows], found.by_logits)
     close(by_logits, expected.by_logits, f"The gradient to the logits {how} is not that {other}")
     close(found.by_params, expected.by_params, f"The gradient to what the head learns {how} is not that {other}")
