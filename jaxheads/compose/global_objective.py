@@ -20,7 +20,7 @@ from jaxheads.metrics import Mean, Observation, ScoresView
 from jaxheads.metrics.base import SCORES, join_names
 from jaxheads.metrics.mean import Sums
 from jaxheads.metrics.state import metric_names
-from jaxheads.numerics import fields, hooks, masking, pairs
+from jaxheads.numerics import fields, hooks, inputs, masking, pairs
 
 PRECISION_RECALL_AUC, ROC_AUC, ERROR_RATE = "precision_recall_auc", "roc_auc", "error_rate"
 CONSTRAINED = tuple(_rates.ACHIEVED)
@@ -251,7 +251,7 @@ class GlobalObjectiveHead(AbstractWrapperHead):
 
     def _check_anchors(self) -> None:
         n, ends = self.num_anchors, self.precision_range
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        if not inputs.is_integer(n, 1):
             raise ValueError(f"num_anchors must be an integer of at least 1. Given {n!r}.")
         if (
             not (isinstance(ends, tuple) and len(ends) == 2 and all(map(_is_finite, ends)))

@@ -139,4 +139,4 @@ class BinaryClassHead(loss_functions.AbstractLossFnHead):
         return spec.classification_signatures(predictions, self.class_names(), regression="logistic")
 
     def class_names(self) -> tuple[str, ...]:
-        return tuple(self.label_vocabulary or ()) or tuple(map(str, range(2)))
+        return scoring.class_names(self.label_vocabulary, 2)

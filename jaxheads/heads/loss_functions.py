@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxheads.contract import NoClosedForm
 from jaxheads.head import Head
+from jaxheads.numerics import inputs
 
 CALLED = ("labels", "logits", "features")
 
@@ -63,7 +64,7 @@ class AbstractLossFnHead(Head):
 
 def check_label_dimension(dimension: Any) -> None:
     """Refuses every value that is not a positive integer."""
-    if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 1:
+    if not inputs.is_integer(dimension, 1):
         raise ValueError(f"Invalid label_dimension {dimension!r}: expected an integer of at least 1.")
 
 

@@ -13,7 +13,7 @@ from jaxheads.contract import LabelSpec
 from jaxheads.heads import constants, loss_functions, scoring
 from jaxheads.metrics import Mean, Observation, Scores
 from jaxheads.metrics.base import CONFUSION, RANKS, SCORES
-from jaxheads.numerics import meshes, stable, vocabulary
+from jaxheads.numerics import inputs, meshes, stable, vocabulary
 
 
 class MultiClassHead(loss_functions.AbstractLossFnHead):
@@ -73,7 +73,7 @@ class MultiClassHead(loss_functions.AbstractLossFnHead):
 
     def validate(self) -> None:
         n = self.n_classes
-        if isinstance(n, bool) or not isinstance(n, int) or n <= 2:
+        if not inputs.is_integer(n, 3):
             raise ValueError(f"n_classes must be an integer > 2. Given: {n!r}. For two classes use BinaryClassHead().")
         vocabulary.check(self.label_vocabulary, n, "MultiClassHead")
         super().validate()
@@ -119,7 +119,7 @@ class MultiClassHead(loss_functions.AbstractLossFnHead):
         }
 
     def class_names(self) -> tuple[str, ...]:
-        return tuple(self.label_vocabulary or ()) or tuple(map(str, range(self.n_classes)))
+        return scoring.class_names(self.label_vocabulary, self.n_classes)
 
     def signatures(self, predictions: Any) -> dict[str, spec.ExportOutput]:
         return spec.classification_signatures(predictions, self.class_names())

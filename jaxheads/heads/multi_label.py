@@ -95,7 +95,7 @@ class MultiLabelHead(loss_functions.AbstractLossFnHead):
 
     def validate(self) -> None:
         n = self.n_classes
-        if isinstance(n, bool) or not isinstance(n, int) or n <= 1:
+        if not inputs.is_integer(n, 2):
             raise ValueError(f"n_classes must be an integer > 1 for multi-label classification. Given: {n!r}.")
         scoring.check_thresholds(self.thresholds or ())
         vocabulary.check(self.label_vocabulary, n, "MultiLabelHead")
@@ -121,7 +121,7 @@ class MultiLabelHead(loss_functions.AbstractLossFnHead):
                         f"classes_for_class_based_metrics: {c!r} is not in the label_vocabulary {tuple(names)!r}."
                     )
                 c = names.index(c)
-            if isinstance(c, bool) or not isinstance(c, int) or not 0 <= c < self.n_classes:
+            if not inputs.is_integer(c, 0, self.n_classes - 1):
                 raise ValueError(
                     f"All classes_for_class_based_metrics must be in range [0, {self.n_classes - 1}], or names of the "
                     f"label_vocabulary. Given: {c!r}."
@@ -203,4 +203,4 @@ class MultiLabelHead(loss_functions.AbstractLossFnHead):
         return {**out, "classes": out["all_classes"]} if "all_classes" in out else out
 
     def class_names(self) -> tuple[str, ...]:
-        return tuple(self.label_vocabulary or ()) or tuple(map(str, np.arange(self.n_classes)))
+        return scoring.class_names(self.label_vocabulary, self.n_classes)

@@ -39,6 +39,11 @@ def check_bins(bins: Any) -> None:
         raise ValueError(f"bins must be jh.LogitGrid(...) or jh.ThresholdGrid(n). Given {bins!r}.")
 
 
+def class_names(label_vocabulary: Any, n: int) -> tuple[str, ...]:
+    """Returns the names of the classes; without a vocabulary, their ids as text."""
+    return tuple(label_vocabulary or ()) or tuple(map(str, range(n)))
+
+
 def at_thresholds(scores: ScoresView, thresholds: Any) -> dict[str, Any]:
     """Returns `accuracy|precision|recall/positive_threshold_t` for each threshold."""
     found = {}

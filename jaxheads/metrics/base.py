@@ -55,6 +55,9 @@ Path: TypeAlias = tuple[str, ...]
 class Observation(abc.ABC):
     """Per-element values of one batch that reduce to `size` sums."""
 
+    # Whether `reduce` does nothing but add: then it reduces all groups at once.
+    only_sums: ClassVar[bool] = False
+
     @property
     @abc.abstractmethod
     def size(self) -> int:
@@ -82,7 +85,8 @@ class Observation(abc.ABC):
 
     def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
         """`reduce` for each group, `[groups.n, size]`: one after the other, unless a better way is known."""
-        return groups.each(lambda inside: self.reduce(weights * inside))
+        over = groups.at_once if self.only_sums else groups.each
+        return over(lambda inside: self.reduce(weights * inside))
 
     @property
     def is_late(self) -> bool:

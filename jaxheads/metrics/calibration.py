@@ -19,11 +19,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxheads.metrics.base import CONFUSION, Observation, View, calibration_key
 from jaxheads.metrics.scored import AbstractScoreMetric
-from jaxheads.numerics import masking
+from jaxheads.numerics import inputs, masking
 from jaxheads.numerics.edges import edges_of
 from jaxheads.numerics.histograms import histogram
 
@@ -307,7 +306,7 @@ class ExpectedCalibrationError(AbstractSumsMetric):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.bins, bool) or not isinstance(self.bins, (int, np.integer)) or self.bins < 2:
+        if not inputs.is_integer(self.bins, 2):
             raise ValueError(f"ExpectedCalibrationError: bins must be an integer of at least 2. Given {self.bins!r}.")
         object.__setattr__(self, "bins", int(self.bins))
 

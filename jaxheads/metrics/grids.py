@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxheads.numerics import edges, stable
+from jaxheads.numerics import edges, inputs, stable
 from jaxheads.numerics.edges import Edges, edges_of
 
 
@@ -57,7 +57,7 @@ class AbstractGrid(abc.ABC):
 
 
 def _check_size(grid: Any, n: Any, least: int) -> None:
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < least:
+    if not inputs.is_integer(n, least):
         raise ValueError(f"{type(grid).__name__} needs an integer n of at least {least}. Given {n!r}.")
     object.__setattr__(grid, "n", int(n))
 

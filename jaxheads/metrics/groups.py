@@ -44,7 +44,7 @@ class Slices:
         if not (isinstance(self.column, str) or callable(self.column)):
             raise ValueError(f"Slices: column must be a key of features or a function of them. Given {self.column!r}.")
         for name, value, least in (("n", self.n, 1), ("min_count", self.min_count, 0)):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+            if not inputs.is_integer(value, least):
                 raise ValueError(f"Slices: {name} must be an integer of at least {least}. Given {value!r}.")
             object.__setattr__(self, name, int(value))
         if self.names is not None:
@@ -90,7 +90,7 @@ class Bootstrap:
     replicas: int = 200
 
     def __post_init__(self):
-        if isinstance(self.replicas, bool) or not isinstance(self.replicas, (int, np.integer)) or self.replicas < 2:
+        if not inputs.is_integer(self.replicas, 2):
             raise ValueError(f"Bootstrap: replicas must be an integer of at least 2. Given {self.replicas!r}.")
         object.__setattr__(self, "replicas", int(self.replicas))
 

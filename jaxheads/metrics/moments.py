@@ -49,6 +49,8 @@ class Moments(Observation):
     predictions: Any
     shift: tuple[float, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
+    only_sums = True
+
     @property
     def n_targets(self) -> int:
         """How many targets there are."""
@@ -82,10 +84,6 @@ class Moments(Observation):
         if weights.shape[-1] == 1:
             return jnp.stack([masking.total(x) for x in each])
         return meshes.replicated(jnp.concatenate([masking.column_totals(x) for x in each]))
-
-    def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
-        """For all groups at once: nothing but sums."""
-        return groups.at_once(lambda inside: self.reduce(weights * inside))
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "MomentsView":
         """The sums, with the metrics that they tell."""

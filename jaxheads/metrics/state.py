@@ -27,7 +27,7 @@ from jaxheads.metrics.base import (
 from jaxheads.metrics.curves import Interval, ScoresView
 from jaxheads.metrics.groups import Bootstrap, Grouped, Slices
 from jaxheads.metrics.reading import add_quantiles, float32, hide_small, name_values, on_host, slots
-from jaxheads.numerics import meshes, pairs
+from jaxheads.numerics import inputs, meshes, pairs
 
 
 class BadInputWarning(UserWarning):
@@ -402,7 +402,7 @@ class Metrics:
         slices = self._require_slices(what)
         names = slices.names or ()
         index = names.index(slice) if slice in names else slice
-        if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or not 0 <= index < slices.n:
+        if not inputs.is_integer(index, 0, slices.n - 1):
             known = f"0 to {slices.n - 1}" + (f", called {', '.join(names)}" if names else "")
             raise ValueError(f"{what}: the head's slices are {known}. Given slice={slice!r}.")
         at = 0, 1 + int(index)

@@ -5,7 +5,8 @@ waiting for a device array would stall the device, and a tracer has no values.
 """
 
 import functools
-from typing import Any, Protocol, runtime_checkable
+import math
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,11 @@ def as_array(x: Any, what: str, *, names: bool | None = None) -> np.ndarray | ja
             "and ragged containers are not supported: pass a dense array, or rows of equal length."
         )
     return array
+
+
+def is_integer(x: Any, low: int, high: float = math.inf) -> TypeGuard[int]:
+    """Whether `x` is a Python or NumPy integer, not a bool, from `low` to `high`."""
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool) and bool(low <= x <= high)
 
 
 def is_text(x: Any) -> bool:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxheads.numerics import columns
+from jaxheads.numerics import columns, inputs
 
 
 def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
     >>> batch["features"]["x"].ravel(), batch["labels"], batch["where"]
     (array([1., 2., 2.]), array([1, 0, 0]), array([ True,  True, False]))
     """
-    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+    if not inputs.is_integer(size, 1):
         raise ValueError(f"size must be an integer of at least 1. Given {size!r}.")
     if not isinstance(batch, Mapping):
         raise ValueError(f"A batch must be a dict of features, labels, weights, where. Given {type(batch).__name__}.")
