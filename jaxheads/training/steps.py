@@ -71,9 +71,9 @@ def make_train_step(
         rngs: names of the random keys for `apply_fn`; each step makes new keys.
         micro_batches: the number of parts, equal in size, in which the batch passes the network, one after another.
             Gradients equal the gradients of the whole batch for any masks and weights, if its elements do not depend on
-            each other and the head counts them by their labels. Each part updates `model_state`, and batch norm normalizes
-            within a part. Under `jit` over a mesh, and under the default check of `shard_map`, gradients cross devices
-            once for each part.
+            each other and the head counts them by their labels. Each part updates `model_state`, and batch norm
+            normalizes within a part. Under `jit` over a mesh, and under the default check of `shard_map`, gradients
+            cross devices once for each part.
         with_metrics: whether `out.metrics` is made.
 
     Raises:
