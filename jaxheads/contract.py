@@ -100,25 +100,23 @@ class Declared(abc.ABC):  # noqa: B024  # outside of type checking, logits_dimen
         silent: for a head made of heads, the names of the heads inside that count for nothing.
     """
 
+    coupling: Any = None
+    signed: Any = False
+    per_logit_weights: Any = False
+    per_logit_where: Any = False
+    reads_slices: Any = False
+    takes_linear: Any = False
+    samples: Any = False
+    higher_is_better: Any = MappingProxyType({})
+    silent: Any = frozenset()
+
     if TYPE_CHECKING:
         logits_dimension: Any
         logits_spec: Any
         label_spec: Any
         vocabulary: Any
-        coupling: Any
-        signed: Any
-        per_logit_weights: Any
-        per_logit_where: Any
         reads_features: Any
-        reads_slices: Any
-        takes_linear: Any
-        samples: Any
-        higher_is_better: Any
-        silent: Any
     else:
-        coupling = None
-        signed = per_logit_weights = per_logit_where = reads_slices = takes_linear = samples = False
-        higher_is_better, silent = MappingProxyType({}), frozenset()
 
         @property
         @abc.abstractmethod

@@ -13,7 +13,7 @@ import pytest
 from zoo import ENGINE, ZOO, Entry, bounds_of, changed, marked
 
 import jaxheads as jh
-from jaxheads.testing.case import Case, program
+from jaxheads.testing.case import Case, Values, program
 
 N, SCALE = 8, np.float32(1)
 ONES, ALL = np.ones((N, 1), np.float32), np.ones((N, 1), bool)
@@ -86,10 +86,13 @@ def case_of(entry: Entry, seed: int = 0) -> Case:
 
 
 def step(head: jh.Head):
-    """Loss, its gradients to logits and parameters, and the metrics of the batch: by the program of `check_head`."""
+    """Loss, its gradients to logits and parameters, and the metrics of the batch: by the program of `check_head`.
 
-    def run(labels, logits, weights, where, params):
-        found = program(head)(labels, logits, None, weights, where, params, SCALE, None)
+    The function that it returns takes labels, logits, weights, where and params.
+    """
+
+    def run(*given: Any):
+        found = values_of(head, *given)
         return found.loss, found.by_logits, found.by_params, found.metrics
 
     return run
@@ -97,9 +100,12 @@ def step(head: jh.Head):
 
 def reduced(head: jh.Head):
     """The loss under each reduction. They share all but the divisor, and one compiled program."""
-    if head.parts():
-        return _reduced_of_parts(head)
-    return lambda *rows_and_params: program(head)(*rows_and_params[:2], None, *rows_and_params[2:], SCALE, None).losses
+    return _reduced_of_parts(head) if head.parts() else lambda *given: values_of(head, *given).losses
+
+
+def values_of(head: jh.Head, labels: Any, logits: Any, weights: Any, where: Any, params: Any) -> Values:
+    """The results of the program of `check_head`."""
+    return program(head)(labels, logits, None, weights, where, params, SCALE, None)
 
 
 @functools.cache

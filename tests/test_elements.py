@@ -536,7 +536,7 @@ def test_no_keys_are_all_keys():
 def test_a_coupled_head_must_be_told_the_axis_of_other_devices(check_vma):
     given = zoo.SHAPED["cox"]
     rng = np.random.default_rng(0)
-    labels, logits = given.labels(rng, (8,)), rng.normal(size=(8, 1)).astype(np.float32)
+    labels, logits = zoo.times(rng, (8,)), rng.normal(size=(8, 1)).astype(np.float32)
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]), ("devices",))
     spread, whole = jax.sharding.PartitionSpec("devices"), jax.sharding.PartitionSpec()
 

@@ -48,7 +48,10 @@ def programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "where": np.ones((ROWS, 1), bool),
     }
     found: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
-    for name, head, own in (("binary", jh.BinaryClassHead(), labels["a"]), ("three heads", jh.MultiHead(three), labels)):
+    for name, head, own in (
+        ("binary", jh.BinaryClassHead(), labels["a"]),
+        ("three heads", jh.MultiHead(three), labels),
+    ):
         params = {"w": jnp.zeros((FEATURES, head.logits_dimension))}
         state = jh.TrainState.create(params=params, optimizer=optimizer, head=head, key=jax.random.key(0))
 
