@@ -357,10 +357,10 @@ class Head(AbstractHead):
                 "weight_column must be a key of features or a function features -> weights. Given type: "
                 f"{type(self.weight_column).__name__}."
             )
-        examples = {"slices": (Slices, 'jh.Slices("origin", 3)'), "bootstrap": (Bootstrap, "jh.Bootstrap(200)")}
-        for name, (kind, example) in examples.items():
-            if not isinstance(given := getattr(self, name), (kind, type(None))):
-                raise ValueError(f"{name} must be {example}, or None. Given {given!r}.")
+        if not isinstance(self.slices, (Slices, type(None))):
+            raise ValueError(f'slices must be jh.Slices("origin", 3), or None. Given {self.slices!r}.')
+        if not isinstance(self.bootstrap, (Bootstrap, type(None))):
+            raise ValueError(f"bootstrap must be jh.Bootstrap(200), or None. Given {self.bootstrap!r}.")
         for metric in self.extra_metrics:
             if not isinstance(metric, Metric):
                 raise ValueError(
@@ -377,8 +377,16 @@ class Head(AbstractHead):
 
     def _check_declarations(self) -> None:
         """Refuses a field, or an attribute of an old version, whose name the contract uses for something else."""
-        for name in ("signed", "per_logit_weights", "per_logit_where", "reads_slices", "takes_linear", "samples"):
-            if not isinstance(value := getattr(self, name), bool):
+        flags = {
+            "signed": self.signed,
+            "per_logit_weights": self.per_logit_weights,
+            "per_logit_where": self.per_logit_where,
+            "reads_slices": self.reads_slices,
+            "takes_linear": self.takes_linear,
+            "samples": self.samples,
+        }
+        for name, value in flags.items():
+            if not isinstance(value, bool):
                 raise ValueError(
                     f"{type(self).__name__}.{name} is a declaration, True or False: see jaxheads.contract. Given "
                     f"{value!r}. If it is a field of your own, give it another name."

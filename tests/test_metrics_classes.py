@@ -558,7 +558,7 @@ def test_intervals_hold_what_rounding_has_moved(mean):
 
 def test_the_shift_that_mends_is_named():
     def interval(shift):
-        moments = explained(1e4, shift)._views(np.nan)[0]["moments",]
+        moments = explained(1e4, shift)._read_views(np.nan)[0]["moments",]
         return M.R2Score(shift=shift).values(moments)["r2_score"]
 
     for shift in (None, -3000.0):

@@ -180,7 +180,7 @@ HISTOGRAMS = {
     "blocks_that_do_not_divide": ((40_001, 2), 70, None),
     "more_axes": ((8, 5000, 1), 2050, None),
 }
-FORMS = {"scatter": histograms._by_scatter, "product": histograms._by_product}
+FORMS = {"scatter": histograms._sum_by_scatter, "product": histograms._sum_by_product}
 
 
 def histogram_case(name):
@@ -244,7 +244,8 @@ def test_products_add_up_a_block_of_rows_at_most(rows, spread):
     """More of them in one float32 sum would drift on a device that adds them one by one."""
     mesh = NamedSharding(devices.mesh_of(8, "auto"), PartitionSpec("d")) if spread else None
     arrays = jax.device_put((np.zeros((rows, 1), np.int32), np.ones((rows, 1), np.float32)), mesh)
-    traced = jax.jit(lambda buckets, weights: histograms._by_product(buckets, (weights,), 2050, None)).trace(*arrays)
+    jitted = jax.jit(lambda buckets, weights: histograms._sum_by_product(buckets, (weights,), 2050, None))
+    traced = jitted.trace(*arrays)
     products = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "dot_general"]
     assert len(products) == 3
     for product in products:

@@ -13,15 +13,22 @@ from jaxheads.spec import ExportOutput
 
 
 class AbstractCompositeHead(Head):
-    """A head made of heads. The heads inside have the weights, names and reductions; it has no such arguments."""
+    """A head made of heads. The heads inside have weights, names and reductions. The composite has no such arguments.
+
+    All heads inside have the same slices and the same bootstrap.
+    """
 
     weight_column: ClassVar[None] = None  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
     name: ClassVar[Any] = None  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
     loss_reduction: ClassVar[Any] = None  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
     extra_metrics: ClassVar[Any] = ()  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
+    slices: ClassVar[Any] = property(lambda self: self.first.slices, doc="The slices of all heads inside.")  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
+    bootstrap: ClassVar[Any] = property(lambda self: self.first.bootstrap, doc="The bootstrap of all heads inside.")  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
 
-    slices: ClassVar[Any] = None  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
-    bootstrap: ClassVar[Any] = None  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
+    @property
+    @abc.abstractmethod
+    def first(self) -> Head:
+        """The first head inside."""
 
     def __post_init__(self):
         Configuration.__post_init__(self)
@@ -35,12 +42,16 @@ class AbstractCompositeHead(Head):
 
 
 class AbstractWrapperHead(AbstractCompositeHead):
-    """A head around one other head, under the name "". It takes from the inner head all that it does not override."""
+    """A head around one other head, under the name "". A member that it does not override comes from the inner head."""
 
     @property
     @abc.abstractmethod
     def wrapped(self) -> Head:
         """The head inside."""
+
+    @property
+    def first(self) -> Head:
+        return self.wrapped
 
     def parts(self) -> Mapping[str, Head]:
         return {"": self.wrapped}
@@ -51,7 +62,7 @@ class AbstractWrapperHead(AbstractCompositeHead):
         return self.wrapped.suffix
 
     @property
-    def loss_reduction(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the inner head's
+    def loss_reduction(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
         """The inner head's reduction."""
         return self.wrapped.loss_reduction
 
@@ -78,16 +89,6 @@ class AbstractWrapperHead(AbstractCompositeHead):
     def signed(self) -> bool:
         return self.wrapped.signed
 
-    @property
-    def slices(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the inner head's
-        """The slices of the inner head."""
-        return self.wrapped.slices
-
-    @property
-    def bootstrap(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the inner head's
-        """The bootstrap of the inner head."""
-        return self.wrapped.bootstrap
-
     def combine(self, losses: Mapping[str, Any], shares: Mapping[str, Any]) -> Any:
         return losses[""]
 
@@ -100,16 +101,16 @@ class AbstractWrapperHead(AbstractCompositeHead):
         return self.wrapped.outputs(logits)
 
     def with_metrics(self, *metrics: Any, **functions: Any) -> Any:
-        """Returns the same head around the inner head with more metrics, which see the mask as all others do."""
+        """Returns the same wrapper around the inner head with more metrics. They see the same mask as the others."""
         (field,) = fields.of_kind(type(self), fields.HEADS)
         return dataclasses.replace(self, **{field.name: self.wrapped.with_metrics(*metrics, **functions)})
 
     def encode_labels(self, labels: Any, where: Any = None) -> Any:
-        """Encodes labels as the inner head does."""
+        """Encodes labels with the inner head."""
         return self.wrapped.encode_labels(labels, where)
 
     def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, Any]:
-        """Decodes predictions as the inner head does."""
+        """Decodes predictions with the inner head."""
         return self.wrapped.decode_predictions(predictions)
 
     def signatures(self, predictions: Mapping[str, Any]) -> Mapping[str, ExportOutput]:

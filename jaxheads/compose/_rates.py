@@ -1,4 +1,4 @@
-"""What the metrics of a rate under a constraint tell, from sums of errors by label and anchor."""
+"""The metrics of a rate under a constraint, read from sums of errors for each label and anchor."""
 
 import math
 from typing import Any
@@ -6,7 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxheads.losses.global_objectives import Problem
+from jaxheads.losses.global_objectives import (
+    FPR_AT_TPR,
+    PRECISION_AT_RECALL,
+    RECALL_AT_PRECISION,
+    TPR_AT_FPR,
+    Problem,
+)
 from jaxheads.metrics import Interval, ScoresView
 from jaxheads.metrics.mean import SumsView
 from jaxheads.metrics.operating import (
@@ -17,30 +23,30 @@ from jaxheads.metrics.operating import (
 )
 
 ACHIEVED = {
-    "precision_at_recall": lambda target: PrecisionAtRecall(target),
-    "recall_at_precision": lambda target: RecallAtPrecision(target),
-    "tpr_at_fpr": lambda target: SensitivityAtSpecificity(1 - target),
-    "fpr_at_tpr": lambda target: SpecificityAtSensitivity(target),
+    PRECISION_AT_RECALL: PrecisionAtRecall,
+    RECALL_AT_PRECISION: RecallAtPrecision,
+    TPR_AT_FPR: lambda target: SensitivityAtSpecificity(1 - target),
+    FPR_AT_TPR: SpecificityAtSensitivity,
 }
 
 
-def of_constraint(rates: SumsView, problem: Problem, shape: tuple[int, ...], scale: float) -> dict[str, Any]:
-    """Objective, violations, multipliers and bounds.
+def read_constraint(rates: SumsView, problem: Problem, shape: tuple[int, ...], scale: float) -> dict[str, Any]:
+    """Returns the objective, violations, multipliers and bounds.
 
     Args:
-        rates: sums of labels and of 1 - labels, `[..., n]`; of missed positives and alarms by the surrogates, of both
-            as they are, and of multipliers, `[..., n * anchors]`.
-        problem: of the shape of the multipliers.
-        shape: that shape.
-        scale: of the surrogates.
+        rates: the sums of labels and of 1 - labels, `[..., n]`; then `[..., n * anchors]`: the surrogates of missed
+            positives and of false alarms, their numbers, and the multipliers.
+        problem: with arrays of the shape of the multipliers.
+        shape: the shape of the multipliers.
+        scale: the scale of the surrogates.
     """
     xp, n, anchors = rates.xp, shape[0], math.prod(shape) // shape[0]
-    # Of each label, and of each anchor (there may be one): a last axis more than labels have.
+    # The last two axes are labels and anchors. Without anchors, the last axis has size 1.
     positives, negatives = (x[..., None] for x in rates.sums[:2])
     missed, alarmed, missed_01, alarmed_01, multipliers = (x.reshape(*x.shape[:-1], n, anchors) for x in rates.sums[2:])
     problem = jax.tree.map(lambda x: np.asarray(x, missed.dtype).reshape(n, -1) if np.ndim(x) else x, problem)
     allowed = problem.allowed.of((positives, negatives))
-    # What is allowed is a part of one of them, and so is what is said to be too much.
+    # The problem allows errors as a share of the negatives, or of the positives. A violation is a share of the same.
     support = (negatives if np.ndim(problem.allowed.negative) else positives) * xp.ones_like(missed)
     weight = (positives + negatives) * xp.ones_like(missed)
 
@@ -64,18 +70,26 @@ def of_constraint(rates: SumsView, problem: Problem, shape: tuple[int, ...], sca
     }
 
 
-def achieved(objective: str, target: float, scores: ScoresView) -> dict[str, Any]:
-    """The best of what is optimized while the target is held, and at which threshold."""
+def achieved_key(objective: str, target: float) -> str:
+    """Returns the key of the best value at a target."""
+    return f"{objective}_{target:g}"
+
+
+def read_achieved(objective: str, target: float, scores: ScoresView) -> dict[str, Any]:
+    """Returns the best value of the objective at a target, and the threshold that gives it."""
     found = ACHIEVED[objective](target).read(scores)
-    if objective == "fpr_at_tpr":
+    if objective == FPR_AT_TPR:
         specificity = found[""]
         value, lower, upper = (1 - x for x in (specificity.value, specificity.upper, specificity.lower))
         found[""] = Interval(*(scores.where(has_pairs(scores), x) for x in (value, lower, upper)))
-    return {f"{objective}_{target:g}{part}": value for part, value in found.items()}
+    return {f"{achieved_key(objective, target)}{part}": value for part, value in found.items()}
 
 
-def misordered(scores: ScoresView, labels: int) -> Any:
-    """The share of pairs in the wrong order, the mean over labels that have pairs; undefined if not all are kept."""
+def read_misordered(scores: ScoresView, labels: int) -> Any:
+    """Returns the share of pairs in the wrong order, as a mean over labels that have pairs.
+
+    It is undefined if some label has no histogram of its own.
+    """
     views = [scores] if labels == 1 else [*scores.columns.values()]
     xp, nothing = scores.xp, scores.xp.full_like(scores.positives, scores.undefined)
     if len(views) < labels:
@@ -88,5 +102,5 @@ def misordered(scores: ScoresView, labels: int) -> Any:
 
 
 def has_pairs(scores: ScoresView) -> Any:
-    """Whether there are positives and negatives."""
+    """Tells whether there are both positives and negatives."""
     return (scores.positives > 0) & (scores.negatives > 0)

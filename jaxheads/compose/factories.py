@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import numpy as np
-
 from jaxheads.head import Head
 from jaxheads.heads import BinaryClassHead, MultiClassHead
+from jaxheads.numerics import inputs
 
 
 def binary_or_multi_class_head(n_classes: int, **kwargs: Any) -> Head:
-    """A `BinaryClassHead` for two classes, else a `MultiClassHead`.
+    """Returns a `BinaryClassHead` for two classes, else a `MultiClassHead`.
 
     Args:
         n_classes: at least 2.
@@ -18,6 +17,6 @@ def binary_or_multi_class_head(n_classes: int, **kwargs: Any) -> Head:
     >>> binary_or_multi_class_head(2, name="late"), binary_or_multi_class_head(3)
     (BinaryClassHead(name='late'), MultiClassHead(n_classes=3))
     """
-    if isinstance(n_classes, bool) or not isinstance(n_classes, (int, np.integer)) or n_classes < 2:
+    if not inputs.is_integer(n_classes, 2):
         raise ValueError(f"n_classes must be an integer of at least 2. Given: {n_classes!r}.")
     return BinaryClassHead(**kwargs) if n_classes == 2 else MultiClassHead(n_classes, **kwargs)

@@ -1,9 +1,9 @@
-"""Losses of a whole data set, not of its rows: precision at recall and its kin, areas under curves."""
+"""Losses of a whole data set, not of single rows: rates such as precision at recall, and areas under curves."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,11 @@ from jaxheads.head import Head
 from jaxheads.heads import BinaryClassHead, MultiLabelHead
 from jaxheads.losses import global_objectives as formulas
 from jaxheads.metrics import Mean, Observation, ScoresView
+from jaxheads.metrics.base import SCORES, join_names
 from jaxheads.metrics.mean import Sums
 from jaxheads.metrics.state import metric_names
-from jaxheads.numerics import fields, hooks, masking, pairs
+from jaxheads.numerics import fields, hooks, inputs, masking, pairs
 
-RECALL_AT_PRECISION, TPR_AT_FPR = "recall_at_precision", "tpr_at_fpr"
 PRECISION_RECALL_AUC, ROC_AUC, ERROR_RATE = "precision_recall_auc", "roc_auc", "error_rate"
 CONSTRAINED = tuple(_rates.ACHIEVED)
 OBJECTIVES = (*CONSTRAINED, PRECISION_RECALL_AUC, ROC_AUC, ERROR_RATE)
@@ -30,16 +30,17 @@ LAGRANGIAN, RATES, GROUPS = "objective/lagrangian", "objective/rates", "objectiv
 
 
 class GlobalObjectiveHead(AbstractWrapperHead):
-    """A classifier trained for a rate of the whole data set: the best precision at a recall of 0.98, an area.
+    """A classifier trained for a rate of the whole data set, for example the best precision at a recall of 0.98.
 
-    Around a `BinaryClassHead` or a `MultiLabelHead`, which says what labels, weights, reduction and names are. What is
-    optimized under a constraint has a multiplier for each label (for each label and anchor), learned together with the
-    network, by ascent: the optimizer must be `jh.training.primal_dual(optimizer)`, and any other is refused.
+    It wraps a `BinaryClassHead` or a `MultiLabelHead`, which determines labels, weights, reduction and names. An
+    objective with a constraint has a multiplier for each label, or for each label and anchor. The multipliers are
+    learned together with the network, by ascent: the optimizer must be `jh.training.primal_dual(optimizer)`, and every
+    other optimizer is refused.
 
-    **Domain**: that of the base head, soft labels included; masks and weights are of whole rows.
+    **Domain**: the domain of the base head, soft labels included. Masks and weights apply to whole rows.
 
-    **Link**: that of the base head. Objectives of rates decide at z > 0, the threshold that they learn; so their
-    probabilities are not calibrated.
+    **Link**: the link of the base head. Objectives of rates decide at z > 0, and learn to place the logits around this
+    threshold. So their probabilities are not calibrated.
 
     **loss** = the mean over labels of a Lagrangian, with `l+ = softplus(-z)`, `l- = softplus(z)`, c = ln 2 (`"hinge"`:
     `max(0, 1 - z)`, `max(0, 1 + z)`, 1), the share pi of positives, the target t and the multiplier m:
@@ -53,64 +54,76 @@ class GlobalObjectiveHead(AbstractWrapperHead):
     | `roc_auc` | `l+(z_i - z_j)` of pairs, i positive and j negative | no constraint, no multiplier |
     | `error_rate` | `y l+ + (1 - y) l-` | FP + FN, under `group_rate` alone |
 
-    **Groups**: with `group_rate` no group of the base head's `slices` may be worse off than all rows together by more
-    than `group_tolerance`: its `"true_positive_rate"` or `"positive_rate"` is at least that of all, less the tolerance,
-    or its `"false_positive_rate"` at most that of all, plus it (equal opportunity, demographic parity, predictive
-    equality). To each entry is added the mean over groups g of `m_g (u e ([in g] - r_g) - tolerance q_g)`: u is y, 1
-    or 1 - y, what the rate is of; e the error, softly `sigmoid(-z)` (of a false positive `sigmoid(z)`), for the
-    multipliers of `"zero_one"` z <= 0 (z > 0), which is what is recommended here; q_g the share of u in g among all
-    rows, r_g among u, both counted as the share of positives is. So a group's multiplier moves by its violation times
-    q_g. Groups come from `features` in `loss` too; id -1 is in none, yet among all.
+    **Groups**: `group_rate` limits how much worse off a group of the base head's `slices` may be than all rows
+    together. The `"true_positive_rate"` or the `"positive_rate"` of a group must be at least the rate of all rows,
+    less `group_tolerance`. Its `"false_positive_rate"` must be at most the rate of all rows, plus `group_tolerance`.
+    (These are equal opportunity, demographic parity and predictive equality.) The loss of each entry gets one more
+    term, the mean over groups g of `m_g (u e ([in g] - r_g) - tolerance q_g)`:
 
-    All are functions of an entry, and weights count in all of their terms: they are exact on any devices and in any
-    micro-batches. A Lagrangian may be negative, and may rise as training proceeds: watch `average_loss` or the achieved
-    rate. Pairs are not: on devices (`axis_name`) the logits of all are gathered, and micro-batches, which would
-    separate them, are refused (`normalizer=` of parts likewise loses the pairs across them). The loss of pairs is W/D
-    times their mean loss over labels, W the sum of weights and D the divisor of the reduction, so the mean loss itself
-    under `"mean"`. Time is quadratic in the batch, memory linear.
+    * u says whether the rate counts the entry: y for true positives, 1 - y for false positives, 1 for all.
+    * e is the error, softly: `sigmoid(-z)`, or `sigmoid(z)` for a false positive. With `constraint="zero_one"`, which
+      is recommended here, the multipliers see z <= 0 (z > 0) instead.
+    * q_g is the share of u in g among all rows, and r_g the share of u in g among u. Both are counted like the share of
+      positives.
 
-    The share of positives is that of the batches before (from 1 of 2 before the first), counted in training only, over
-    all devices; it acts on the multipliers' gradient alone. Batches alone would do, but rare positives make their
-    multipliers jump.
+    So the multiplier of a group moves by its violation times q_g. `loss` reads the groups from `features` too. A row
+    with the id -1 is in no group, but counts among all rows.
 
-    **Predictions**: those of the base head; `operating_point`, the logit above which an entry is positive, `[..., n]`
-    (anchors: `-b_k`, `[..., n, anchors]`), and `decisions`, int32 of that shape. The area of ROC has neither, unless
-    `operating_point=` is given.
-    **Metrics**: those of the base head, `average_loss` its own. Of objectives of rates `objective` (the mean of what is
-    minimized), `lagrangian`, `constraint_violation` (by z > 0, or z + b_k > 0; of the worst label or anchor) and
-    `constraint_violation_surrogate` (by the losses; it is at least the former): how much of P, of the negatives where
-    FP is bounded, is too much in error; `multiplier/mean`, `multiplier/max`; `recall_lower_bound` and
-    `false_positive_rate_upper_bound`, by the losses. For `precision_at_recall` with target 0.98
-    `precision_at_recall_0.98` (with `_threshold` and `_logit`, as of `jh.metrics.PrecisionAtRecall`), and likewise for
-    the others; of a `MultiLabelHead` for the classes that have metrics of their own, `precision_at_recall_0.98/CLASS`.
-    With `group_rate` `group_violation` (by z > 0) and `group_violation_surrogate` (softly) of the worst group and
-    label, `group_violations` `[groups]` of each group's worst label, and `group_multiplier/max`. In
-    `metrics.by_slice()` there is the recall of each group (false positive rates with `jh.metrics.Specificity`), but no
-    violation of a slice that is a group: it has nothing to be compared with.
+    Except for pairs, each loss is a function of one entry, and weights count in all its terms. So the losses are exact
+    on any devices and in any micro-batches. A Lagrangian may be negative, and may rise during training: watch
+    `average_loss` or the achieved rate. Pairs are different. On devices (`axis_name`) the logits of all devices are
+    gathered. Micro-batches would separate pairs, and are refused (with a `normalizer=`, the pairs across parts are lost
+    too). The loss of pairs is W/D times their mean loss over labels: W is the sum of weights, and D the divisor of the
+    reduction. Under `"mean"` it is the mean loss itself. Time is quadratic in the batch, memory linear.
+
+    The share of positives comes from all earlier training batches, over all devices; before the first batch it is 1 of
+    2. It acts only on the gradient of the multipliers. A share of each batch alone would make the multipliers of rare
+    positives jump.
+
+    **Predictions**: the predictions of the base head; `operating_point`, the logit above which an entry is positive,
+    `[..., n]` (with anchors: `-b_k`, `[..., n, anchors]`); `decisions`, int32 of that shape. `roc_auc` has the last two
+    only if `operating_point=` is given.
+    **Metrics**: the metrics of the base head, with its own `average_loss`. Objectives of rates add:
+
+    * `objective`, the mean of the minimized cost, and `lagrangian`.
+    * `constraint_violation`, decided by z > 0 (or z + b_k > 0), of the worst label or anchor: the excess of errors as a
+      share of P, or of the negatives where FP is limited. `constraint_violation_surrogate` is the same by the losses,
+      and at least as large.
+    * `multiplier/mean`, `multiplier/max`.
+    * `recall_lower_bound` and `false_positive_rate_upper_bound`, by the losses.
+    * The achieved rate: for `precision_at_recall` with target 0.98 it is `precision_at_recall_0.98`, with `_threshold`
+      and `_logit` like `jh.metrics.PrecisionAtRecall`. A `MultiLabelHead` has `precision_at_recall_0.98/CLASS` for the
+      classes with metrics of their own.
+
+    With `group_rate` there are `group_violation` (by z > 0) and `group_violation_surrogate` (softly), both of the worst
+    group and label, `group_violations` `[groups]`, for each group of its worst label, and `group_multiplier/max`.
+    `metrics.by_slice()` has the recall of each group (its false positive rate with `jh.metrics.Specificity`). It has no
+    violation of a slice that is a group itself: there is nothing to compare the slice with.
 
     Args:
         base: a `BinaryClassHead` or a `MultiLabelHead` without a `loss_fn`.
-        objective: as in the table.
+        objective: one of the table.
         target: a number in (0, 1], for `tpr_at_fpr` in [0, 1); or one for each label. None for areas.
         surrogate: `"xent"` or `"hinge"`.
-        constraint: `"surrogate"`, or `"zero_one"`: multipliers see the rates themselves, the network their surrogate
-            (a proxy Lagrangian). Surrogates are bounds, so by themselves they leave a constraint met by a margin.
-        label_priors: the share of positives, one number or one for each label, weights counted in; None to count it.
-        initial_multiplier: where multipliers start.
-        num_anchors: of the area under the precision-recall curve, at precisions between the ends of
-        precision_range: two numbers in [0, 1], rising.
-        normalize: of the area under ROC: `"pairs"`, its loss is at least c (1 - AUC) for each label; `"batch"`, the sum
-            over pairs is divided by all pairs of rows, as in the original, and shrinks where one class is rare.
+        constraint: `"surrogate"`, or `"zero_one"`: the multipliers see the rates themselves, the network their
+            surrogates (a proxy Lagrangian). Surrogates are bounds: with them, a constraint is met with a margin.
+        label_priors: the weighted share of positives, one number or one for each label; None to count it.
+        initial_multiplier: the first value of the multipliers.
+        num_anchors: how many anchors `precision_recall_auc` has.
+        precision_range: two numbers in [0, 1], rising; the precisions of the anchors lie between them.
+        normalize: for `roc_auc`. With `"pairs"` its loss is at least c (1 - AUC) for each label. With `"batch"` the sum
+            over pairs is divided by the number of all pairs of rows, as in the original; it shrinks where one class is
+            rare.
         group_rate: `"true_positive_rate"`, `"false_positive_rate"`, `"positive_rate"`; or None for no such constraint.
-        group_tolerance: by how much a group may be worse off.
-        operating_point: the logit above which an entry is positive, or one for each label: as found on held-out data,
-            `metrics.compute()["precision_at_recall_0.98_logit"]`. By default 0.
+        group_tolerance: how much worse off a group may be.
+        operating_point: the logit above which an entry is positive, or one for each label, by default 0. Find it on
+            held-out data: `metrics.compute()["precision_at_recall_0.98_logit"]`.
 
     Raises:
-        ValueError: a base head of another kind; an unknown objective; targets, priors or a range outside of what is
-            legal or of another number than labels; an option that belongs to another objective; `group_rate` without
-            slices, or of areas; an optimizer that would descend on the multipliers; micro-batches of pairs; and what
-            the base head raises.
+        ValueError: a base head of another kind; an unknown objective; a target, prior or range with an illegal value,
+            or with another number of values than labels; an option of another objective; `group_rate` without slices,
+            or with areas; an optimizer that would descend on the multipliers; micro-batches of pairs; the errors of the
+            base head.
 
     Source: Eban et al., "Scalable Learning of Non-Decomposable Objectives" (AISTATS 2017), and its `global_objectives`
     (TensorFlow 1); proxy Lagrangians and rates of groups by Cotter et al., ALT 2019 and JMLR 2019; equal opportunity by
@@ -129,6 +142,10 @@ class GlobalObjectiveHead(AbstractWrapperHead):
     >>> print(*(f"{values[key]:.3f}" for key in ("average_loss", "constraint_violation", "precision_at_recall_0.9")))
     0.597 0.400 0.667
     """
+
+    name: ClassVar[Any] = property(lambda self: self.base.name, doc="The name of the base head.")
+    extra_metrics: ClassVar[Any] = property(lambda self: self.base.extra_metrics, doc="The base head's extra metrics.")
+    weight_column: ClassVar[Any] = property(lambda self: self.base.weight_column, doc="The base head's weight column.")  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
 
     base: Head = subheads()
     objective: str
@@ -150,7 +167,7 @@ class GlobalObjectiveHead(AbstractWrapperHead):
     group_lagrange_multipliers: Any = learned(
         lambda head, key: None if head._groups is None else head._groups.first_multipliers()
     )
-    label_counts: Any = running(lambda head: head._first_counts())
+    label_counts: Any = running(lambda head: head._start_counts())
     group_counts: Any = running(lambda head: None if head._groups is None else head._groups.first_counts())
 
     @property
@@ -159,23 +176,8 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         return self.base
 
     def parts(self) -> dict[str, Head]:
-        """None: it has a loss of its own, and asks the base head for the rest."""
+        """Returns no heads: the engine calls this head's own loss, and this head calls the base head."""
         return {}
-
-    @property
-    def name(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]  # the base head's
-        """The base head's."""
-        return self.base.name
-
-    @property
-    def extra_metrics(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the base head's
-        """The base head's."""
-        return self.base.extra_metrics
-
-    @property
-    def weight_column(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the base head's
-        """The base head's."""
-        return self.base.weight_column
 
     def validate(self) -> None:
         if not isinstance(self.base, (BinaryClassHead, MultiLabelHead)):
@@ -185,27 +187,27 @@ class GlobalObjectiveHead(AbstractWrapperHead):
                 f"base must have no loss_fn: this head has a loss of its own. Given {self.base!r}. Choose surrogate="
                 f"{list(formulas.SCALE)}."
             )
-        for field, known in (
-            ("objective", OBJECTIVES),
-            ("surrogate", tuple(formulas.SCALE)),
-            ("constraint", CONSTRAINTS),
-            ("normalize", NORMALIZATIONS),
+        for field, value, known in (
+            ("objective", self.objective, OBJECTIVES),
+            ("surrogate", self.surrogate, tuple(formulas.SCALE)),
+            ("constraint", self.constraint, CONSTRAINTS),
+            ("normalize", self.normalize, NORMALIZATIONS),
         ):
-            if getattr(self, field) not in known:
-                raise ValueError(f"{field} must be one of {known}. Given {getattr(self, field)!r}.")
+            if value not in known:
+                raise ValueError(f"{field} must be one of {known}. Given {value!r}.")
         self._check_options()
         self._check_targets()
         self._check_anchors()
         if not _is_finite(self.initial_multiplier) or self.initial_multiplier < 0:
             raise ValueError(f"initial_multiplier must be a number of at least 0. Given {self.initial_multiplier!r}.")
         if self.operating_point is not None:
-            self._each("operating_point", _is_finite, "a finite logit")
+            self._check_each("operating_point", self.operating_point, _is_finite, "a finite logit")
         self._check_groups()
         if self.base.extra_metrics:
             metric_names(fields.unbound(self))  # refuses names that clash
 
     def _check_options(self) -> None:
-        """Refuses what another objective reads, if it was given: here it would do nothing."""
+        """Refuses the options of other objectives, which would have no effect."""
         read = {
             "target": self.objective in CONSTRAINED,
             **dict.fromkeys(("num_anchors", "precision_range"), self._has_anchors),
@@ -214,17 +216,19 @@ class GlobalObjectiveHead(AbstractWrapperHead):
             "normalize": self.is_of_pairs,
             "group_rate": not (self.is_of_pairs or self._has_anchors),
         }
+        values = fields.values_of(self)
         for field in dataclasses.fields(self):
-            if not read.get(field.name, True) and (value := getattr(self, field.name)) != field.default:
+            if not read.get(field.name, True) and (value := values[field.name]) != field.default:
                 raise ValueError(f"{self.objective} reads no {field.name}. Given {value!r}. Leave it out.")
 
     def _check_targets(self) -> None:
-        low_is_legal = self.objective == TPR_AT_FPR
+        low_is_legal = self.objective == formulas.TPR_AT_FPR
         legal = "in [0, 1)" if low_is_legal else "in (0, 1]"
         if self.objective in CONSTRAINED:
-            self._each("target", lambda t: 0 <= t < 1 if low_is_legal else 0 < t <= 1, f"a number {legal}")
+            is_legal = (lambda t: 0 <= t < 1) if low_is_legal else (lambda t: 0 < t <= 1)
+            self._check_each("target", self.target, is_legal, f"a number {legal}")
         if self.label_priors is not None:
-            self._each("label_priors", lambda p: 0 <= p <= 1, "a share in [0, 1]")
+            self._check_each("label_priors", self.label_priors, lambda p: 0 <= p <= 1, "a share in [0, 1]")
 
     def _check_groups(self) -> None:
         if self.group_rate is None:
@@ -247,7 +251,7 @@ class GlobalObjectiveHead(AbstractWrapperHead):
 
     def _check_anchors(self) -> None:
         n, ends = self.num_anchors, self.precision_range
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        if not inputs.is_integer(n, 1):
             raise ValueError(f"num_anchors must be an integer of at least 1. Given {n!r}.")
         if (
             not (isinstance(ends, tuple) and len(ends) == 2 and all(map(_is_finite, ends)))
@@ -255,9 +259,9 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         ):
             raise ValueError(f"precision_range must be two numbers in [0, 1], rising. Given {ends!r}.")
 
-    def _each(self, field: str, is_legal: Callable[[Any], bool], what: str) -> None:
-        """Refuses what is not a legal number, or one for each label."""
-        value, n = getattr(self, field), self.logits_dimension
+    def _check_each(self, field: str, value: Any, is_legal: Callable[[Any], bool], what: str) -> None:
+        """Refuses every value but one legal number, or a legal number for each label."""
+        n = self.logits_dimension
         values = value if isinstance(value, tuple) else (value,)
         if not all(_is_finite(x) and is_legal(x) for x in values) or len(values) not in (1, n):
             raise ValueError(
@@ -267,17 +271,17 @@ class GlobalObjectiveHead(AbstractWrapperHead):
 
     @property
     def is_of_pairs(self) -> bool:
-        """Whether the loss is of pairs of rows."""
+        """Whether the loss compares pairs of rows."""
         return self.objective == ROC_AUC
 
     @property
     def coupling(self) -> str:
-        """Pairs are of all rows."""
+        """The coupling: a pair joins any two rows."""
         return "batch" if self.is_of_pairs else "row"
 
     @property
     def signed(self) -> bool:
-        """A Lagrangian may be negative."""
+        """Whether the loss may be negative, as a Lagrangian may."""
         return not self.is_of_pairs
 
     @property
@@ -296,50 +300,53 @@ class GlobalObjectiveHead(AbstractWrapperHead):
 
     @property
     def _shape(self) -> tuple[int, ...]:
-        """That of the multipliers: one for each label, or for each label and anchor."""
+        """The shape of the multipliers: one for each label, or for each label and anchor."""
         return (self.logits_dimension, self.num_anchors) if self._has_anchors else (self.logits_dimension,)
 
     @property
     def _problem(self) -> formulas.Problem:
         if not self._has_anchors:
-            return formulas.problem(self.objective, self._per_label(self.target))
+            return formulas.problem(self.objective, self._repeat(self.target))
         low, high = self.precision_range
         anchors = np.linspace(low, high, self.num_anchors + 2)[1:-1]
-        return formulas.problem(RECALL_AT_PRECISION, np.broadcast_to(anchors, self._shape))
+        return formulas.problem(formulas.RECALL_AT_PRECISION, np.broadcast_to(anchors, self._shape))
 
-    def _per_label(self, value: Any) -> np.ndarray:
+    def _repeat(self, value: Any) -> np.ndarray:
         return np.broadcast_to(np.asarray(value, np.float64).reshape(-1), (self.logits_dimension,))
 
-    def _first_counts(self) -> jax.Array | None:
-        """Of positives, then of all, for each label: pairs, for a float32 counter stops at 2^24."""
+    def _start_counts(self) -> jax.Array | None:
+        """Returns for each label the number of positives, then of all elements, before the first batch.
+
+        They are compensated pairs `[2, labels, 2]`, for a float32 counter stops at 2^24.
+        """
         if not self._is_constrained or self.label_priors is not None:
             return None
         first = np.broadcast_to(np.array([[1.0], [2.0]], np.float32), (2, self.logits_dimension))
         return jnp.stack([first, np.zeros_like(first)], axis=-1)
 
-    def _priors(self) -> jax.Array:
-        """The share of positives of each label."""
+    def _share_positives(self) -> jax.Array:
+        """Returns the share of positives for each label."""
         if self.label_counts is None:
-            return jnp.asarray(self._per_label(self.label_priors), jnp.float32)
+            return jnp.asarray(self._repeat(self.label_priors), jnp.float32)
         positives, total = jnp.sum(self.label_counts, axis=-1)
         return positives / total
 
     @property
     def _groups(self) -> GroupConstraint | None:
-        """The constraint on groups, if there is one."""
+        """The constraint on groups; None if there is none."""
         if self.group_rate is None:
             return None
-        n: Any = self.base.slices
+        slices: Any = self.base.slices
         return GroupConstraint(
-            self.group_rate, self.group_tolerance, self.logits_dimension, n.n, self.constraint == "zero_one"
+            self.group_rate, self.group_tolerance, self.logits_dimension, slices.n, self.constraint == "zero_one"
         )
 
     # Loss.
 
     def losses(self, labels: jax.Array, logits: jax.Array, rows: Rows | None = None) -> jax.Array:
-        """One loss an example, `[..., 1]`: its Lagrangian; or what it adds to the loss of pairs among these rows."""
+        """Returns one loss for each example, `[..., 1]`: its Lagrangian, or its part in the loss of pairs of rows."""
         if not self.is_of_pairs:
-            return self._lagrangians(labels, logits, rows)
+            return self._compute_lagrangians(labels, logits, rows)
         if rows is None:
             ones = masking.ones_like(logits[..., :1])
             rows = Rows(ones > 0, ones)
@@ -349,19 +356,19 @@ class GlobalObjectiveHead(AbstractWrapperHead):
     def average_losses(self, labels: jax.Array, logits: jax.Array, rows: Rows) -> Any:
         return hooks.call(self.base, "losses", labels, logits, rows=rows)
 
-    def _lagrangians(self, labels: jax.Array, logits: jax.Array, rows: Rows | None) -> jax.Array:
-        inside = None if self._groups is None else self._inside(rows)
-        values = self._lagrangians_of_rate(*self._at_anchors(labels, logits))
-        if self._groups is not None and inside is not None:
-            counts, multipliers = self.group_counts, self.group_lagrange_multipliers
-            values = values + self._groups.terms(labels, logits, inside, counts, multipliers)
+    def _compute_lagrangians(self, labels: jax.Array, logits: jax.Array, rows: Rows | None) -> jax.Array:
+        groups, counts, multipliers = self._groups, self.group_counts, self.group_lagrange_multipliers
+        inside = None if groups is None else self._find_groups(rows)
+        values = self._price_errors(*self._shift_to_anchors(labels, logits))
+        if groups is not None and inside is not None:
+            values = values + groups.terms(labels, logits, inside, counts, multipliers)
         if self._has_anchors:
             values = jnp.mean(values, axis=-1)
-        # Of one label there is no mean: the reduction of an axis of size 1 is slow on a CPU.
+        # One label needs no mean: the reduction of an axis of size 1 is slow on a CPU.
         return values if values.shape[-1] == 1 else jnp.mean(values, axis=-1, keepdims=True)
 
-    def _inside(self, rows: Rows | None) -> jax.Array:
-        """Which group each row is in, `[..., 1, groups]`; NaN where there is no such group."""
+    def _find_groups(self, rows: Rows | None) -> jax.Array:
+        """Returns 1 where a row is in a group, else 0, `[..., 1, groups]`; NaN where a group does not exist."""
         if not isinstance(rows, Rows) or rows.groups is None:
             raise ValueError(
                 f"losses does not look up the group of a row, which group_rate needs. Given {self.group_rate!r}. Call "
@@ -369,27 +376,27 @@ class GlobalObjectiveHead(AbstractWrapperHead):
             )
         return rows.groups[..., None, :]
 
-    def _lagrangians_of_rate(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
-        errors, counted = self._errors(labels, logits)
+    def _price_errors(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
+        errors, counted = self._split_errors(labels, logits)
         if not self._is_constrained:
             return errors[0] + errors[1]
         return formulas.lagrangian(
             jax.tree.map(lambda x: leading(x, logits), self._problem),
             leading(self.lagrange_multipliers, logits),
-            leading(self._priors() if not self._has_anchors else self._priors()[:, None], logits),
+            leading(self._share_positives() if not self._has_anchors else self._share_positives()[:, None], logits),
             errors,
             formulas.SCALE[self.surrogate],
             counted if self.constraint == "zero_one" else None,
         )
 
-    def _at_anchors(self, labels: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Labels and logits, `[..., n]`; with anchors, each at all of them: `[..., n, 1]` and `[..., n, anchors]`."""
+    def _shift_to_anchors(self, labels: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns labels and logits, `[..., n]`; with anchors, labels `[..., n, 1]` and logits `[..., n, anchors]`."""
         if not self._has_anchors:
             return labels, logits
         return labels[..., None], logits[..., None] + leading(self.anchor_biases, logits[..., None])
 
-    def _errors(self, labels: jax.Array, logits: jax.Array) -> tuple[Any, Any]:
-        """The surrogates of both kinds of errors, and the errors themselves."""
+    def _split_errors(self, labels: jax.Array, logits: jax.Array) -> tuple[Any, Any]:
+        """Returns the surrogates of both kinds of errors, and the errors themselves."""
         surrogates = formulas.surrogates(self.surrogate, logits)
         return tuple(formulas.split(labels, errors) for errors in (surrogates, formulas.indicators(logits)))  # pyright: ignore[reportReturnType]  # two
 
@@ -400,7 +407,7 @@ class GlobalObjectiveHead(AbstractWrapperHead):
             seen = rows.devices.sum(jnp.stack([masking.column_totals(x) for x in both]))
             new["label_counts"] = pairs.add(self.label_counts, seen[..., None])
         if self._groups is not None:
-            new["group_counts"] = self._groups.advance(self.group_counts, labels, logits, self._inside(rows), rows)
+            new["group_counts"] = self._groups.advance(self.group_counts, labels, logits, self._find_groups(rows), rows)
         return new
 
     # Predictions.
@@ -413,7 +420,7 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         def at(logits: jax.Array) -> jax.Array:
             if self.operating_point is None and self._has_anchors:
                 return masking.ones_like(logits[..., None]) * leading(-self.anchor_biases, logits[..., None])
-            point = np.asarray(self._per_label(self.operating_point or 0.0), np.float32)
+            point = np.asarray(self._repeat(self.operating_point or 0.0), np.float32)
             return masking.ones_like(logits) * leading(point, logits)
 
         def decisions() -> jax.Array:
@@ -428,78 +435,71 @@ class GlobalObjectiveHead(AbstractWrapperHead):
         return self.base.sources(labels, logits)
 
     def observe(self, labels: jax.Array, logits: jax.Array, rows: Rows) -> dict[str, Observation]:
-        return {**hooks.call(self.base, "observe", labels, logits, rows=rows), **self._own(labels, logits, rows)}
-
-    def _own(self, labels: jax.Array, logits: jax.Array, rows: Rows) -> dict[str, Observation]:
-        """What the objective adds, each element counted as often as it is in the loss."""
+        found: dict[str, Observation] = dict(hooks.call(self.base, "observe", labels, logits, rows=rows))
         if self.is_of_pairs:
-            return {}
+            return found
+        # Each element counts as often as it does in the loss.
         lead, scale = logits.shape[:-1], rows.scale
 
         def sums(*columns: jax.Array) -> Sums:
             flat = [x.reshape(*lead, math.prod(x.shape[len(lead) :])) for x in columns]
             return Sums(tuple(flat if scale is None else [x * scale for x in flat]))
 
-        found: dict[str, Observation] = {LAGRANGIAN: Mean(*Term(self._lagrangians(labels, logits, rows)).scaled(scale))}
+        found[LAGRANGIAN] = Mean(*Term(self._compute_lagrangians(labels, logits, rows)).scaled(scale))
         if self._is_constrained:
-            entries, decided = self._at_anchors(labels, logits)
-            surrogates, counted = self._errors(entries, decided)
+            entries, decided = self._shift_to_anchors(labels, logits)
+            surrogates, counted = self._split_errors(entries, decided)
             multipliers = masking.ones_like(decided) * leading(self.lagrange_multipliers, decided)
             found[RATES] = sums(labels, 1 - labels, *surrogates, *counted, multipliers)
         if self._groups is not None:
             multipliers = self.group_lagrange_multipliers
-            found[GROUPS] = sums(*self._groups.columns(labels, logits, self._inside(rows), multipliers))
+            found[GROUPS] = sums(*self._groups.columns(labels, logits, self._find_groups(rows), multipliers))
         return found
 
     def summarize(self, seen: Mapping[str, Any]) -> dict[str, Any]:
-        """What the base head reads, and what the objective is about."""
+        """Returns the metrics of the base head, then the metrics of the objective."""
         values = {**self.base.summarize({key: x for key, x in seen.items() if key not in (LAGRANGIAN, RATES, GROUPS)})}
         if self.is_of_pairs:
             return values
-        own = {"lagrangian": seen[LAGRANGIAN].mean}
+        values["lagrangian"] = seen[LAGRANGIAN].mean
         if self._is_constrained:
-            own |= _rates.of_constraint(seen[RATES], self._problem, self._shape, formulas.SCALE[self.surrogate])
+            scale = formulas.SCALE[self.surrogate]
+            values |= _rates.read_constraint(seen[RATES], self._problem, self._shape, scale)
         if self._groups is not None:
-            own |= self._groups.violations(seen[GROUPS])
-        # What the base head watches itself, under the same name, it reads itself.
-        return {**values, **own, **({} if self._watches_the_same else self._achieved(seen["scores"]))}
+            values |= self._groups.violations(seen[GROUPS])
+        return values | self._read_achieved(seen[SCORES])
 
     @property
     def higher_is_better(self) -> Mapping[str, bool]:
-        """As the base head says; what is achieved rises, but for a false positive rate."""
-        own = dict.fromkeys(("objective", "lagrangian", "constraint_violation", "group_violation"), False)
-        achieved = {
-            f"{self.objective}_{t:g}": self.objective != "fpr_at_tpr" for t in self._per_label(self.target or 0)
-        }
-        return {**self.base.higher_is_better, **own, **achieved}
+        """The directions of the base head's metrics, and of the objective's metrics."""
+        costs = dict.fromkeys(("objective", "lagrangian", "constraint_violation", "group_violation"), False)
+        keys = [_rates.achieved_key(self.objective, t) for t in self._repeat(self.target or 0)]
+        achieved = dict.fromkeys(keys, self.objective != formulas.FPR_AT_TPR)
+        return {**self.base.higher_is_better, **costs, **achieved}
 
-    @property
-    def _watches_the_same(self) -> bool:
-        """Whether the base head has the very metric of what is achieved: the best precision at the same recall."""
-        return self.objective in CONSTRAINED and all(
-            _rates.ACHIEVED[self.objective](float(t)) in self.base.extra_metrics for t in self._per_label(self.target)
-        )
-
-    def _achieved(self, scores: ScoresView) -> dict[str, Any]:
-        """What can be had at the target, of the one label or of those that have a histogram of their own."""
+    def _read_achieved(self, scores: ScoresView) -> dict[str, Any]:
+        """Returns the best value at the target, for the one label, or for each label with a histogram of its own."""
         if self.objective not in CONSTRAINED:
             return {}
-        targets = self._per_label(self.target)
+        targets = [float(t) for t in self._repeat(self.target)]
+        if all(_rates.ACHIEVED[self.objective](t) in self.base.extra_metrics for t in targets):
+            return {}  # The base head has this metric already, under the same name.
         if self.logits_dimension == 1:
-            return _rates.achieved(self.objective, float(targets[0]), scores)
+            return _rates.read_achieved(self.objective, targets[0], scores)
         return {
-            f"{key}/{scores.names[label]}": value
+            join_names(key, scores.names[label]): value
             for label, view in scores.columns.items()
-            for key, value in _rates.achieved(self.objective, float(targets[label]), view).items()
+            for key, value in _rates.read_achieved(self.objective, targets[label], view).items()
         }
 
     def read_loss(self, seen: Mapping[str, Any], divisor: Any) -> Any:
-        """The Lagrangian of all data seen; of pairs, which do not add up over batches, the share in the wrong order.
+        """Returns the Lagrangian of all data seen; for pairs, the share of pairs in the wrong order.
 
-        The latter is the mean over labels, for which every label must have metrics of its own.
+        Losses of pairs do not add up over batches. The share is a mean over labels: every label must have metrics of
+        its own.
         """
         if self.is_of_pairs:
-            return _rates.misordered(seen["scores"], self.logits_dimension)
+            return _rates.read_misordered(seen[SCORES], self.logits_dimension)
         return super().read_loss({**seen, AVERAGE_LOSS: seen[LAGRANGIAN]}, divisor)
 
 

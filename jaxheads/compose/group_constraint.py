@@ -21,7 +21,7 @@ RATES = {
 
 @dataclasses.dataclass(frozen=True)
 class GroupConstraint:
-    """A constraint: a rate of each group may be worse than that of all rows by a tolerance at most.
+    """A constraint: a rate of each group may be worse than the rate of all rows, but only by a tolerance.
 
     Attributes:
         rate: one of `RATES`.

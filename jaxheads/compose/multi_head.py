@@ -1,5 +1,8 @@
 """Several tasks on one network."""
 
+import functools
+import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +14,7 @@ from jaxheads.compose._abstract import AbstractCompositeHead
 from jaxheads.contract import Given, LinearLogits, learned, subheads
 from jaxheads.engine import trees
 from jaxheads.head import Head
+from jaxheads.metrics.base import LOSS, join_names
 from jaxheads.metrics.state import metric_names
 from jaxheads.numerics import fields, inputs
 from jaxheads.numerics.batch import ABSENT
@@ -23,25 +27,26 @@ RESERVED = ("serving_default", "predict")
 class MultiHead(AbstractCompositeHead):
     """Several heads on one network: multi-task learning.
 
-    The inputs and outputs of the heads are dicts by the heads' names. Heads may be of any kind, also heads that learn
-    and other `MultiHead`s.
+    The inputs and outputs of the heads are dicts by the heads' names. Every kind of head is allowed, also heads that
+    learn and other `MultiHead`s.
 
     **Domain**: `labels` is a dict by head, with labels as each head takes them. `logits` is a dict by head, or one
     array (or `LinearLogits`) `[D0, ..., DN, logits_dimension]`, which is split in the order of the heads. `weights`,
-    `where` and `normalizer` are one value for all, or a dict by head (heads not in it get none): so each task has its
-    own missing labels. `keys` of predictions likewise, but heads that are not in a dict predict nothing.
+    `where` and `normalizer` are one value for all heads, or a dict by head: so each task has its own missing labels. A
+    head that is not in such a dict gets None. `keys` of predictions likewise, but a head that is not in the dict
+    predicts nothing.
 
-    **Link**: that of each head.
+    **Link**: the link of each head.
 
-    **loss** = `sum_k w_k loss_k`, with each head's loss under its own reduction and w the `head_weights`. With
+    **loss** = `sum_k w_k loss_k`: each head reduces its own loss, and w are the `head_weights`. With
     `weighting="uncertainty"` it is `sum_k exp(-s_k) w_k loss_k + s_k / 2`, with a learned s_k for each head (Kendall,
-    Gal and Cipolla 2018), kept within 20 of 0. The last term is left out for a head of weight 0 or without labels in
-    the batch. This loss may be negative. The losses inside may not: a head under constraints is refused, and so is a
-    `MultiHead` with this weighting.
+    Gal and Cipolla 2018), kept within 20 of 0. A head of weight 0, or without labels in the batch, has no last term.
+    This loss may be negative. The losses of the heads may not: the weighting refuses heads under constraints, and
+    `MultiHead`s with this weighting.
 
     **Predictions**: a dict by head.
-    **Metrics**: those of each head, `auc/NAME`, and `loss/NAME`, the loss of all data seen under that head's reduction
-    (without head weights); `regularization_loss/A_B` if a regularization is given.
+    **Metrics**: the metrics of each head, `auc/NAME`, and `loss/NAME`, its loss of all data seen, without head weights;
+    `regularization_loss/A_B` if a regularization is given.
 
     Args:
         heads: heads with names, all different.
@@ -87,16 +92,12 @@ class MultiHead(AbstractCompositeHead):
     )
 
     @property
-    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]  # made of the heads' names
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
         """The names of the heads, joined."""
-        return "_".join(self._by_name)
+        return "_".join(self.parts())
 
     @property
-    def _by_name(self) -> dict[str, Head]:
-        return {str(head.name): head for head in self.heads}
-
-    @property
-    def loss_reduction(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the heads'
+    def loss_reduction(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
         """The reduction of all heads, if they have the same."""
         found = [head.loss_reduction for head in self.heads]
         if len(set(found)) > 1:
@@ -106,14 +107,8 @@ class MultiHead(AbstractCompositeHead):
         return found[0]
 
     @property
-    def slices(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the heads'
-        """The slices of all heads."""
-        return self.heads[0].slices
-
-    @property
-    def bootstrap(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # the heads'
-        """The bootstrap of all heads."""
-        return self.heads[0].bootstrap
+    def first(self) -> Head:
+        return self.heads[0]
 
     @property
     def logits_dimension(self) -> int:
@@ -121,27 +116,34 @@ class MultiHead(AbstractCompositeHead):
 
     @property
     def label_spec(self) -> Any:
-        return {name: head.label_spec for name, head in self._by_name.items()}
+        return {name: head.label_spec for name, head in self.parts().items()}
 
     def validate(self) -> None:
         if not isinstance(self.heads, tuple) or not self.heads:
             raise ValueError(f"Must specify heads, a list of them. Given: {self.heads!r}.")
-        names = [head.name for head in self.heads]
-        if not all(names):
-            unnamed = next(head for head in self.heads if not head.name)
-            raise ValueError(f"All given heads must have name specified. Given: {unnamed!r}. Pass name= to it.")
-        if reserved := [name for name in names if "/" in str(name) or name in RESERVED]:
+        if unnamed := [head for head in self.heads if not head.name]:
+            raise ValueError(f"All given heads must have name specified. Given: {unnamed[0]!r}. Pass name= to it.")
+        names = [str(head.name) for head in self.heads]
+        if reserved := [name for name in names if "/" in name or name in RESERVED]:
             raise ValueError(
                 f"Names of heads in a MultiHead must not hold a slash or be one of {RESERVED}: those are keys of "
                 f"metrics and exports. Given {reserved}."
             )
         if len(set(names)) < len(names):
             raise ValueError(f"Heads of a MultiHead must have different names. Given: {names}.")
-        for what in ("slices", "bootstrap"):
-            if len(found := {getattr(head, what) for head in self.heads}) > 1:
+        slices, bootstraps = {head.slices for head in self.heads}, {head.bootstrap for head in self.heads}
+        for what, found in (("slices", slices), ("bootstrap", bootstraps)):
+            if len(found) > 1:
                 raise ValueError(
                     f"Heads of a MultiHead must have the same {what}, or none. Given {sorted(map(repr, found))}."
                 )
+        self._check_weights()
+        keys = [join_names(LOSS, name) for name in names]
+        keys += [key for head in self.heads for key in metric_names(fields.unbound(head))]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ValueError(f"Metric keys of these heads collide: {twice}. Give the heads of {names} other names.")
+
+    def _check_weights(self) -> None:
         if not isinstance(self.head_weights, (tuple, type(None))):
             raise ValueError(f"head_weights must be a list of numbers, one for each head. Given {self.head_weights!r}.")
         weights = self.head_weights or ()
@@ -161,15 +163,11 @@ class MultiHead(AbstractCompositeHead):
                 f"without end. Given heads under constraints, or weighted by uncertainty themselves: {signed}. Use "
                 "fixed head_weights."
             )
-        keys = [f"loss/{name}" for name in names]
-        keys += [key for head in self.heads for key in metric_names(fields.unbound(head))]
-        if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise ValueError(f"Metric keys of these heads collide: {twice}. Give the heads of {names} other names.")
 
     # The hooks of a head made of heads, for the engine.
 
     def parts(self) -> dict[str, Head]:
-        return self._by_name
+        return {str(head.name): head for head in self.heads}
 
     @property
     def silent(self) -> frozenset[str]:
@@ -182,49 +180,51 @@ class MultiHead(AbstractCompositeHead):
 
     @property
     def _weights(self) -> dict[str, float]:
-        return dict(zip(self._by_name, self.head_weights or (1.0,) * len(self.heads), strict=True))
+        return dict(zip(self.parts(), self.head_weights or (1.0,) * len(self.heads), strict=True))
 
     def route(self, given: Given) -> dict[str, Given]:
-        names = [*self._by_name]
-        asked = [name for name in names if not isinstance(given.keys, Mapping) or name in given.keys]
-        parts = {name: given for name in names}
+        names = [*self.parts()]
+        parts = dict.fromkeys(names, given)
         if given.logits is not ABSENT:
-            split = self._split(given.logits, asked)
-            parts = {name: given.replace(logits=split[name]) for name in asked}
+            asked = [name for name in names if not isinstance(given.keys, Mapping) or name in given.keys]
+            parts = {name: given.replace(logits=x) for name, x in self._split_logits(given.logits, asked).items()}
         if given.labels is not ABSENT:
-            labels = _of_each(given.labels, "labels", names)
+            labels = _select(given.labels, "labels", names)
             parts = {name: part.replace(labels=labels[name]) for name, part in parts.items()}
-        for what in ("weights", "where", "normalizer", "keys"):
-            value = self._by_head(getattr(given, what), what)
-            parts = {name: part.replace(**{what: value[name]}) for name, part in parts.items()}
-        return parts
+        weights, where = self._spread(given.weights, "weights"), self._spread(given.where, "where")
+        normalizer, keys = self._spread(given.normalizer, "normalizer"), self._spread(given.keys, "keys")
+        return {
+            name: part.replace(weights=weights[name], where=where[name], normalizer=normalizer[name], keys=keys[name])
+            for name, part in parts.items()
+        }
 
     def combine(self, losses: Mapping[str, Any], shares: Mapping[str, Any]) -> Any:
-        total, weights = None, self._weights
-        for i, name in enumerate(self._by_name):
+        terms = []
+        for i, (name, weight) in enumerate(self._weights.items()):
             if name not in losses:
                 continue
-            own = weights[name] * losses[name]
+            term = weight * losses[name]
             if self.log_variances is not None:
                 s = self.log_variances[i]
                 # This clip passes the gradient on, so that an s beyond the limits can come back.
                 s = s + jax.lax.stop_gradient(jnp.clip(s, -20, 20) - s)
-                own = jnp.exp(-s) * own + shares[name] * s / 2
-            total = own if total is None else total + own
-        return total
+                term = jnp.exp(-s) * term + shares[name] * s / 2
+            terms.append(term)
+        return functools.reduce(operator.add, terms)
 
-    def _by_head(self, value: Any, what: str) -> dict[str, Any]:
+    def _spread(self, value: Any, what: str) -> dict[str, Any]:
         """Returns a dict by head, from one value for all heads or from such a dict."""
+        names = [*self.parts()]
         if not isinstance(value, Mapping):
-            return dict.fromkeys(self._by_name, value)
-        if unknown := [key for key in value if key not in self._by_name]:
-            raise ValueError(f"{what} given for heads that are not there: {unknown}. The heads are {[*self._by_name]}.")
-        return {name: value.get(name) for name in self._by_name}
+            return dict.fromkeys(names, value)
+        if unknown := [key for key in value if key not in names]:
+            raise ValueError(f"{what} given for heads that are not there: {unknown}. The heads are {names}.")
+        return {name: value.get(name) for name in names}
 
-    def _split(self, logits: Any, asked: Sequence[str]) -> dict[str, Any]:
+    def _split_logits(self, logits: Any, asked: Sequence[str]) -> dict[str, Any]:
         """Returns the logits of the heads that are asked for, from a dict or one array."""
         if isinstance(logits, Mapping):
-            return _of_each(logits, "logits", asked)
+            return _select(logits, "logits", asked)
         sizes = [head.logits_dimension for head in self.heads]
         if isinstance(logits, LinearLogits):
             logits.check()
@@ -237,38 +237,37 @@ class MultiHead(AbstractCompositeHead):
                 f"{sizes}. The last dimension of the logits tensor should equal {sum(sizes)} but is "
                 f"{shape[-1] if shape else None}, and the rank must be at least 2. A dict by head is taken too."
             )
-        stops = np.cumsum(sizes)
-        every = zip(self._by_name, sizes, stops.tolist(), strict=True)
-        columns = {name: (stop - size, stop) for name, size, stop in every if name in asked}
+        ends = itertools.accumulate(sizes)
+        columns = {x: (end - n, end) for x, n, end in zip(self.parts(), sizes, ends, strict=True) if x in asked}
         if isinstance(logits, LinearLogits):
-            return {name: logits.columns(start, stop) for name, (start, stop) in columns.items()}
-        return {name: logits[..., start:stop] for name, (start, stop) in columns.items()}
+            return {name: logits.columns(start, end) for name, (start, end) in columns.items()}
+        return {name: logits[..., start:end] for name, (start, end) in columns.items()}
 
     # The methods for users.
 
     def losses(self, labels: Any, logits: Any) -> Any:
         """Returns the per-element losses of each head, by name."""
-        split = self._split(logits, [*self._by_name])
-        return {name: head.losses(labels[name], split[name]) for name, head in self._by_name.items()}
+        logits = self._split_logits(logits, [*self.parts()])
+        return {name: head.losses(labels[name], logits[name]) for name, head in self.parts().items()}
 
     def outputs(self, logits: Any) -> dict[str, Any]:
-        split = self._split(logits, [*self._by_name])
-        return {name: head.outputs(split[name]) for name, head in self._by_name.items()}
+        logits = self._split_logits(logits, [*self.parts()])
+        return {name: head.outputs(logits[name]) for name, head in self.parts().items()}
 
     def encode_labels(self, labels: Any, where: Any = None) -> Any:
         """Encodes each head's labels with that head; `where` is one mask for all heads, or a dict by head."""
-        where, labels = self._by_head(where, "where"), _of_each(labels, "labels", [*self._by_name])
-        return trees.each(self, lambda head, own, mask: head.encode_labels(own, mask), labels, where)
+        masks, labels = self._spread(where, "where"), _select(labels, "labels", [*self.parts()])
+        return trees.each(self, lambda head, labels, mask: head.encode_labels(labels, mask), labels, masks)
 
     def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, Any]:
         """Decodes each head's predictions with that head."""
-        return {name: self._by_name[name].decode_predictions(value) for name, value in predictions.items()}
+        return {name: self.parts()[name].decode_predictions(value) for name, value in predictions.items()}
 
     def signatures(self, predictions: Mapping[str, Any]) -> dict[str, ExportOutput]:
-        return merged_signatures({name: head.signatures(predictions[name]) for name, head in self._by_name.items()})
+        return merged_signatures({name: head.signatures(predictions[name]) for name, head in self.parts().items()})
 
 
-def _of_each(value: Any, what: str, asked: Sequence[str]) -> dict[str, Any]:
+def _select(value: Any, what: str, asked: Sequence[str]) -> dict[str, Any]:
     """Returns the values of the heads that are asked for, from a dict by head."""
     if not isinstance(value, Mapping):
         raise ValueError(f"You must provide {what}: {what} must be a dict by head, {[*asked]}. Given: {value!r}.")

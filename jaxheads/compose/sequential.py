@@ -19,28 +19,29 @@ AVERAGES = ("steps", "sequences")
 class SequentialHeadWrapper(AbstractWrapperHead):
     """A head applied at every step of padded sequences: tagging, forecasting, language.
 
-    The batch of the inner head is the steps that exist, by a mask or by lengths. Nothing is reshaped, so it works under
-    `jit`. The inner head may be of any kind, also a `MultiHead`.
+    The steps that exist, by a mask or by lengths, are the batch of the inner head. Nothing is reshaped, so the wrapper
+    works under `jit`. The inner head may be of any kind, also a `MultiHead`.
 
     **Domain**: `labels` and `logits` as the inner head takes them, with leading axes `[B, T]`. The mask is a column of
-    `features`, bool or 0/1 `[B, T]`, not necessarily a prefix; or `sequence_lengths` names a column of lengths `[B]`.
-    With `sequence_length_mask=None`, every step exists that `where` does not mask.
+    `features`, bool or 0/1 `[B, T]`. Gaps are allowed. `sequence_lengths` names a column of lengths `[B]` instead. With
+    `sequence_length_mask=None`, every step exists that `where` does not mask.
 
-    **Link**: that of the inner head.
+    **Link**: the link of the inner head.
 
     **loss** = the inner head's loss of the steps that exist. `average_over="sequences"` first takes the mean over the
-    steps of each sequence, so that long ones do not count more. So does `average_loss`; other metrics count steps.
+    steps of each sequence, so that long sequences do not count more. `average_loss` does the same. All other metrics
+    count steps.
 
-    **Predictions**: those of the inner head, at every step, padding included.
-    **Metrics**: those of the inner head, under its names.
+    **Predictions**: the predictions of the inner head, at every step, padding included.
+    **Metrics**: the metrics of the inner head, under its names.
 
     Args:
         static_head: the inner head.
         sequence_length_mask: the key of the mask in `features`; None if there is none.
-        feature_columns: keys of `features` that reach the inner head (such as a weight column, or the inputs of a
-            `loss_fn`), `[B, T]` columns as `[B, T, 1]`; other keys do not reach it.
+        feature_columns: the keys of `features` that reach the inner head, such as a weight column, or the inputs of a
+            `loss_fn`. A `[B, T]` column arrives as `[B, T, 1]`. Other keys do not reach the inner head.
         sequence_lengths: the key of a column of lengths, in place of the mask.
-        average_over: `"steps"` or `"sequences"`. For the latter the steps of a sequence must be on one device.
+        average_over: `"steps"` or `"sequences"`. For `"sequences"`, the steps of a sequence must be on one device.
 
     Raises:
         ValueError: keys that are not strings; features without the mask or without a listed column; a mask that is not
@@ -64,7 +65,7 @@ class SequentialHeadWrapper(AbstractWrapperHead):
     average_over: str = "steps"
 
     @property
-    def name(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]  # made of the inner head's
+    def name(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]  # no argument here
         """The inner head's name with `_sequential` appended; metrics keep the inner head's own name."""
         return f"{self.static_head.name}_sequential" if self.static_head.name else None
 
@@ -74,8 +75,8 @@ class SequentialHeadWrapper(AbstractWrapperHead):
         return self.static_head
 
     def validate(self) -> None:
-        for field in ("sequence_length_mask", "sequence_lengths"):
-            key = getattr(self, field)
+        keys = {"sequence_length_mask": self.sequence_length_mask, "sequence_lengths": self.sequence_lengths}
+        for field, key in keys.items():
             if not isinstance(key, str) and key is not None:
                 raise ValueError(f"{field} must be a string, a key of features. Given type: {type(key).__name__}.")
         if not (self.feature_columns is None or isinstance(self.feature_columns, (str, tuple))):
@@ -97,28 +98,42 @@ class SequentialHeadWrapper(AbstractWrapperHead):
         """The feature columns, one or several."""
         return (self.feature_columns,) if isinstance(self.feature_columns, str) else tuple(self.feature_columns or ())
 
+    @property
+    def _key(self) -> str | None:
+        """The key of the lengths or of the mask; None if there is none."""
+        return self.sequence_lengths or self.sequence_length_mask
+
     # The hooks of a head made of heads, for the engine.
 
     def route(self, given: Given) -> dict[str, Given]:
         table = columns.table(given.features)
         if given.labels is ABSENT:  # predictions, of every step
-            if table is None or not any(leaf.reads_features for leaf in trees.leaves(self.static_head)):
-                return {"": given}
-            return {"": given.replace(features=self._listed_columns(table))}
-        every = table if given.columns is None else columns.table(given.columns)
-        if self.sequence_length_mask is not None or self.sequence_lengths is not None:
+            if table is not None and any(leaf.reads_features for leaf in trees.leaves(self.static_head)):
+                given = given.replace(features=self._select_columns(table))
+            return {"": given}
+        # Slices of sequences or of steps are looked up in all columns, not only in the inner head's columns.
+        every = given.features if given.columns is None else given.columns
+        if self._key is not None:
             self._check_rank(given.logits)
-            lead = _lead(self.static_head, given)
-            given = given.replace(
-                where=_with_mask(self.static_head, given.where, Mask(*self._mask(every, lead, given.check)))
-            )
+            mask = self._make_mask(columns.table(every), _find_lead(self.static_head, given), given.check)
+            given = given.replace(where=_add_mask(self.static_head, given.where, mask))
         if given.features is not None:
             self._check_columns(table)
-            # Slices of sequences or of steps are looked up in all columns, not only in those of the inner head.
-            given = given.replace(
-                features=self._listed_columns(table), columns=given.features if given.columns is None else given.columns
-            )
+            given = given.replace(features=self._select_columns(table), columns=every)
         return {"": given}
+
+    def prepared(self, batch: Batch) -> Batch:
+        """Counts each step as its share of a sequence, if `average_over` is "sequences"."""
+        return batch if self.average_over == "steps" else batch.map_leaves(_scale_steps)
+
+    def served(self, predictions: dict[str, Any], features: Any) -> dict[str, Any]:
+        """Adds the mask (or the lengths) to the predictions, so that a server can tell which steps exist."""
+        if (key := self._key) is None:
+            return predictions
+        mask = self._read_mask(columns.table(features))
+        if key in predictions:
+            raise ValueError(f"The key {key!r} of the mask is a prediction key too: {sorted(predictions)}. Rename it.")
+        return {**predictions, key: mask}
 
     def _check_rank(self, logits: Any) -> None:
         """Refuses logits without an axis of steps."""
@@ -126,17 +141,21 @@ class SequentialHeadWrapper(AbstractWrapperHead):
             return
         raise ValueError(f"logits of sequences must be [B, T, ..., {self.logits_dimension}]. Given shape {shape}.")
 
-    def prepared(self, batch: Batch) -> Batch:
-        """Counts each step as its share of a sequence, if `average_over` is "sequences"."""
-        return batch if self.average_over == "steps" else batch.map_leaves(_shares_of_sequences)
+    def _read_mask(self, features: Any) -> Any:
+        """Returns the column of the mask, or of the lengths."""
+        if features is None or self._key not in features:
+            found = None if features is None else sorted(map(str, features))
+            raise ValueError(
+                f"The provided key {self._key!r} of the mask or the lengths of sequences should be included in the "
+                f"features dictionary, but was not found. Found keys: {found}. With sequence_length_mask=None all "
+                "steps are there that where= says."
+            )
+        return inputs.as_array(features[self._key], f"features[{self._key!r}]")
 
-    def _mask(self, features: Any, lead: tuple[int, ...], check: bool | None) -> tuple[Any, str]:
-        """Returns the mask of the steps that exist, in the leading shape of the logits, and its name."""
-        key = self.sequence_lengths or self.sequence_length_mask
-        if features is None or key not in features:
-            raise _without_mask(key, features)
-        mask = inputs.as_array(features[key], f"features[{key!r}]")
-        shape = tuple(mask.shape)
+    def _make_mask(self, features: Any, lead: tuple[int, ...], check: bool | None) -> Mask:
+        """Returns the mask of the steps that exist, in the leading shape of the logits."""
+        mask, what = self._read_mask(features), f"features[{self._key!r}]"
+        xp, shape = (np if isinstance(mask, np.ndarray) else jnp), tuple(mask.shape)
         if len(lead) < 2:
             raise ValueError(
                 f"logits of sequences must be [B, T, ..., {self.logits_dimension}]. Given leading axes {lead}."
@@ -144,28 +163,25 @@ class SequentialHeadWrapper(AbstractWrapperHead):
         if self.sequence_lengths:
             if shape != lead[:1] or inputs.dtype_kind(mask) != "int":
                 raise ValueError(
-                    f"features[{key!r}] must be integer lengths of shape {lead[:1]}. Given {mask.dtype}{list(shape)}."
+                    f"{what} must be integer lengths of shape {lead[:1]}. Given {mask.dtype}{list(shape)}."
                 )
-            xp, illegal = (np if isinstance(mask, np.ndarray) else jnp), (mask < 0) | (mask > lead[1])
+            illegal = (mask < 0) | (mask > lead[1])
             if inputs.is_readable(mask, check) and np.asarray(illegal).any():
-                raise ValueError(f"features[{key!r}]: lengths must lie in 0 ... {lead[1]}. Given {np.asarray(mask)}.")
+                raise ValueError(f"{what}: lengths must lie in 0 ... {lead[1]}. Given {np.asarray(mask)}.")
             there = xp.arange(lead[1], dtype=np.int32)[None] < mask.astype(np.int32)[:, None]
             # An illegal length that cannot be refused here becomes an illegal mask value, for the compiled check.
             mask = xp.where(illegal[:, None], np.int32(2), there.astype(np.int32))
         elif len(shape) != 2 or shape != lead[:2]:
             raise ValueError(
-                f"Mask is expected to have two dimensions, those of the logits, {lead[:2]}. Given features[{key!r}] of "
+                f"Mask is expected to have two dimensions, those of the logits, {lead[:2]}. Given {what} of "
                 f"shape {shape}."
             )
-        if len(lead) > 2:
-            xp = np if isinstance(mask, np.ndarray) else jnp
-            mask = xp.broadcast_to(xp.expand_dims(mask, tuple(range(2, len(lead)))), lead)
-        return mask, f"features[{key!r}]"
+        return Mask(xp.broadcast_to(xp.expand_dims(mask, tuple(range(2, len(lead)))), lead), what)
 
     def _check_columns(self, features: Any) -> None:
         """Refuses features without a listed column, and a weight column that is not listed."""
-        for column in _weight_columns(self.static_head):
-            if column in features and column not in self._listed:
+        for column in (leaf.weight_column for leaf in trees.leaves(self.static_head)):
+            if isinstance(column, str) and column in features and column not in self._listed:
                 raise ValueError(
                     f"Feature {column} (the weight_column of the inner head) does not reach it: only feature_columns "
                     f"do. Given feature_columns={self.feature_columns!r}. Add it there."
@@ -177,8 +193,8 @@ class SequentialHeadWrapper(AbstractWrapperHead):
                     f"{sorted(map(str, features))}."
                 )
 
-    def _listed_columns(self, features: Any) -> dict[str, Any]:
-        """Returns the listed columns that are there, as the inner head gets them."""
+    def _select_columns(self, features: Any) -> dict[str, Any]:
+        """Returns the listed columns that are there, in the form that the inner head gets."""
         kept = {}
         for key in (key for key in self._listed if key in features):
             column = inputs.as_array(features[key], f"features[{key!r}]")
@@ -190,40 +206,15 @@ class SequentialHeadWrapper(AbstractWrapperHead):
             kept[key] = column[..., None] if column.ndim == 2 else column
         return kept
 
-    def served(self, predictions: dict[str, Any], features: Any) -> dict[str, Any]:
-        """Adds the mask (or the lengths) to the predictions, so that a server can tell which steps exist."""
-        key = self.sequence_lengths or self.sequence_length_mask
-        if key is None:
-            return predictions
-        table = columns.table(features)
-        if table is None or key not in table:
-            raise _without_mask(key, table)
-        if key in predictions:
-            raise ValueError(f"The key {key!r} of the mask is a prediction key too: {sorted(predictions)}. Rename it.")
-        return {**predictions, key: inputs.as_array(table[key], f"features[{key!r}]")}
 
-
-def _without_mask(key: Any, features: Any) -> ValueError:
-    found = None if features is None else sorted(map(str, features))
-    return ValueError(
-        f"The provided key {key!r} of the mask or the lengths of sequences should be included in the features "
-        f"dictionary, but was not found. Found keys: {found}. With sequence_length_mask=None all steps are there that "
-        "where= says."
-    )
-
-
-def _shares_of_sequences(batch: Batch) -> Batch:
+def _scale_steps(batch: Batch) -> Batch:
+    """Returns the batch with the share of each step in its sequence as its scale."""
     exists = gathering.existing(batch).astype(jnp.float32)
     steps = jnp.sum(exists, axis=tuple(range(1, exists.ndim)), keepdims=True)
     return batch.replace(scale=exists / jnp.maximum(steps, jnp.ones_like(steps)))
 
 
-def _weight_columns(head: Head) -> list[str]:
-    """Returns the keys of the weight columns of the heads inside."""
-    return [leaf.weight_column for leaf in trees.leaves(head) if isinstance(leaf.weight_column, str)]
-
-
-def _lead(head: Head, given: Given) -> tuple[int, ...]:
+def _find_lead(head: Head, given: Given) -> tuple[int, ...]:
     """Returns the leading axes of the inputs of the heads inside."""
     while inside := head.parts():
         routed = head.route(given.replace(where=None, features=None)) if "" not in inside else {"": given}
@@ -232,13 +223,13 @@ def _lead(head: Head, given: Given) -> tuple[int, ...]:
     return gathering.lead_of(head, given)
 
 
-def _with_mask(head: Head, where: Any, mask: Mask) -> Any:
+def _add_mask(head: Head, where: Any, mask: Mask) -> Any:
     """Adds the mask of the sequences to `where`, which is one for all heads or nested by head."""
     inside = head.parts()
     if not isinstance(where, Mapping):
         return Masks((mask, *Masks.of(where)))
     if "" in inside:
-        return _with_mask(inside[""], where, mask)
+        return _add_mask(inside[""], where, mask)
     if unknown := [key for key in where if key not in inside]:
         raise ValueError(f"where given for heads that are not there: {unknown}. The heads are {[*inside]}.")
-    return {name: _with_mask(inner, where.get(name), mask) for name, inner in inside.items()}
+    return {name: _add_mask(inner, where.get(name), mask) for name, inner in inside.items()}

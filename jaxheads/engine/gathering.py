@@ -177,10 +177,10 @@ def _gather_labels(
 
     def take(spec: LabelSpec, label: Any, what: str) -> Any:
         label, strangers = rules.as_encoded(head.to_array(label, ids=False))
-        array = rules.shaped(spec, inputs.as_array(label, what, names=names is not None), lead, what)
+        array = rules.give_shape(spec, inputs.as_array(label, what, names=names is not None), lead, what)
         if check is not False and strangers and (rows := known()) is not None:
             vocabulary.refuse_strangers(strangers, rows, spec.size or 0, names)
-        array = rules.settled(spec, rules.typed(array, label, spec), names, live, known, check, what)
+        array = rules.settle_labels(spec, rules.give_dtype(array, label, spec), names, live, known, check, what)
         # Names are int32 by now. An id that is neither of a bool's two values stays visible only as an integer.
         return inputs.cast(array, spec.dtype) if isinstance(array, np.ndarray) and spec.kind != "bool" else array
 

@@ -12,7 +12,7 @@ from jaxheads.engine import gathering, trees
 from jaxheads.engine.elements import Seen, debug_check, see
 from jaxheads.engine.readiness import check_parts_add_up
 from jaxheads.losses import terms
-from jaxheads.metrics.reading import joined
+from jaxheads.metrics.base import LOSS, REGULARIZATION_LOSS, join_names
 from jaxheads.numerics import masking, meshes, reduction
 from jaxheads.numerics.batch import Batch, Devices
 from jaxheads.numerics.reduction import Divisor, Reduction
@@ -109,11 +109,11 @@ def summaries(head: Any, batch: Batch, sums: Any, loss: jax.Array, regularizatio
     if batch.parts is not None and "" in batch.parts:
         return summaries(head.parts()[""], batch.parts[""], sums[""], loss, regularization)
     if batch.parts is None:
-        out, suffix = {joined("loss", head.suffix): loss}, head.suffix
+        out, suffix = {join_names(LOSS, head.suffix): loss}, head.suffix
     else:
         out, suffix = {}, None
         for name, inner in head.parts().items():
             own = value(inner, batch.parts[name], sums[name])
-            out |= {**summaries(inner, batch.parts[name], sums[name], own, None), joined("loss", name): own}
-        out = {**out, "loss": loss}
-    return out if regularization is None else {**out, joined("regularization_loss", suffix): regularization}
+            out |= {**summaries(inner, batch.parts[name], sums[name], own, None), join_names(LOSS, name): own}
+        out = {**out, LOSS: loss}
+    return out if regularization is None else {**out, join_names(REGULARIZATION_LOSS, suffix): regularization}

@@ -70,10 +70,16 @@ def _sums_of_leaf(head: Any, batch: Batch, seen: Any, devices: Devices, inside: 
 
     rows = _rows_of_a_tile(head, batch)
     if rows is None:
-        return tiles.finished(whole(batch, seen))
+        return tiles.finish(whole(batch, seen))
     lazy = isinstance(batch.logits, LinearLogits)
-    cut = {name: getattr(batch, name) for name in ("labels", "weights", "where", "scale", "slices")}
-    cut["logits"] = batch.logits.hidden if lazy else batch.logits
+    cut = {
+        "labels": batch.labels,
+        "logits": batch.logits.hidden if lazy else batch.logits,
+        "weights": batch.weights,
+        "where": batch.where,
+        "scale": batch.scale,
+        "slices": batch.slices,
+    }
 
     def by_tiles(cut: Any, batch: Batch) -> list[jax.Array]:
         def of_tile(tile: Any, fresh: jax.Array, i: jax.Array) -> list[Any]:
@@ -85,7 +91,7 @@ def _sums_of_leaf(head: Any, batch: Batch, seen: Any, devices: Devices, inside: 
 
         return tiles.sum_over_rows(of_tile, cut, batch.logits.shape[0], rows)
 
-    return jax.lax.platform_dependent(cut, batch, cpu=by_tiles, default=lambda _, batch: tiles.finished(whole(batch)))
+    return jax.lax.platform_dependent(cut, batch, cpu=by_tiles, default=lambda _, batch: tiles.finish(whole(batch)))
 
 
 def _rows_of_a_tile(head: Any, batch: Batch) -> int | None:
@@ -118,7 +124,7 @@ def _parts(head: AbstractHead, batch: Batch, seen: Seen, inside: bool) -> list[A
     parts: list[Any] = [masking.total(bad.astype(jnp.float32))[None]]
     for observation in observations.values():
         late = Late(observation, _weights_for(observation, weights, elements), groups, replicas, reduced)
-        parts.append(late if observation.is_late else late.reduced())
+        parts.append(late if observation.is_late else late.reduce())
     if inside:
         exists = elements.rows.exists
         # Where entries have masks of their own, only the bad entry is left out; else its whole row is left out.
@@ -126,7 +132,7 @@ def _parts(head: AbstractHead, batch: Batch, seen: Seen, inside: bool) -> list[A
         rows = dataclasses.replace(elements.rows, exists=exists & ~gone)
         good = elements._replace(weights=weights, rows=rows)
         of = terms.DivisorOf(seen.term, good, Reduction.of(head.loss_reduction))
-        parts.append(Late(of, masking.ones_like(good.rows.exists[..., :1]), groups, replicas, reduced).reduced())
+        parts.append(Late(of, masking.ones_like(good.rows.exists[..., :1]), groups, replicas, reduced).reduce())
     return parts
 
 

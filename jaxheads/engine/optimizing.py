@@ -1,12 +1,28 @@
 """One step of an optax optimizer, with checks. Both training steps use it."""
 
 import inspect
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from jaxheads.numerics import duals
+
+
+@runtime_checkable
+class Transformation(Protocol):
+    """What optax calls a `GradientTransformation`, of whatever class."""
+
+    @property
+    def init(self) -> Any: ...
+
+    @property
+    def update(self) -> Any: ...
+
+
+def is_optimizer(value: Any) -> bool:
+    """Tells whether a value has the two functions of an optax transformation."""
+    return isinstance(value, Transformation) and callable(value.init) and callable(value.update)
 
 
 def averaged(model_state: Any, axis_name: Any) -> Any:
@@ -51,7 +67,7 @@ def check_opt_state(optimizer: Any, opt_state: Any, variables: Any) -> None:
 
 def check_optimizer(optimizer: Any) -> None:
     """Refuses every value that is not an optax transformation, also the name of an optimizer."""
-    if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
+    if not is_optimizer(optimizer):
         raise ValueError(
             "The given optimizer is not an optax.GradientTransformation, such as optax.adam(1e-3). Received "
             f"{optimizer!r} of type {type(optimizer).__name__}."

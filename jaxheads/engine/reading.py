@@ -14,9 +14,9 @@ from jaxheads.contract import AVERAGE_LOSS, AbstractHead
 from jaxheads.engine import gathering
 from jaxheads.engine.elements import observations_of
 from jaxheads.metrics import Count, Grouped, Mean, Observation
-from jaxheads.metrics.base import COUNT, DIVISOR, RESERVED, Path
+from jaxheads.metrics.base import COUNT, DIVISOR, LOSS, RESERVED, Path, is_part_of, join_names
 from jaxheads.metrics.mean import Total
-from jaxheads.metrics.reading import joined, slots
+from jaxheads.metrics.reading import slots
 from jaxheads.metrics.state import views_of_nothing
 from jaxheads.numerics import fields, hooks
 from jaxheads.numerics import labels as rules
@@ -99,7 +99,7 @@ def read(head: Any, seen: Mapping[Path, Any]) -> dict[tuple[str, str | None], An
         return _read_leaf(head, {path[0]: view for path, view in seen.items()})
     views = {name: _below(seen, name) for name in inner}
     out: dict[tuple[str, str | None], Any] = {
-        ("loss", name): read_loss(part, views[name]) for name, part in inner.items() if name
+        (LOSS, name): read_loss(part, views[name]) for name, part in inner.items() if name
     }
     for name, part in inner.items():
         out |= read(part, views[name])
@@ -110,19 +110,21 @@ def read(head: Any, seen: Mapping[Path, Any]) -> dict[tuple[str, str | None], An
 def directions(head: Any) -> dict[str, bool | None]:
     """Tells, by a metric's full name, whether a higher value is better; None where neither is better, or unknown."""
     with np.errstate(all="ignore"):
-        return {joined(*key): higher for key, higher in _directions(head, views_of_nothing(head)).items()}
+        return {join_names(*key): higher for key, higher in _directions(head, views_of_nothing(head)).items()}
 
 
 def _directions(head: Any, seen: Mapping[Path, Any]) -> dict[tuple[str, str | None], bool | None]:
     if inner := head.parts():
-        found: dict[tuple[str, str | None], bool | None] = {("loss", name): False for name in inner if name}
+        found: dict[tuple[str, str | None], bool | None] = {(LOSS, name): False for name in inner if name}
         for name, part in inner.items():
             found |= _directions(part, _below(seen, name))
         return found
     views = {path[0]: view for path, view in seen.items()}
     each: dict[str, bool | None] = {AVERAGE_LOSS: False}
     # A metric of one class or one threshold has the direction of the whole metric: "auc/sun" that of "auc".
-    each |= {key: head.higher_is_better.get(key.split("/")[0]) for key in head.summarize(_own(head, views))}
+    declared = head.higher_is_better.items()
+    for key in head.summarize(_own(head, views)):
+        each[key] = next((higher for whole, higher in declared if is_part_of(key, whole)), None)
     for metric in head.extra_metrics:
         each |= {key: metric.direction(key) for key in metric.summarize(views)}
     return {(key, head.suffix): higher for key, higher in each.items()}

@@ -12,6 +12,7 @@ from jaxheads import losses, spec
 from jaxheads.contract import LabelSpec, WeightColumn
 from jaxheads.heads import constants, loss_functions, scoring
 from jaxheads.metrics import LogitGrid, Mean, Observation, Scores
+from jaxheads.metrics.base import SCORES
 from jaxheads.metrics.grids import AbstractGrid
 from jaxheads.numerics import stable, vocabulary
 
@@ -19,9 +20,9 @@ from jaxheads.numerics import stable, vocabulary
 class BinaryClassHead(loss_functions.AbstractLossFnHead):
     """Binary classification from one logit.
 
-    **Domain**: `labels` in [0, 1], `[D0, ..., DN, 1]` or `[D0, ..., DN]`; int, bool, soft labels, or (eagerly, or
-    through `encode_labels`) the names of a `label_vocabulary`. A soft label y counts as weight y positive and 1 - y
-    negative in every metric.
+    **Domain**: `labels` in [0, 1], `[D0, ..., DN, 1]` or `[D0, ..., DN]`: int, bool or soft labels. Eager calls and
+    `encode_labels` also take the names of a `label_vocabulary`. In every metric, a soft label y counts as a positive of
+    weight y and a negative of weight 1 - y.
 
     **Link**: `P(y = 1) = sigmoid(z)`.
 
@@ -30,25 +31,26 @@ class BinaryClassHead(loss_functions.AbstractLossFnHead):
     **Predictions**: `logits [..., 1]`, `logistic [..., 1]`, `probabilities [..., 2]`, `class_ids [..., 1]` (int32, z
     > 0), `all_class_ids [D0, 2]`; `decode_predictions` adds `classes` and `all_classes`.
     **Metrics**: `average_loss`, `accuracy`, `precision`, `recall` (positive: z > 0), `prediction/mean`, `label/mean`,
-    `accuracy_baseline` (of the more frequent class), `auc`, `auc_precision_recall` (interpolated as by Keras), for
-    each threshold t `accuracy|precision|recall/positive_threshold_t` (positive: p > t), and `regularization_loss` if
-    one is given. All float32. The areas come from a histogram with `bins`: `compute(bounds=True)` gives the interval
-    that binning leaves. More by `with_metrics(jh.metrics...)`: the source is `scores`.
+    `accuracy_baseline` (the accuracy of always guessing the more frequent class), `auc`, `auc_precision_recall`
+    (interpolated as in Keras), for each threshold t `accuracy|precision|recall/positive_threshold_t` (positive: p > t),
+    and `regularization_loss` if a regularization is given. All are float32. The areas come from a histogram with
+    `bins`: `compute(bounds=True)` gives the interval that binning leaves. `with_metrics(jh.metrics...)` adds metrics
+    that read the source `"scores"`.
 
     Args:
         weight_column: a key of `features`, or a function `features -> weights`.
         thresholds: numbers in (0, 1).
         label_vocabulary: the names of the two classes.
         loss_reduction: a `Reduction` or its text.
-        loss_fn: `loss_fn(labels, logits[, features])` giving one loss an element, `[..., 1]`; other arguments
-            keyword-only with a default, or bound by `functools.partial`.
-        name: suffixes the metric keys.
+        loss_fn: `loss_fn(labels, logits[, features])` returns one loss for each element, `[..., 1]`. Other arguments
+            must be keyword-only with a default, or bound by `functools.partial`.
+        name: is appended to the metric keys.
         bins: `LogitGrid(...)` (default), or `ThresholdGrid(200)` for TensorFlow's numbers.
 
     Raises:
-        ValueError: thresholds outside (0, 1) or printing alike; a vocabulary that is not two names; a `loss_fn` with
-            other arguments or another result shape; labels outside [0, 1], or a name outside the vocabulary, in an
-            unmasked row.
+        ValueError: thresholds outside (0, 1), or two that print alike; a vocabulary that is not two names; a `loss_fn`
+            with other arguments or another result shape; labels outside [0, 1], or a name outside the vocabulary, in
+            an unmasked row.
 
     Source: `tf.estimator.BinaryClassHead` (TensorFlow 2.15).
 
@@ -73,7 +75,7 @@ class BinaryClassHead(loss_functions.AbstractLossFnHead):
     accuracy 0.50 precision 1.00 recall 0.50 auc 0.00
     """
 
-    weight_column: WeightColumn = None  # the original's first argument: here by position too
+    weight_column: WeightColumn = None  # positional here too, as in the original
     _: dataclasses.KW_ONLY
     thresholds: Sequence[float] | None = None
     label_vocabulary: Sequence[str] | None = None
@@ -110,15 +112,15 @@ class BinaryClassHead(loss_functions.AbstractLossFnHead):
     def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
         return {
             "prediction/mean": Mean(jax.nn.sigmoid(logits)),
-            "scores": self.sources(labels, logits)["scores"](),
+            SCORES: self.sources(labels, logits)[SCORES](),
         }
 
     def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
         thresholds = tuple(dict.fromkeys(self.thresholds or ()))
-        return {"scores": lambda: Scores(labels, logits, self.bins, thresholds)}
+        return {SCORES: lambda: Scores(labels, logits, self.bins, thresholds)}
 
     def summarize(self, seen: Mapping[str, Any]) -> dict[str, Any]:
-        scores = seen["scores"]
+        scores = seen[SCORES]
         decided = scores.at_zero()
         larger = scores.xp.maximum(scores.positives, scores.negatives)
         return {
@@ -137,4 +139,4 @@ class BinaryClassHead(loss_functions.AbstractLossFnHead):
         return spec.classification_signatures(predictions, self.class_names(), regression="logistic")
 
     def class_names(self) -> tuple[str, ...]:
-        return tuple(self.label_vocabulary or ()) or tuple(map(str, range(2)))
+        return scoring.class_names(self.label_vocabulary, 2)

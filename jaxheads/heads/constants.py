@@ -1,13 +1,13 @@
-"""The constant logits that do best, in closed form."""
+"""The best constant logits, in closed form."""
 
 import numpy as np
 
-# What an infinite logit is cut at: a class that was never seen has a probability of 1e-13.
+# Infinite logits are cut here: a class that was never seen gets a probability of 1e-13.
 LIMIT = 30.0
 
 
 def mean_constant(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The weighted mean of each column, `[n, d]` under `[n, 1]` or `[n, d]`: `[d]`."""
+    """Returns the weighted mean of each column, `[d]`: values are `[n, d]`, weights `[n, 1]` or `[n, d]`."""
     weights = np.broadcast_to(weights, values.shape)
     totals = weights.sum(0)
     if not totals.all():
@@ -19,12 +19,12 @@ def mean_constant(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def log_constant(x: np.ndarray) -> np.ndarray:
-    """`ln x`, no less than -30."""
+    """Returns `ln x`, but at least -30."""
     with np.errstate(divide="ignore"):
         return np.maximum(np.log(x), -LIMIT)
 
 
 def log_odds_constant(p: np.ndarray) -> np.ndarray:
-    """`ln p / (1 - p)`, cut at -30 and 30."""
+    """Returns `ln(p / (1 - p))`, cut at -30 and 30."""
     with np.errstate(divide="ignore"):
         return np.clip(np.log(p) - np.log1p(-p), -LIMIT, LIMIT)

@@ -11,6 +11,7 @@ from jaxheads.contract import LabelSpec
 from jaxheads.head import Head
 from jaxheads.heads import constants
 from jaxheads.metrics import Mean, Observation
+from jaxheads.metrics.base import MOMENTS
 
 
 class LogisticRegressionHead(Head):
@@ -25,13 +26,13 @@ class LogisticRegressionHead(Head):
     **loss** = `softplus(z) - y z`; `[..., 1]`.
 
     **Predictions**: `predictions [..., 1]` = sigmoid(z), and `logits`.
-    **Metrics**: `average_loss`, `prediction/mean`, `label/mean`, and `regularization_loss` if one is given. All
-    float32. `with_metrics` adds those that read `"moments"`, of labels and predictions.
+    **Metrics**: `average_loss`, `prediction/mean`, `label/mean`, and `regularization_loss` if a regularization is
+    given. All are float32. `with_metrics` adds metrics that read `"moments"`, the moments of labels and predictions.
 
     Args:
         weight_column: a key of `features`, or a function `features -> weights`; may be positional.
         loss_reduction: a `Reduction` or its text.
-        name: suffixes the metric keys.
+        name: is appended to the metric keys.
 
     Raises:
         ValueError: labels outside [0, 1] in an unmasked row.
@@ -70,7 +71,7 @@ class LogisticRegressionHead(Head):
         return {"prediction/mean": Mean(jax.nn.sigmoid(logits)), "label/mean": Mean(labels)}
 
     def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
-        return {"moments": lambda: metrics.Moments(labels, jax.nn.sigmoid(logits))}
+        return {MOMENTS: lambda: metrics.Moments(labels, jax.nn.sigmoid(logits))}
 
     def signatures(self, predictions: Any) -> dict[str, spec.ExportOutput]:
         return spec.regression_signatures(predictions, "predictions")

@@ -1,4 +1,4 @@
-"""Heads whose losses the user may replace by a `loss_fn`, and how such a function is checked and called."""
+"""Heads that accept a `loss_fn` in place of their own losses, and the checks and calls of this function."""
 
 import abc
 import dataclasses
@@ -13,27 +13,28 @@ import numpy as np
 
 from jaxheads.contract import NoClosedForm
 from jaxheads.head import Head
+from jaxheads.numerics import inputs
 
 CALLED = ("labels", "logits", "features")
 
 
 class AbstractLossFnHead(Head):
-    """A head whose losses the user may replace by a `loss_fn`."""
+    """A head that accepts a `loss_fn` in place of its own losses."""
 
     _: dataclasses.KW_ONLY
     loss_fn: Callable[..., Any] | None = None
 
     @abc.abstractmethod
     def standard_losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
-        """The head's own losses, `[..., loss_size]`."""
+        """Returns the head's own losses, `[..., loss_size]`."""
 
     def standard_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """`best_constant` under the head's own losses; by default there is none in closed form."""
+        """Returns `best_constant` for the head's own losses; by default there is no closed form."""
         return super().best_constant(labels, weights)
 
     @property
     def loss_size(self) -> int:
-        """The last axis of the losses."""
+        """The size of the last axis of the losses."""
         return 1
 
     def validate(self) -> None:
@@ -62,16 +63,17 @@ class AbstractLossFnHead(Head):
 
 
 def check_label_dimension(dimension: Any) -> None:
-    """Refuses what is no positive integer."""
-    if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 1:
+    """Refuses every value that is not a positive integer."""
+    if not inputs.is_integer(dimension, 1):
         raise ValueError(f"Invalid label_dimension {dimension!r}: expected an integer of at least 1.")
 
 
 def check_loss_fn(loss_fn: Any) -> None:
     """Refuses a loss function that does not take `labels, logits[, features]`.
 
-    Other arguments must be keyword-only with a default, as `functools.partial` makes those that it binds. A plain one
-    is refused even with a default, as in the original: it may be a misspelt `features`.
+    Other arguments must be keyword-only with a default. `functools.partial` makes such arguments when it binds them by
+    keyword. An argument that may be positional is refused even with a default, as in the original: it may be a misspelt
+    `features`.
     """
     if loss_fn is None:
         return
@@ -97,7 +99,7 @@ def check_loss_fn(loss_fn: Any) -> None:
     def expected(p: inspect.Parameter) -> bool:
         if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) or (p.name in CALLED and p.name in by_keyword):
             return True
-        # The original knew the argument `loss_reduction` and never passed it: with a default it does no harm.
+        # The original accepted an argument `loss_reduction` and never passed it. With a default it does no harm.
         return p.default is not p.empty and (p.kind is p.KEYWORD_ONLY or p.name == "loss_reduction")
 
     if unexpected := [p.name for p in parameters if not expected(p)]:
@@ -105,7 +107,7 @@ def check_loss_fn(loss_fn: Any) -> None:
 
 
 def takes_features(loss_fn: Callable[..., Any] | None) -> bool:
-    """Whether a loss function asks for the features, and nobody has bound them already."""
+    """Tells whether a loss function needs the features: it has this argument, and no partial has bound it."""
     if loss_fn is None or (isinstance(loss_fn, functools.partial) and "features" in loss_fn.keywords):
         return False
     found = inspect.signature(loss_fn).parameters.get("features")
@@ -113,7 +115,7 @@ def takes_features(loss_fn: Callable[..., Any] | None) -> bool:
 
 
 def call_loss_fn(loss_fn: Callable[..., Any], labels: Any, logits: jax.Array, features: Any, size: int) -> jax.Array:
-    """The user's per-element losses, checked to be `[..., size]`."""
+    """Returns the losses of the user's function, after a check that they are `[..., size]`."""
     extra = {"features": features} if takes_features(loss_fn) else {}
     losses = jnp.asarray(loss_fn(labels=labels, logits=logits, **extra))
     expected = (*logits.shape[:-1], size)

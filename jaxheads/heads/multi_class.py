@@ -12,14 +12,15 @@ from jaxheads import losses, metrics, spec
 from jaxheads.contract import LabelSpec
 from jaxheads.heads import constants, loss_functions, scoring
 from jaxheads.metrics import Mean, Observation, Scores
-from jaxheads.numerics import meshes, stable, vocabulary
+from jaxheads.metrics.base import CONFUSION, RANKS, SCORES
+from jaxheads.numerics import inputs, meshes, stable, vocabulary
 
 
 class MultiClassHead(loss_functions.AbstractLossFnHead):
     """Classification into one of `n_classes` classes.
 
-    **Domain**: `labels` integer class ids 0 ... n_classes - 1, `[D0, ..., DN, 1]` or `[D0, ..., DN]`, or (eagerly, or
-    through `encode_labels`) the names of a `label_vocabulary`. One-hot and float labels are refused.
+    **Domain**: `labels` are integer class ids 0 ... n_classes - 1, `[D0, ..., DN, 1]` or `[D0, ..., DN]`. Eager calls
+    and `encode_labels` also take the names of a `label_vocabulary`. One-hot and float labels are refused.
 
     **Link**: `P(y = k) = softmax(z)_k`.
 
@@ -27,18 +28,18 @@ class MultiClassHead(loss_functions.AbstractLossFnHead):
 
     **Predictions**: `logits [..., n]`, `probabilities [..., n]`, `class_ids [..., 1]` (int32; the first of equal
     maxima), `all_class_ids [D0, n]`; `decode_predictions` adds `classes` and `all_classes`.
-    **Metrics**: `average_loss`, `accuracy`, and `regularization_loss` if one is given. All float32. `with_metrics` adds
-    those that read `"confusion"`, the confusion matrix; `"ranks"`, the rank of the label; and `"scores"`, of each class
-    against all others, the log odds of its probability.
+    **Metrics**: `average_loss`, `accuracy`, and `regularization_loss` if a regularization is given. All are float32.
+    `with_metrics` adds metrics that read `"confusion"`, the confusion matrix; `"ranks"`, the rank of the label; or
+    `"scores"`, for each class the log odds of its probability against all other classes.
 
     Args:
         n_classes: at least 3; for two use `BinaryClassHead`, or `binary_or_multi_class_head`.
         weight_column: a key of `features`, or a function `features -> weights`.
         label_vocabulary: the names of the classes.
         loss_reduction: a `Reduction` or its text.
-        loss_fn: `loss_fn(labels, logits[, features])` giving one loss an element, `[..., 1]`; labels are int32 `[...,
-            1]`; other arguments keyword-only with a default, or bound by `functools.partial`.
-        name: suffixes the metric keys.
+        loss_fn: `loss_fn(labels, logits[, features])` returns one loss for each element, `[..., 1]`; its labels are
+            int32 `[..., 1]`. Other arguments must be keyword-only with a default, or bound by `functools.partial`.
+        name: is appended to the metric keys.
 
     Raises:
         ValueError: `n_classes` below 3; a vocabulary of another length; a `loss_fn` with other arguments or another
@@ -72,7 +73,7 @@ class MultiClassHead(loss_functions.AbstractLossFnHead):
 
     def validate(self) -> None:
         n = self.n_classes
-        if isinstance(n, bool) or not isinstance(n, int) or n <= 2:
+        if not inputs.is_integer(n, 3):
             raise ValueError(f"n_classes must be an integer > 2. Given: {n!r}. For two classes use BinaryClassHead().")
         vocabulary.check(self.label_vocabulary, n, "MultiClassHead")
         super().validate()
@@ -112,13 +113,13 @@ class MultiClassHead(loss_functions.AbstractLossFnHead):
             return Scores(one_hot, stable.log_odds_of_each(logits), None, names=names)
 
         return {
-            "confusion": lambda: metrics.ConfusionTable.of(labels, stable.first_argmax(logits), names),
-            "ranks": lambda: metrics.Ranks(stable.rank(logits, labels), n),
-            "scores": scores,
+            CONFUSION: lambda: metrics.ConfusionTable.of(labels, stable.first_argmax(logits), names),
+            RANKS: lambda: metrics.Ranks(stable.rank(logits, labels), n),
+            SCORES: scores,
         }
 
     def class_names(self) -> tuple[str, ...]:
-        return tuple(self.label_vocabulary or ()) or tuple(map(str, range(self.n_classes)))
+        return scoring.class_names(self.label_vocabulary, self.n_classes)
 
     def signatures(self, predictions: Any) -> dict[str, spec.ExportOutput]:
         return spec.classification_signatures(predictions, self.class_names())

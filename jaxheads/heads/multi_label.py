@@ -12,19 +12,23 @@ from jaxheads import losses, spec
 from jaxheads.contract import LabelSpec, Rows, Term
 from jaxheads.heads import constants, loss_functions, scoring
 from jaxheads.metrics import ColumnMeans, LogitGrid, Observation, Scores
+from jaxheads.metrics.base import SCORES, join_names
 from jaxheads.metrics.grids import AbstractGrid
 from jaxheads.numerics import inputs, masking, vocabulary
 
+PROBABILITY_MEAN = "probability_mean"
+
 
 class MultiLabelHead(loss_functions.AbstractLossFnHead):
-    """Classification in which an example may have any number of `n_classes` classes.
+    """Classification into any number of `n_classes` classes for each example.
 
-    **Domain**: `labels` multi-hot `[D0, ..., DN, n_classes]`: int, bool, or numbers in [0, 1]; a soft label y counts as
-    weight y positive and 1 - y negative in every metric. `encode_labels` makes them of lists of class ids or names,
-    one list an example, nested as deep as the leading axes; an eager call takes lists of names straight in. `where` and
-    `weights` may also have the shape of the logits, one for each entry: missing labels of some classes.
+    **Domain**: `labels` are multi-hot `[D0, ..., DN, n_classes]`: int, bool, or numbers in [0, 1]. In every metric, a
+    soft label y counts as a positive of weight y and a negative of weight 1 - y. `encode_labels` makes multi-hot labels
+    from lists of class ids or names, with one list for each example, nested to the depth of the leading axes. An eager
+    call also takes lists of names. `where` and `weights` may have the shape of the logits, for example where the labels
+    of some classes are missing.
 
-    **Link**: `P(y_k = 1) = sigmoid(z_k)`, each class by itself.
+    **Link**: `P(y_k = 1) = sigmoid(z_k)`, independently for each class.
 
     **loss** = the mean over classes of `softplus(z_k) - y_k z_k`, or `loss_fn`; `[..., 1]`. With masks or weights of
     single entries the loss of a batch is the mean over the entries that exist.
@@ -34,24 +38,26 @@ class MultiLabelHead(loss_functions.AbstractLossFnHead):
     **Metrics**: `average_loss`; over all entries of all examples (micro average) `auc`, `auc_precision_recall`, and for
     each threshold t `accuracy|precision|recall/positive_threshold_t` (positive: p > t); for each class c of
     `classes_for_class_based_metrics` `probability_mean/c`, `auc/c`, `auc_precision_recall/c`, where c is its name or
-    `class7`; `regularization_loss` if one is given. All float32, all areas from one histogram with `bins`. More by
-    `with_metrics(jh.metrics...)`: the source is `scores`, of all entries and of each class.
+    `class7`; `regularization_loss` if a regularization is given. All are float32. All areas come from one histogram
+    with `bins`. `with_metrics(jh.metrics...)` adds metrics that read the source `"scores"`, over all entries or for
+    each class.
 
     Args:
         n_classes: at least 2.
-        weight_column: a key of `features`, or a function `features -> weights`; one weight an example.
+        weight_column: a key of `features`, or a function `features -> weights`; one weight for each example.
         thresholds: numbers in (0, 1).
         label_vocabulary: the names of the classes.
         loss_reduction: a `Reduction` or its text.
-        loss_fn: `loss_fn(labels, logits[, features])` giving one loss an example, `[..., 1]`; labels are float32.
-            Called by keyword; other arguments must be keyword-only with a default, as `functools.partial` makes them.
+        loss_fn: `loss_fn(labels, logits[, features])` returns one loss for each example, `[..., 1]`; its labels are
+            float32. Other arguments must be keyword-only with a default, or bound by `functools.partial`.
         classes_for_class_based_metrics: class ids, or names of the vocabulary.
-        name: suffixes the metric keys.
+        name: is appended to the metric keys.
         bins: `LogitGrid(...)` (default), or `ThresholdGrid(200)` for TensorFlow's numbers.
 
     Raises:
-        ValueError: `n_classes` below 2; thresholds outside (0, 1) or printing alike; a vocabulary of another length;
-            classes that are not there; labels outside [0, 1] in an unmasked example; ids or names that are not there.
+        ValueError: `n_classes` below 2; thresholds outside (0, 1), or two that print alike; a vocabulary of another
+            length; unknown classes in `classes_for_class_based_metrics`; labels outside [0, 1], unknown ids or unknown
+            names in an unmasked example.
 
     Source: `tf.estimator.MultiLabelHead` (TensorFlow 2.15).
 
@@ -89,16 +95,16 @@ class MultiLabelHead(loss_functions.AbstractLossFnHead):
 
     def validate(self) -> None:
         n = self.n_classes
-        if isinstance(n, bool) or not isinstance(n, int) or n <= 1:
+        if not inputs.is_integer(n, 2):
             raise ValueError(f"n_classes must be an integer > 1 for multi-label classification. Given: {n!r}.")
         scoring.check_thresholds(self.thresholds or ())
         vocabulary.check(self.label_vocabulary, n, "MultiLabelHead")
         super().validate()
         scoring.check_bins(self.bins)
-        self._watched()
+        self._find_watched()
 
-    def _watched(self) -> dict[str, int]:
-        """The classes that have metrics of their own: ids by what stands in the metric keys."""
+    def _find_watched(self) -> dict[str, int]:
+        """Returns the ids of the classes with metrics of their own, by their names in metric keys."""
         names, watched = self.label_vocabulary, {}
         chosen = self.classes_for_class_based_metrics or ()
         if not isinstance(chosen, tuple):
@@ -115,7 +121,7 @@ class MultiLabelHead(loss_functions.AbstractLossFnHead):
                         f"classes_for_class_based_metrics: {c!r} is not in the label_vocabulary {tuple(names)!r}."
                     )
                 c = names.index(c)
-            if isinstance(c, bool) or not isinstance(c, int) or not 0 <= c < self.n_classes:
+            if not inputs.is_integer(c, 0, self.n_classes - 1):
                 raise ValueError(
                     f"All classes_for_class_based_metrics must be in range [0, {self.n_classes - 1}], or names of the "
                     f"label_vocabulary. Given: {c!r}."
@@ -153,7 +159,7 @@ class MultiLabelHead(loss_functions.AbstractLossFnHead):
     def losses(self, labels: jax.Array, logits: jax.Array, features: Any = None, rows: Rows | None = None) -> Any:
         if rows is None or max(rows.exists.shape[-1], rows.weights.shape[-1]) == 1:
             return super().losses(labels, logits, features)
-        # Entries have masks or weights of their own: each counts as its part of a row.
+        # Entries have their own masks or weights: each entry counts as 1 / n_classes of a row.
         entries = losses.sigmoid_cross_entropy(labels, logits)
         return Term(entries / self.n_classes, masking.ones_like(entries) / self.n_classes)
 
@@ -167,34 +173,34 @@ class MultiLabelHead(loss_functions.AbstractLossFnHead):
         return {"logits": logits, "probabilities": lambda: jax.nn.sigmoid(logits)}
 
     def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
-        classes = tuple(self._watched().values())
-        seen: dict[str, Observation] = {"scores": self._scores(labels, logits, classes)}
-        return {**seen, "probability_mean": ColumnMeans(jax.nn.sigmoid(logits), classes)} if classes else seen
+        classes = tuple(self._find_watched().values())
+        seen: dict[str, Observation] = {SCORES: self._make_scores(labels, logits, classes)}
+        return {**seen, PROBABILITY_MEAN: ColumnMeans(jax.nn.sigmoid(logits), classes)} if classes else seen
 
-    def _scores(self, labels: jax.Array, logits: jax.Array, classes: tuple[int, ...]) -> Scores:
+    def _make_scores(self, labels: jax.Array, logits: jax.Array, classes: tuple[int, ...]) -> Scores:
         thresholds, names = tuple(dict.fromkeys(self.thresholds or ())), tuple(self.label_vocabulary or ())
         return Scores(labels, logits, self.bins, thresholds, classes, names)
 
     def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
-        return {"scores": lambda: self._scores(labels, logits, ())}
+        return {SCORES: lambda: self._make_scores(labels, logits, ())}
 
     def summarize(self, seen: Mapping[str, Any]) -> dict[str, Any]:
-        scores = seen["scores"]
+        scores = seen[SCORES]
         out = {"auc": scores.roc_auc(), "auc_precision_recall": scores.pr_auc()}
         out |= scoring.at_thresholds(scores, self.thresholds)
-        for i, (name, column) in enumerate(self._watched().items()):
-            out[f"probability_mean/{name}"] = seen["probability_mean"].mean[..., i]
-            out[f"auc/{name}"] = scores.columns[column].roc_auc()
-            out[f"auc_precision_recall/{name}"] = scores.columns[column].pr_auc()
+        for i, (name, column) in enumerate(self._find_watched().items()):
+            out[join_names(PROBABILITY_MEAN, name)] = seen[PROBABILITY_MEAN].mean[..., i]
+            out[join_names("auc", name)] = scores.columns[column].roc_auc()
+            out[join_names("auc_precision_recall", name)] = scores.columns[column].pr_auc()
         return out
 
     def signatures(self, predictions: Mapping[str, Any]) -> dict[str, spec.ExportOutput]:
         return spec.classification_signatures(predictions, self.class_names())
 
     def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """As NumPy arrays; `classes` and `all_classes` are both the names behind the last axis, `[D0, n]`."""
+        """Returns NumPy arrays; `classes` and `all_classes` are both the names behind the last axis, `[D0, n]`."""
         out = super().decode_predictions(predictions)
         return {**out, "classes": out["all_classes"]} if "all_classes" in out else out
 
     def class_names(self) -> tuple[str, ...]:
-        return tuple(self.label_vocabulary or ()) or tuple(map(str, np.arange(self.n_classes)))
+        return scoring.class_names(self.label_vocabulary, self.n_classes)

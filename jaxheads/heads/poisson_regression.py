@@ -13,31 +13,32 @@ from jaxheads.contract import LabelSpec
 from jaxheads.head import Head
 from jaxheads.heads import constants, loss_functions
 from jaxheads.metrics import Mean, Observation
+from jaxheads.metrics.base import MOMENTS
 
 
 class PoissonRegressionHead(Head):
     """Regression of counts and rates by the Poisson likelihood.
 
-    **Domain**: `labels` finite and not negative (fractions are taken), `[D0, ..., DN, label_dimension]`, or `[D0, ...,
-    DN]` where `label_dimension` is 1. `weights` and `where` may also have the shape of the logits.
+    **Domain**: `labels` are finite and not negative (fractions are allowed), `[D0, ..., DN, label_dimension]`, or
+    `[D0, ..., DN]` where `label_dimension` is 1. `weights` and `where` may also have the shape of the logits.
 
     **Link**: `E(y) = exp(z)`: the logit is the logarithm of the mean.
 
-    **loss** = `exp(z) - y z`, and with `compute_full_loss`, where y > 1, also `y ln y - y + ln(2 pi y) / 2`, Stirling's
-    approximation of `ln y!`: a constant, that makes the loss comparable to other likelihoods. +inf where exp(z)
-    overflows, at z > 88.7.
+    **loss** = `exp(z) - y z`. With `compute_full_loss` it also has `y ln y - y + ln(2 pi y) / 2` where y > 1. This is
+    Stirling's approximation of `ln y!`, a constant that makes the loss comparable to other likelihoods. The loss is
+    +inf where exp(z) overflows, at z > 88.7.
 
     **Predictions**: `predictions [..., label_dimension]` = exp(z), and `logits`.
-    **Metrics**: `average_loss`, `prediction/mean`, `label/mean`, and `regularization_loss` if one is given; weighted
-    means over all elements, the last axis included. All float32. `with_metrics` adds those that read `"moments"`, of
-    labels and predictions.
+    **Metrics**: `average_loss`, `prediction/mean`, `label/mean`, and `regularization_loss` if a regularization is
+    given. They are weighted means over all elements, the last axis included. All are float32. `with_metrics` adds
+    metrics that read `"moments"`, the moments of labels and predictions.
 
     Args:
         label_dimension: the number of targets.
         weight_column: a key of `features`, or a function `features -> weights`.
         compute_full_loss: whether to add Stirling's term.
         loss_reduction: a `Reduction` or its text.
-        name: suffixes the metric keys.
+        name: is appended to the metric keys.
 
     Raises:
         ValueError: `label_dimension` below 1; labels that are negative, NaN or infinite in an unmasked row.
@@ -88,7 +89,7 @@ class PoissonRegressionHead(Head):
         return {"prediction/mean": Mean(jnp.exp(logits)), "label/mean": Mean(labels)}
 
     def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
-        return {"moments": lambda: metrics.Moments(labels, jnp.exp(logits))}
+        return {MOMENTS: lambda: metrics.Moments(labels, jnp.exp(logits))}
 
     def signatures(self, predictions: Any) -> dict[str, spec.ExportOutput]:
         return spec.regression_signatures(predictions, "predictions")

@@ -11,31 +11,32 @@ from jaxheads import losses, metrics, spec
 from jaxheads.contract import LabelSpec
 from jaxheads.heads import constants, loss_functions
 from jaxheads.metrics import Mean, Observation
+from jaxheads.metrics.base import MOMENTS
 
 
 class RegressionHead(loss_functions.AbstractLossFnHead):
-    """Regression: squared error, or a loss of your own.
+    """Regression with squared error, or with a loss of your own.
 
-    **Domain**: `labels` finite numbers (int and bool are cast), `[D0, ..., DN, label_dimension]`, or `[D0, ..., DN]`
-    where `label_dimension` is 1. `weights` and `where` may also have the shape of the logits.
+    **Domain**: `labels` are finite numbers (int and bool are cast), `[D0, ..., DN, label_dimension]`, or `[D0, ...,
+    DN]` where `label_dimension` is 1. `weights` and `where` may also have the shape of the logits.
 
     **Link**: `predictions = inverse_link_fn(logits)`; the identity by default. The loss never sees the link.
 
     **loss** = `(z - y)^2` for each of the `label_dimension` logits (no half), or `loss_fn`.
 
     **Predictions**: `predictions [..., label_dimension]`; with an `inverse_link_fn` also `logits`.
-    **Metrics**: `average_loss`, `prediction/mean`, `label/mean`, and `regularization_loss` if one is given; weighted
-    means over all elements, the last axis included. All float32. `with_metrics` adds those that read `"moments"`, of
-    labels and predictions.
+    **Metrics**: `average_loss`, `prediction/mean`, `label/mean`, and `regularization_loss` if a regularization is
+    given. They are weighted means over all elements, the last axis included. All are float32. `with_metrics` adds
+    metrics that read `"moments"`, the moments of labels and predictions.
 
     Args:
         label_dimension: the number of targets.
         weight_column: a key of `features`, or a function `features -> weights`.
-        loss_fn: `loss_fn(labels, logits[, features])` giving one loss an element, `[..., label_dimension]`; other
-            arguments keyword-only with a default, or bound by `functools.partial`.
-        inverse_link_fn: from logits to predictions.
+        loss_fn: `loss_fn(labels, logits[, features])` returns one loss for each logit, `[..., label_dimension]`. Other
+            arguments must be keyword-only with a default, or bound by `functools.partial`.
+        inverse_link_fn: a function `logits -> predictions`.
         loss_reduction: a `Reduction` or its text.
-        name: suffixes the metric keys.
+        name: is appended to the metric keys.
 
     Raises:
         ValueError: `label_dimension` below 1; a `loss_fn` with other arguments or another result shape; labels that are
@@ -100,12 +101,12 @@ class RegressionHead(loss_functions.AbstractLossFnHead):
         return {"predictions": logits} if link is None else {"predictions": lambda: link(logits), "logits": logits}
 
     def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
-        return {"prediction/mean": Mean(self._predicted(logits)), "label/mean": Mean(labels)}
+        return {"prediction/mean": Mean(self._predict(logits)), "label/mean": Mean(labels)}
 
     def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
-        return {"moments": lambda: metrics.Moments(labels, self._predicted(logits))}
+        return {MOMENTS: lambda: metrics.Moments(labels, self._predict(logits))}
 
-    def _predicted(self, logits: jax.Array) -> jax.Array:
+    def _predict(self, logits: jax.Array) -> jax.Array:
         return logits if self.inverse_link_fn is None else self.inverse_link_fn(logits)
 
     def signatures(self, predictions: Any) -> dict[str, spec.ExportOutput]:

@@ -1,4 +1,4 @@
-"""What heads with scores share: thresholds, bins, ids of classes."""
+"""Checks of thresholds and bins, metrics at thresholds, and class ids: shared by heads of classes."""
 
 from types import MappingProxyType
 from typing import Any
@@ -7,17 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from jaxheads.metrics import ScoresView
+from jaxheads.metrics.base import at_threshold
 from jaxheads.metrics.grids import AbstractGrid
 from jaxheads.numerics import stable
 
-# The metrics of decisions and of ranking that heads of classes have.
+# Metrics of decisions and of ranking, which heads of classes share.
 HIGHER_IS_BETTER = MappingProxyType(
     dict.fromkeys(("accuracy", "precision", "recall", "auc", "auc_precision_recall"), True)
 )
 
 
 def check_thresholds(thresholds: Any) -> None:
-    """Refuses thresholds outside (0, 1), and two that print alike: they would share their metric keys."""
+    """Refuses thresholds outside (0, 1), and two thresholds that print alike: they would share their metric keys."""
     if not isinstance(thresholds, tuple):
         raise ValueError(f"thresholds must be a sequence of numbers in (0, 1). Given {thresholds!r}.")
     for t in thresholds:
@@ -25,28 +26,34 @@ def check_thresholds(thresholds: Any) -> None:
             raise ValueError(f"thresholds not in (0, 1): {t!r} in {thresholds!r}.")
     printed: dict[str, float] = {}
     for t in thresholds:
-        if printed.setdefault(f"{t:g}", t) != t:
+        if (other := printed.setdefault(at_threshold("", t), t)) != t:
             raise ValueError(
-                f"thresholds {printed[f'{t:g}']!r} and {t!r} print alike (%g) and would share the metric keys "
+                f"thresholds {other!r} and {t!r} print alike (%g) and would share the metric keys "
                 f"positive_threshold_{t:g}. Leave one out."
             )
 
 
 def check_bins(bins: Any) -> None:
-    """Refuses what is no grid."""
+    """Refuses every value that is not a grid."""
     if not isinstance(bins, AbstractGrid):
         raise ValueError(f"bins must be jh.LogitGrid(...) or jh.ThresholdGrid(n). Given {bins!r}.")
 
 
+def class_names(label_vocabulary: Any, n: int) -> tuple[str, ...]:
+    """Returns the names of the classes; without a vocabulary, their ids as text."""
+    return tuple(label_vocabulary or ()) or tuple(map(str, range(n)))
+
+
 def at_thresholds(scores: ScoresView, thresholds: Any) -> dict[str, Any]:
-    """`accuracy|precision|recall/positive_threshold_t` for each threshold."""
-    return {
-        f"{key}/positive_threshold_{t:g}": getattr(scores.at(t), key)
-        for t in thresholds or ()
-        for key in ("accuracy", "precision", "recall")
-    }
+    """Returns `accuracy|precision|recall/positive_threshold_t` for each threshold."""
+    found = {}
+    for t in thresholds or ():
+        decided = scores.at(t)
+        rates = {"accuracy": decided.accuracy, "precision": decided.precision, "recall": decided.recall}
+        found |= {at_threshold(key, t): rate for key, rate in rates.items()}
+    return found
 
 
 def class_id_outputs(logits: jax.Array, n: int) -> dict[str, Any]:
-    """`all_class_ids`, `[D0, n]` at any rank, as in the original."""
+    """Returns `all_class_ids`, `[D0, n]` at any rank, as in the original."""
     return {"all_class_ids": lambda: jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None], (logits.shape[0], n))}

@@ -15,6 +15,8 @@ import numpy as np
 from jaxheads.losses import sigmoid_cross_entropy
 from jaxheads.numerics import masking, reduction
 
+PRECISION_AT_RECALL, RECALL_AT_PRECISION = "precision_at_recall", "recall_at_precision"
+TPR_AT_FPR, FPR_AT_TPR = "tpr_at_fpr", "fpr_at_tpr"
 SCALE = {"xent": math.log(2), "hinge": 1.0}
 PAIR_ROWS = 256
 
@@ -49,9 +51,9 @@ def problem(objective: str, target: np.ndarray) -> Problem:
     `(1 - target) FN + target FP <= (1 - target) P`.
     """
     given, rest = np.asarray(target, np.float32), np.asarray(1 - np.asarray(target, np.float64), np.float32)
-    if objective in ("precision_at_recall", "fpr_at_tpr"):
+    if objective in (PRECISION_AT_RECALL, FPR_AT_TPR):
         return Problem(Rate(0.0, 1.0), Rate(1.0, 0.0), Rate(rest, 0.0))
-    if objective == "tpr_at_fpr":
+    if objective == TPR_AT_FPR:
         return Problem(Rate(1.0, 0.0), Rate(0.0, 1.0), Rate(0.0, given))
     return Problem(Rate(1.0, 0.0), Rate(rest, given), Rate(rest, 0.0))
 

@@ -13,18 +13,38 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from jaxheads.numerics import fields
+
 # What a head keeps beside what it observes: the mean of its losses; what its loss is divided by, inside a `MultiHead`;
 # how many elements weigh anything, with slices.
 AVERAGE_LOSS, DIVISOR, COUNT = KEPT = ("average_loss", "divisor", "slice_count")
-# What metrics of slices, and of a regularized loss, are called.
-RESERVED = ("slice", "count", "regularization_loss")
+# The loss of all data that a head in a `MultiHead` has seen.
+LOSS = "loss"
+# The columns of `by_slice` beside the metrics, and the metric of a regularized loss.
+SLICE, SLICE_SIZE, REGULARIZATION_LOSS = RESERVED = ("slice", "count", "regularization_loss")
 
-# Under which keys heads and metrics keep what is read under the same: the score histogram; calibration by bins.
-SCORES = "scores"
+# The sources that heads of the library have: the score histogram, the confusion matrix, the rank of the label, and the
+# moments of labels and predictions. A head observes its own histogram under the same key.
+SCORES, CONFUSION, RANKS, MOMENTS = "scores", "confusion", "ranks", "moments"
+
+
+def join_names(*parts: str | None) -> str:
+    """The full name of a metric or a summary from its key and the names that there are, as `auc/sun/HEAD`."""
+    return "/".join(part for part in parts if part)
+
+
+def is_part_of(key: str, whole: str) -> bool:
+    """Whether a key is that of a whole metric, or what `joined` makes of it for one class or threshold."""
+    return key == whole or key.startswith(f"{whole}/")
+
+
+def at_threshold(key: str, threshold: float) -> str:
+    """The key of a metric of decisions at a threshold of the user's."""
+    return f"{key}/positive_threshold_{threshold:g}"
 
 
 def calibration_key(bins: int) -> str:
-    """That of the calibration in so many bins."""
+    """The key of the observation for the calibration in so many bins."""
     return f"calibration/{bins}"
 
 
@@ -34,6 +54,9 @@ Path: TypeAlias = tuple[str, ...]
 
 class Observation(abc.ABC):
     """Per-element values of one batch that reduce to `size` sums."""
+
+    # Whether `reduce` does nothing but add: then it reduces all groups at once.
+    only_sums: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod
@@ -62,7 +85,8 @@ class Observation(abc.ABC):
 
     def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
         """`reduce` for each group, `[groups.n, size]`: one after the other, unless a better way is known."""
-        return groups.each(lambda inside: self.reduce(weights * inside))
+        over = groups.at_once if self.only_sums else groups.each
+        return over(lambda inside: self.reduce(weights * inside))
 
     @property
     def is_late(self) -> bool:
@@ -135,9 +159,9 @@ class Metric(abc.ABC):
 
     def __repr__(self) -> str:
         """As it is written: the arguments that differ from their defaults."""
-        every = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
-        given = [f for f in every if getattr(self, f.name) != f.default]
-        arguments = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in given)
+        values = fields.values_of(self) if dataclasses.is_dataclass(self) else {}
+        defaults = {field.name: field.default for field in fields.of_kind(type(self))} if values else {}
+        arguments = ", ".join(f"{name}={value!r}" for name, value in values.items() if value != defaults[name])
         return f"jh.metrics.{type(self).__name__}({arguments})"
 
     @abc.abstractmethod

@@ -19,11 +19,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxheads.metrics.base import Observation, View, calibration_key
+from jaxheads.metrics.base import CONFUSION, Observation, View, calibration_key
 from jaxheads.metrics.scored import AbstractScoreMetric
-from jaxheads.numerics import masking
+from jaxheads.numerics import inputs, masking
 from jaxheads.numerics.edges import edges_of
 from jaxheads.numerics.histograms import histogram
 
@@ -176,8 +175,8 @@ class AbstractSumsMetric(AbstractScoreMetric):
         self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]
     ) -> Mapping[str, Observation]:
         scores = self.check_classes(self.made(sources))
-        one_of_many = self.average == "micro" and "confusion" in sources
-        whole = self.whole(scores, sources["confusion"]()) if one_of_many else None
+        one_of_many = self.average == "micro" and CONFUSION in sources
+        whole = self.whole(scores, sources[CONFUSION]()) if one_of_many else None
         return {self.kept: self.sums(scores)} if whole is None else {self._kept_whole: whole}
 
     @property
@@ -212,11 +211,11 @@ class AbstractClassMean(AbstractSumsMetric):
     """A weighted mean of one value an entry."""
 
     def sums(self, scores: Any) -> Observation:
-        labels = _floats(scores)
+        labels = _take_labels(scores)
         return ClassMeans(self.entries(labels, scores.logits), labels, scores.class_names)
 
     def whole(self, scores: Any, decided: Any) -> Observation | None:
-        row = self.of_row(_floats(scores), scores.logits)
+        row = self.of_row(_take_labels(scores), scores.logits)
         return None if row is None else ClassMeans(row, masking.ones_like(row), ("all",))
 
     def of_row(self, labels: jax.Array, logits: jax.Array) -> jax.Array | None:
@@ -307,7 +306,7 @@ class ExpectedCalibrationError(AbstractSumsMetric):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.bins, bool) or not isinstance(self.bins, (int, np.integer)) or self.bins < 2:
+        if not inputs.is_integer(self.bins, 2):
             raise ValueError(f"ExpectedCalibrationError: bins must be an integer of at least 2. Given {self.bins!r}.")
         object.__setattr__(self, "bins", int(self.bins))
 
@@ -316,7 +315,7 @@ class ExpectedCalibrationError(AbstractSumsMetric):
         return calibration_key(self.bins)
 
     def sums(self, scores: Any) -> Observation:
-        return CalibrationBins(_floats(scores), scores.logits, self.bins, scores.class_names)
+        return CalibrationBins(_take_labels(scores), scores.logits, self.bins, scores.class_names)
 
     def whole(self, scores: Any, decided: Any) -> Observation:
         largest = scores.logits.max(-1, keepdims=True)
@@ -326,6 +325,6 @@ class ExpectedCalibrationError(AbstractSumsMetric):
         return view.error
 
 
-def _floats(scores: Any) -> jax.Array:
+def _take_labels(scores: Any) -> jax.Array:
     """The labels of scores, one for each of their entries."""
     return jnp.asarray(scores.labels, jnp.float32) * masking.ones_like(scores.logits)

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import jax
 
-from jaxheads.metrics.base import AbstractSourceMetric, Metric, Observation
+from jaxheads.metrics.base import AVERAGE_LOSS, CONFUSION, AbstractSourceMetric, Metric, Observation
 from jaxheads.metrics.confusion import ConfusionView
 from jaxheads.metrics.curves import Interval, ScoresView
 from jaxheads.metrics.grids import AbstractGrid
@@ -48,7 +48,7 @@ class ConfusionMatrix(AbstractSourceMetric):
 
     normalize: Literal["true", "pred", "all"] | None = None
 
-    source = "confusion"
+    source = CONFUSION
 
     def __post_init__(self):
         if self.normalize not in (None, "true", "pred", "all"):
@@ -68,7 +68,7 @@ class MeanIoU(AbstractSourceMetric):
     `IoU(average="macro")` under the name that it has for pixels. Source: `keras.metrics.MeanIoU`.
     """
 
-    source = "confusion"
+    source = CONFUSION
     higher_is_better = True
 
     def values(self, view: ConfusionView) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class Perplexity(Metric):
         return {}
 
     def summarize(self, seen: Mapping[str, Any]) -> dict[str, Any]:
-        loss = seen["average_loss"]
+        loss = seen[AVERAGE_LOSS]
         xp = loss.xp
         value = xp.exp(loss.mean)
         return {"perplexity": xp.where(loss.weight == 0, xp.full_like(value, loss.undefined), value)}

@@ -117,10 +117,11 @@ class ConfusionView(View):
         the small classes.
         """
         n = len(self.names)
-        hits, wrong = self.table[..., np.arange(n), np.arange(n)], self.table * self._fixed(1 - np.eye(n, n + 1))
+        hits = self.table[..., np.arange(n), np.arange(n)]
+        wrong = self.table * self._make_constant(1 - np.eye(n, n + 1))
         false_positives, false_negatives = wrong[..., :-1].sum(-2), wrong.sum(-1)
         missed = self.xp.maximum(wrong.sum((-2, -1))[..., None] - false_positives - false_negatives, 0.0)
-        right = (hits[..., None, :] * self._fixed(1 - np.eye(n))).sum(-1)
+        right = (hits[..., None, :] * self._make_constant(1 - np.eye(n))).sum(-1)
         return hits, false_positives, false_negatives, right + missed
 
     def balanced_accuracy(self) -> Any:
@@ -136,32 +137,32 @@ class ConfusionView(View):
         n = len(self.names)
         steps = np.abs(np.subtract.outer(np.arange(n), np.arange(n)))
         steps = {None: steps > 0, "linear": steps, "quadratic": steps**2}[weights]
-        cost = self._fixed(np.concatenate([steps, np.full((n, 1), steps.max())], 1))
-        labels, predicted = self._shares(self.support), self._shares(self.table.sum(-2))
-        observed = self._shares((cost * self.table).sum((-2, -1))[..., None])[..., 0]
+        cost = self._make_constant(np.concatenate([steps, np.full((n, 1), steps.max())], 1))
+        labels, predicted = self._divide_by_total(self.support), self._divide_by_total(self.table.sum(-2))
+        observed = self._divide_by_total((cost * self.table).sum((-2, -1))[..., None])[..., 0]
         expected = (cost * (labels[..., :, None] * predicted[..., None, :])).sum((-2, -1))
         return self.ratio(expected - observed, expected)
 
     def matthews_corrcoef(self) -> Any:
         """Gorodkin's R_K, the correlation of labels and predictions as one-hot vectors."""
         # sum_k (c_kk - t_k p_k) of shares is TP TN - FP FN of each class: what is common has cancelled already.
-        tp, fp, fn, tn = map(self._shares, self._four)
+        tp, fp, fn, tn = map(self._divide_by_total, self._four)
         covariance = (tp * tn - fp * fn).sum(-1)
 
         def variance(shares: Any) -> Any:
             # sum_k s_k (1 - s_k), as a sum over pairs of classes.
             pairs = shares[..., :, None] * shares[..., None, :]
-            return (pairs * self._fixed(1 - np.eye(shares.shape[-1]))).sum((-2, -1))
+            return (pairs * self._make_constant(1 - np.eye(shares.shape[-1]))).sum((-2, -1))
 
         root = self.xp.sqrt
-        labels, predicted = variance(self._shares(self.support)), variance(self._shares(self.table.sum(-2)))
+        labels, predicted = (variance(self._divide_by_total(x)) for x in (self.support, self.table.sum(-2)))
         return self.ratio(covariance, root(labels) * root(predicted))
 
-    def _fixed(self, array: np.ndarray) -> Any:
+    def _make_constant(self, array: np.ndarray) -> Any:
         """A constant `[a, b]` beside the table."""
         return self.xp.asarray(array[(None,) * (self.table.ndim - 2)], self.table.dtype)
 
-    def _shares(self, sums: Any) -> Any:
+    def _divide_by_total(self, sums: Any) -> Any:
         """Weights `[..., k]` as parts of the whole: products of weights themselves may be no float32."""
         return dataclasses.replace(self, undefined=0.0).ratio(sums, self.by_class().total)
 

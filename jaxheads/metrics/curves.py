@@ -115,13 +115,13 @@ class ScoresView(View):
 
     def at(self, threshold: float) -> Outcomes:
         """The outcomes where positive means a score above one of the user's thresholds."""
-        return self._outcomes(self.layout.position[threshold])
+        return self._count_at(self.layout.position[threshold])
 
     def at_zero(self) -> Outcomes:
         """The outcomes where positive means z > 0."""
-        return self._outcomes(self.layout.zero)
+        return self._count_at(self.layout.zero)
 
-    def _outcomes(self, edge: int) -> Outcomes:
+    def _count_at(self, edge: int) -> Outcomes:
         fp, tp = (sums[..., edge + 1] for sums in self._above)
         # Not 1 - x or total - x: in float32 that would lose what is small.
         fn, tn = (x[..., : edge + 1].sum(-1) for x in (self.positive, self.negative))
@@ -129,31 +129,31 @@ class ScoresView(View):
 
     def cuts(self) -> Outcomes:
         """The outcomes at every edge, from all predicted positive to none, on a last axis of `n_buckets + 1`."""
-        return self._every(slice(None), slice(None))
+        return self._count_everywhere(slice(None), slice(None))
 
     def ideal(self) -> Outcomes:
         """For each bucket, outcomes that no threshold inside it can surpass: its positives above, its negatives below.
 
         What grows with TP and falls with FP is nowhere larger than at one of these.
         """
-        return self._every(slice(None, -1), slice(1, None))
+        return self._count_everywhere(slice(None, -1), slice(1, None))
 
     def worst(self) -> Outcomes:
         """For each bucket, its negatives above a threshold inside it, and its positives below."""
-        return self._every(slice(1, None), slice(None, -1))
+        return self._count_everywhere(slice(1, None), slice(None, -1))
 
-    def _every(self, positive: slice, negative: slice) -> Outcomes:
+    def _count_everywhere(self, positive: slice, negative: slice) -> Outcomes:
         (fp, tp), (tn, fn) = self._above, self._below
         four = tp[..., positive], fp[..., negative], fn[..., positive], tn[..., negative]
         return Outcomes(self.xp, self.undefined, *four)
 
-    def _points(self) -> tuple[Any, Any]:
+    def _take_points(self) -> tuple[Any, Any]:
         """False and true positives at the edges of the curve, from all predicted positive to none."""
         index = np.concatenate([[0], self.layout.curve + 1, [self.layout.n_buckets]])
         fp, tp = self._above
         return fp[..., index], tp[..., index]
 
-    def _bins(self) -> tuple[Any, ...]:
+    def _take_bins(self) -> tuple[Any, ...]:
         """Of each bin between two points of the curve: false and true positives above it, and those within.
 
         What lies within is added up by itself: the difference of two neighbouring points loses it in float32.
@@ -166,12 +166,12 @@ class ScoresView(View):
                 return np.add.reduceat(x, starts, axis=-1)
             return jnp.zeros((*x.shape[:-1], len(starts)), x.dtype).at[..., bins].add(x)
 
-        fp, tp = self._points()
+        fp, tp = self._take_points()
         return fp[..., 1:], tp[..., 1:], within(self.negative), within(self.positive)
 
     def roc_auc(self) -> Interval:
         """Area under the ROC curve; pairs that share a bin count half, and span the interval."""
-        _, tp, more_fp, more_tp = self._bins()
+        _, tp, more_fp, more_tp = self._take_bins()
         one = self.xp.ones_like(self.positives)
         defined = (self.positives > 0) & (self.negatives > 0)
         positives = self.xp.where(defined, self.positives, one)[..., None]
@@ -188,7 +188,7 @@ class ScoresView(View):
         xp = self.xp
         defined = self.positives > 0
         scale = xp.where(defined, self.positives, xp.ones_like(self.positives))[..., None]
-        fp, tp, more_fp, more_tp = (x / scale for x in self._bins())
+        fp, tp, more_fp, more_tp = (x / scale for x in self._take_bins())
         quotient = self.zeroed().ratio
         slope = quotient(more_tp, more_tp + more_fp)
         offset = tp - slope * (tp + fp)
@@ -213,20 +213,20 @@ class ScoresView(View):
 
     def roc_curve(self) -> tuple[Any, Any, Any]:
         """`fpr, tpr, thresholds`, thresholds falling from 1 to 0."""
-        fp, tp = self._points()
+        fp, tp = self._take_points()
         ones = self.xp.ones_like(fp)
         fpr = self.ratio(fp, ones * self.negatives[..., None])
         tpr = self.ratio(tp, ones * self.positives[..., None])
-        return fpr[..., ::-1], tpr[..., ::-1], self._thresholds()[::-1]
+        return fpr[..., ::-1], tpr[..., ::-1], self._list_thresholds()[::-1]
 
     def pr_curve(self) -> tuple[Any, Any, Any]:
         """`precision, recall, thresholds`, thresholds rising from 0 to 1; precision 1 where nothing is predicted."""
-        fp, tp = self._points()
+        fp, tp = self._take_points()
         precision = dataclasses.replace(self, undefined=1.0).ratio(tp, tp + fp)
         recall = self.ratio(tp, self.xp.ones_like(tp) * self.positives[..., None])
-        return precision, recall, self._thresholds()
+        return precision, recall, self._list_thresholds()
 
-    def _thresholds(self) -> np.ndarray:
+    def _list_thresholds(self) -> np.ndarray:
         return np.concatenate([[0.0], self.layout.probabilities[self.layout.curve], [1.0]])
 
     def reliability(self, bins: int) -> tuple[Any, Any, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxheads.numerics import edges, stable
+from jaxheads.numerics import edges, inputs, stable
 from jaxheads.numerics.edges import Edges, edges_of
 
 
@@ -56,8 +56,8 @@ class AbstractGrid(abc.ABC):
         """The grid to use where scores between two logits share too few bins, as text."""
 
 
-def _grid_checks(grid: Any, n: Any, least: int) -> None:
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < least:
+def _check_size(grid: Any, n: Any, least: int) -> None:
+    if not inputs.is_integer(n, least):
         raise ValueError(f"{type(grid).__name__} needs an integer n of at least {least}. Given {n!r}.")
     object.__setattr__(grid, "n", int(n))
 
@@ -83,29 +83,31 @@ class LogitGrid(AbstractGrid):
     n: int = 2050
 
     def __post_init__(self):
-        _grid_checks(self, self.n, 3)
+        _check_size(self, self.n, 3)
         object.__setattr__(self, "low", float(self.low))
         object.__setattr__(self, "high", float(self.high))
         if not -1e37 < self.low < self.high < 1e37 or np.float32(self.low) == np.float32(self.high):
             raise ValueError(
                 f"LogitGrid needs low < high, finite and below 1e37 in size. Given low={self.low}, high={self.high}."
             )
-        if np.unique(self._edges()).size != self.n - 1:
+        if np.unique(self._space_edges()).size != self.n - 1:
             raise ValueError(
                 f"{self!r} has bins narrower than float32 can tell apart: fewer bins, or a range nearer to 0."
             )
 
-    def _edges(self) -> np.ndarray:
+    def _space_edges(self) -> np.ndarray:
         return np.linspace(self.low, self.high, self.n - 1).astype(np.float32)
 
     def layout(self, thresholds: tuple[float, ...]) -> Layout:
-        return _logit_layout(self, thresholds)
+        return _lay_out_logits(self, thresholds)
 
     def buckets(self, layout: Layout, logits: jax.Array) -> jax.Array:
-        extra = self._beside(layout)
-        return layout.edges.locate(logits) if extra is None else edges.locate_uniform(logits, *self._uniform(), extra)
+        extra = self._list_others(layout)
+        if extra is None:
+            return layout.edges.locate(logits)
+        return edges.locate_uniform(logits, *self._find_multiples(), extra)
 
-    def _uniform(self) -> tuple[int, int, float]:
+    def _find_multiples(self) -> tuple[int, int, float]:
         """Of edges at multiples of a power of two: the first multiple, how many, and 1 by that power; else zeros."""
         width = (self.high - self.low) / (self.n - 2)
         first = self.low / width
@@ -113,9 +115,9 @@ class LogitGrid(AbstractGrid):
         whole = math.frexp(width)[0] == 0.5 and first == int(first) and -(2**22) < first <= 2**22 - self.n
         return (int(first), self.n - 1, 1 / width) if whole and 2**-60 < width < 2**60 else (0, 0, 0.0)
 
-    def _beside(self, layout: Layout) -> tuple[float, ...] | None:
+    def _list_others(self, layout: Layout) -> tuple[float, ...] | None:
         """The edges that are no multiples, if by the others a bucket is found without looking it up."""
-        first, count, scale = self._uniform()
+        first, count, scale = self._find_multiples()
         if not count:
             return None
         multiple = layout.logits * scale
@@ -136,9 +138,9 @@ class LogitGrid(AbstractGrid):
 
 
 @functools.lru_cache(maxsize=256)
-def _logit_layout(grid: LogitGrid, thresholds: tuple[float, ...]) -> Layout:
+def _lay_out_logits(grid: LogitGrid, thresholds: tuple[float, ...]) -> Layout:
     user = np.asarray([stable.log_odds(t) for t in thresholds], np.float32)
-    values = np.unique(np.concatenate([grid._edges(), user, np.zeros(1, np.float32)]))
+    values = np.unique(np.concatenate([grid._space_edges(), user, np.zeros(1, np.float32)]))
     position = np.searchsorted(values, user)
     z = values.astype(np.float64)
     # The open bins are represented by their one edge: nothing is known of what lies beyond.
@@ -168,10 +170,10 @@ class ThresholdGrid(AbstractGrid):
     n: int = 200
 
     def __post_init__(self):
-        _grid_checks(self, self.n, 3)
+        _check_size(self, self.n, 3)
 
     def layout(self, thresholds: tuple[float, ...]) -> Layout:
-        return _threshold_layout(self, thresholds)
+        return _lay_out_thresholds(self, thresholds)
 
     def buckets(self, layout: Layout, logits: jax.Array) -> jax.Array:
         # z > 0 may hold where float32 p is exactly 0.5, so it is an edge of its own just below p > 0.5.
@@ -182,7 +184,7 @@ class ThresholdGrid(AbstractGrid):
 
 
 @functools.lru_cache(maxsize=256)
-def _threshold_layout(grid: ThresholdGrid, thresholds: tuple[float, ...]) -> Layout:
+def _lay_out_thresholds(grid: ThresholdGrid, thresholds: tuple[float, ...]) -> Layout:
     inner = (np.arange(1, grid.n - 1) / (grid.n - 1)).astype(np.float32)
     user = np.asarray(thresholds, np.float32)
     values = np.unique(np.concatenate([inner, user]))

@@ -43,9 +43,8 @@ class Slices:
     def __post_init__(self):
         if not (isinstance(self.column, str) or callable(self.column)):
             raise ValueError(f"Slices: column must be a key of features or a function of them. Given {self.column!r}.")
-        for name, least in (("n", 1), ("min_count", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        for name, value, least in (("n", self.n, 1), ("min_count", self.min_count, 0)):
+            if not inputs.is_integer(value, least):
                 raise ValueError(f"Slices: {name} must be an integer of at least {least}. Given {value!r}.")
             object.__setattr__(self, name, int(value))
         if self.names is not None:
@@ -91,7 +90,7 @@ class Bootstrap:
     replicas: int = 200
 
     def __post_init__(self):
-        if isinstance(self.replicas, bool) or not isinstance(self.replicas, (int, np.integer)) or self.replicas < 2:
+        if not inputs.is_integer(self.replicas, 2):
             raise ValueError(f"Bootstrap: replicas must be an integer of at least 2. Given {self.replicas!r}.")
         object.__setattr__(self, "replicas", int(self.replicas))
 
@@ -197,17 +196,17 @@ class Membership:
         """`reduce` of each group's weights, 1 inside and 0 outside, one after the other."""
         # On a mesh a loop would be an all-reduce for each.
         return (
-            self.at_once(reduce) if not meshes.is_local(self) else jax.lax.map(self._weighing(reduce), self._groups())
+            self.at_once(reduce) if not meshes.is_local(self) else jax.lax.map(self._weigh(reduce), self._list_groups())
         )
 
     def at_once(self, reduce: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """The same for all groups at once."""
-        return jax.vmap(self._weighing(reduce))(self._groups())
+        return jax.vmap(self._weigh(reduce))(self._list_groups())
 
-    def _groups(self) -> jax.Array:
+    def _list_groups(self) -> jax.Array:
         return jnp.arange(self.n, dtype=jnp.int32) if self.ids is not None else jnp.moveaxis(self.matrix, -1, 0)
 
-    def _weighing(self, reduce: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    def _weigh(self, reduce: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
         def of_group(group: jax.Array) -> jax.Array:
             inside = self.ids == group if self.ids is not None else group[..., None]
             return reduce(inside.astype(jnp.float32))

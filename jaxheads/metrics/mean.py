@@ -26,6 +26,8 @@ class Mean(Observation):
     values: Any
     count: Any = None
 
+    only_sums = True
+
     @property
     def size(self) -> int:
         """The weighted sum and the weight."""
@@ -38,10 +40,6 @@ class Mean(Observation):
         weights = weights * masking.ones_like(values)
         count = weights if self.count is None else masking.weighted(self.count, weights)
         return jnp.stack([masking.total(masking.weighted(values, weights)), masking.total(count)])
-
-    def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
-        """For all groups at once: nothing but sums."""
-        return groups.at_once(lambda inside: self.reduce(weights * inside))
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "MeanView":
         """What the sums tell."""
@@ -90,6 +88,8 @@ class Sums(Observation):
 
     parts: tuple[Any, ...]
 
+    only_sums = True
+
     @property
     def size(self) -> int:
         """A sum for each column."""
@@ -99,10 +99,6 @@ class Sums(Observation):
         """The sums of this batch, part by part."""
         each = (masking.weighted(part, weights * masking.ones_like(part)) for part in self.parts)
         return jnp.concatenate([masking.total(x)[None] if x.shape[-1] == 1 else masking.column_totals(x) for x in each])
-
-    def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
-        """For all groups at once: nothing but sums."""
-        return groups.at_once(lambda inside: self.reduce(weights * inside))
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "SumsView":
         """The sums, part by part."""

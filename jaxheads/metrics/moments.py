@@ -49,6 +49,8 @@ class Moments(Observation):
     predictions: Any
     shift: tuple[float, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
+    only_sums = True
+
     @property
     def n_targets(self) -> int:
         """How many targets there are."""
@@ -82,10 +84,6 @@ class Moments(Observation):
         if weights.shape[-1] == 1:
             return jnp.stack([masking.total(x) for x in each])
         return meshes.replicated(jnp.concatenate([masking.column_totals(x) for x in each]))
-
-    def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
-        """For all groups at once: nothing but sums."""
-        return groups.at_once(lambda inside: self.reduce(weights * inside))
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "MomentsView":
         """The sums, with the metrics that they tell."""
@@ -126,17 +124,17 @@ class MomentsView(View):
 
     def r2(self) -> Interval:
         """`1 - sum(e^2) / sum((y - mean(y))^2)`."""
-        return self._explained(self.error_square, ROUNDING * self.error_square)
+        return self._explain(self.error_square, ROUNDING * self.error_square)
 
     def explained_variance(self) -> Interval:
         """`1 - sum((e - mean(e))^2) / sum((y - mean(y))^2)`."""
-        return self._explained(*self._spread(self.error, self.error_square))
+        return self._explain(*self._compute_spread(self.error, self.error_square))
 
     def pearson(self) -> Interval:
         """`cov(y, p) / sqrt(var(y) var(p))`."""
         xp = self.xp
-        label, label_slack = self._spread(self.label, self.label_square)
-        prediction, prediction_slack = self._spread(self.prediction, self.prediction_square)
+        label, label_slack = self._compute_spread(self.label, self.label_square)
+        prediction, prediction_slack = self._compute_spread(self.prediction, self.prediction_square)
         defined = (label > label_slack) & (prediction > prediction_slack)
 
         def standardized(x: Any) -> Any:
@@ -149,23 +147,23 @@ class MomentsView(View):
         for part, whole in ((label_slack, label), (prediction_slack, prediction)):
             slack = slack + xp.abs(value) * part / xp.where(defined, whole, 1.0) / 2
         none = (self.label_square == 0) | (self.prediction_square == 0)
-        return self._interval(defined, none, label + prediction, (value, value - slack, value + slack), -1.0)
+        return self._bound(defined, none, label + prediction, (value, value - slack, value + slack), -1.0)
 
-    def _spread(self, total: Any, squares: Any) -> tuple[Any, Any]:
+    def _compute_spread(self, total: Any, squares: Any) -> tuple[Any, Any]:
         """`sum(a (x - mean(x))^2)`, and how far rounding may have moved it."""
         return squares - total * dataclasses.replace(self, undefined=0.0).mean(total), ROUNDING * squares
 
-    def _explained(self, part: Any, slack: Any) -> Interval:
+    def _explain(self, part: Any, slack: Any) -> Interval:
         """1 less a part of the spread of the labels."""
         xp = self.xp
-        spread, spread_slack = self._spread(self.label, self.label_square)
+        spread, spread_slack = self._compute_spread(self.label, self.label_square)
         defined = spread > spread_slack
         part, least = xp.maximum(part, 0.0), xp.maximum(part - slack, 0.0)
         pairs = ((part, spread), (part + slack, spread - spread_slack), (least, spread + spread_slack))
         values = tuple(1 - above / xp.where(defined, below, 1.0) for above, below in pairs)
-        return self._interval(defined, self.label_square == 0, spread + part, values, -np.inf)
+        return self._bound(defined, self.label_square == 0, spread + part, values, -np.inf)
 
-    def _interval(self, defined: Any, none: Any, seen: Any, values: tuple[Any, ...], least: float) -> Interval:
+    def _bound(self, defined: Any, none: Any, seen: Any, values: tuple[Any, ...], least: float) -> Interval:
         """A value and its bounds between `least` and 1.
 
         Numbers that are all the shift have no spread: `undefined`. Of others that are all equal nobody can tell, after

@@ -36,7 +36,7 @@ from jaxheads.metrics.thresholds import f_key
 SLACK = 1 + 1e-6
 
 
-def _best(
+def _find_best(
     view: ScoresView, value: Callable[[Outcomes], Any], held: Callable[[Outcomes], Any], defined: Any
 ) -> dict[str, Any]:
     """The largest value where a rate is held, and where. Both must be better for more TP and fewer FP."""
@@ -50,7 +50,7 @@ def _best(
     found, ideal = rated(view.cuts(), -1), rated(view.ideal(), 0)
     return {
         "": view.interval(defined, found.max(-1), found.max(-1), ideal.max(-1)),
-        **_thresholds(view, found.argmax(-1), defined),
+        **_read_threshold(view, found.argmax(-1), defined),
     }
 
 
@@ -70,7 +70,7 @@ class PrecisionAtRecall(AbstractScoreMetric):
 
     def __post_init__(self):
         super().__post_init__()
-        check_share(self, "recall")
+        check_share(self, "recall", self.recall)
 
     @property
     def key(self) -> str:
@@ -78,7 +78,7 @@ class PrecisionAtRecall(AbstractScoreMetric):
 
     def read(self, view: ScoresView) -> dict[str, Any]:
         missed = (1 - self.recall) * SLACK
-        return _best(
+        return _find_best(
             view, lambda o: o.precision, lambda o: o.false_negatives <= missed * o.positives, view.positives > 0
         )
 
@@ -99,7 +99,7 @@ class RecallAtPrecision(AbstractScoreMetric):
 
     def __post_init__(self):
         super().__post_init__()
-        check_share(self, "precision")
+        check_share(self, "precision", self.precision)
 
     @property
     def key(self) -> str:
@@ -111,7 +111,7 @@ class RecallAtPrecision(AbstractScoreMetric):
         def held(o: Outcomes) -> Any:
             return o.false_positives <= wrong * (o.true_positives + o.false_positives)
 
-        return _best(view, lambda o: o.recall, held, view.positives > 0)
+        return _find_best(view, lambda o: o.recall, held, view.positives > 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ class SensitivityAtSpecificity(AbstractScoreMetric):
 
     def __post_init__(self):
         super().__post_init__()
-        check_share(self, "specificity")
+        check_share(self, "specificity", self.specificity)
 
     @property
     def key(self) -> str:
@@ -139,7 +139,7 @@ class SensitivityAtSpecificity(AbstractScoreMetric):
     def read(self, view: ScoresView) -> dict[str, Any]:
         wrong = (1 - self.specificity) * SLACK
         defined = (view.positives > 0) & (view.negatives > 0)
-        return _best(view, lambda o: o.recall, lambda o: o.false_positives <= wrong * o.negatives, defined)
+        return _find_best(view, lambda o: o.recall, lambda o: o.false_positives <= wrong * o.negatives, defined)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +158,7 @@ class SpecificityAtSensitivity(AbstractScoreMetric):
 
     def __post_init__(self):
         super().__post_init__()
-        check_share(self, "sensitivity")
+        check_share(self, "sensitivity", self.sensitivity)
 
     @property
     def key(self) -> str:
@@ -167,7 +167,7 @@ class SpecificityAtSensitivity(AbstractScoreMetric):
     def read(self, view: ScoresView) -> dict[str, Any]:
         missed = (1 - self.sensitivity) * SLACK
         defined = (view.positives > 0) & (view.negatives > 0)
-        return _best(view, lambda o: o.specificity, lambda o: o.false_negatives <= missed * o.positives, defined)
+        return _find_best(view, lambda o: o.specificity, lambda o: o.false_negatives <= missed * o.positives, defined)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,12 +189,12 @@ class BestThreshold(AbstractScoreMetric):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "beta")
+        check_positive(self, "beta", self.beta)
         if (self.cost_false_positive is None) != (self.cost_false_negative is None):
             raise ValueError(f"{self!r} needs both costs, cost_false_positive and cost_false_negative, or none.")
         if self.cost_false_positive is not None:
-            check_positive(self, "cost_false_positive")
-            check_positive(self, "cost_false_negative")
+            check_positive(self, "cost_false_positive", self.cost_false_positive)
+            check_positive(self, "cost_false_negative", self.cost_false_negative)
             if self.beta != 1:
                 raise ValueError(f"{self!r}: beta is of the F score; with costs there is none. Leave one out.")
 
@@ -217,16 +217,16 @@ class BestThreshold(AbstractScoreMetric):
             defined, scores = view.total > 0, cuts.cost(*costs)
             best, found = scores.argmin(-1), scores.min(-1)
             value = Interval(*(view.where(defined, x) for x in (found, ideal.cost(*costs).min(-1), found)))
-        return {"": value, **_thresholds(view, best, defined)}
+        return {"": value, **_read_threshold(view, best, defined)}
 
 
-def _thresholds(view: ScoresView, cut: Any, defined: Any) -> dict[str, Any]:
+def _read_threshold(view: ScoresView, cut: Any, defined: Any) -> dict[str, Any]:
     """Probability and logit of the edge of index `cut`, by what they add to a key."""
-    probability, logit = _threshold(view, cut)
+    probability, logit = _find_threshold(view, cut)
     return {"_threshold": view.where(defined, probability), "_logit": view.where(defined, logit)}
 
 
-def _threshold(view: ScoresView, cut: Any) -> tuple[Any, Any]:
+def _find_threshold(view: ScoresView, cut: Any) -> tuple[Any, Any]:
     """Probability and logit of the edge in the middle of those that decide as that of index `cut` does."""
     xp, n, layout = view.xp, view.layout.n_buckets, view.layout
     filled, cut = view.negative + view.positive > 0, xp.expand_dims(cut, -1).astype(np.int32)

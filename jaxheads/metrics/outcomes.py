@@ -74,7 +74,7 @@ class Outcomes(View):
     @property
     def matthews_corrcoef(self) -> Any:
         """`(TP TN - FP FN) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN))`."""
-        tp, fp, fn, tn = self._shares()
+        tp, fp, fn, tn = self._divide_by_total()
         # Root by root: the product of the four overflows, or vanishes, long before its root does.
         root = self.xp.sqrt
         return self.ratio(tp * tn - fp * fn, root(tp + fp) * root(tp + fn) * root(tn + fp) * root(tn + fn))
@@ -82,7 +82,7 @@ class Outcomes(View):
     @property
     def cohen_kappa(self) -> Any:
         """`2 (TP TN - FN FP) / ((TP + FP) (FP + TN) + (TP + FN) (FN + TN))`: accuracy beyond that of chance."""
-        tp, fp, fn, tn = self._shares()
+        tp, fp, fn, tn = self._divide_by_total()
         return self.ratio(2 * (tp * tn - fp * fn), (tp + fp) * (fp + tn) + (tp + fn) * (fn + tn))
 
     def kappa(self, weights: str | None) -> Any:
@@ -94,7 +94,7 @@ class Outcomes(View):
         spent = false_positive * self.false_positives + false_negative * self.false_negatives
         return self.ratio(spent, self.positives + self.negatives)
 
-    def _shares(self) -> tuple[Any, Any, Any, Any]:
+    def _divide_by_total(self) -> tuple[Any, Any, Any, Any]:
         """The outcomes as parts of 1: products of weights themselves may be no float32."""
         total = self.positives + self.negatives
         four = (self.true_positives, self.false_positives, self.false_negatives, self.true_negatives)

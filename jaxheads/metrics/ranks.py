@@ -6,10 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxheads.metrics.base import AbstractSourceMetric, Observation, View
-from jaxheads.numerics import masking
+from jaxheads.metrics.base import RANKS, AbstractSourceMetric, Observation, View
+from jaxheads.numerics import inputs, masking
 
 
 @jax.tree_util.register_dataclass
@@ -27,6 +26,8 @@ class Ranks(Observation):
     n_classes: int = dataclasses.field(metadata={"static": True})
     ks: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
+    only_sums = True
+
     @property
     def size(self) -> int:
         """A sum for each k, and the weight."""
@@ -43,10 +44,6 @@ class Ranks(Observation):
         weights = jnp.asarray(weights, jnp.float32)
         hits = (masking.weighted(self.ranks < k, weights) for k in self.ks)
         return jnp.stack([masking.total(x) for x in (*hits, weights)])
-
-    def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
-        """For all groups at once: nothing but sums."""
-        return groups.at_once(lambda inside: self.reduce(weights * inside))
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "RanksView":
         """The sums, by k."""
@@ -84,11 +81,11 @@ class TopKAccuracy(AbstractSourceMetric):
 
     k: int = 5
 
-    source = "ranks"
+    source = RANKS
     higher_is_better = True
 
     def __post_init__(self):
-        if isinstance(self.k, bool) or not isinstance(self.k, (int, np.integer)) or self.k < 1:
+        if not inputs.is_integer(self.k, 1):
             raise ValueError(f"TopKAccuracy needs a positive integer k. Given {self.k!r}.")
         object.__setattr__(self, "k", int(self.k))
 

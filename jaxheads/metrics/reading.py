@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.metrics.base import Observation, Path
+from jaxheads.metrics.base import Observation, Path, join_names
 from jaxheads.metrics.curves import Interval
 
 
@@ -26,15 +26,10 @@ def slots(head: Any, regularized: bool) -> tuple[dict[Path, tuple[int, Observati
     return layout, offset
 
 
-def joined(*parts: str | None) -> str:
-    """The full name of a metric or a summary from its key and, where there is one, the name of its head."""
-    return "/".join(part for part in parts if part)
-
-
-def named(values: Mapping[tuple[str, str | None], Any], bounds: bool, xp: Any) -> dict[str, Any]:
+def name_values(values: Mapping[tuple[str, str | None], Any], bounds: bool, xp: Any) -> dict[str, Any]:
     """Values by their full names, with the ends of intervals if they are asked for."""
     intervals = {key: x if isinstance(x, Interval) else Interval(x, None, None) for key, x in values.items()}
-    out = {joined(*key): float32(interval.value, xp) for key, interval in intervals.items()}
+    out = {join_names(*key): float32(interval.value, xp) for key, interval in intervals.items()}
     if not bounds:
         return out
     for key, interval in intervals.items():
@@ -46,11 +41,11 @@ def named(values: Mapping[tuple[str, str | None], Any], bounds: bool, xp: Any) -
 
 def _add_end(out: dict[str, Any], key: tuple[str, str | None], end: str, value: Any) -> None:
     """Adds the end of an interval, refused where something has that name: a class called "lower"."""
-    name = joined(key[0], end, key[1])
+    name = join_names(key[0], end, key[1])
     if name in out:
         raise ValueError(
-            f"{name!r} is a metric, and an end of the interval of {joined(*key)!r} would be called so too. Give the "
-            'class, or the metric, another name than "lower", "upper", "ci_lower" or "ci_upper".'
+            f"{name!r} is a metric, and an end of the interval of {join_names(*key)!r} would be called so too. Give "
+            'the class, or the metric, another name than "lower", "upper", "ci_lower" or "ci_upper".'
         )
     out[name] = value
 
@@ -73,11 +68,11 @@ def add_quantiles(
     for key, value in replicas.items():
         each, whole = (x.value if isinstance(x, Interval) else x for x in (value, measured[key]))
         for end, q in (("ci_lower", (1 - confidence) / 2), ("ci_upper", (1 + confidence) / 2)):
-            found = xp.where(xp.isnan(whole), whole, _nanquantile(each, q, axis, xp))
+            found = xp.where(xp.isnan(whole), whole, _take_quantile(each, q, axis, xp))
             _add_end(out, key, end, float32(xp.where(xp.isnan(found), undefined, found), xp))
 
 
-def _nanquantile(x: Any, q: float, axis: int, xp: Any) -> Any:
+def _take_quantile(x: Any, q: float, axis: int, xp: Any) -> Any:
     if xp is jnp:
         return jnp.nanquantile(x, q, axis=axis)
     with warnings.catch_warnings():
@@ -86,10 +81,10 @@ def _nanquantile(x: Any, q: float, axis: int, xp: Any) -> Any:
         return np.nanquantile(x, q, axis=axis)
 
 
-def without(value: Any, small: Any, undefined: float, xp: Any) -> Any:
+def hide_small(value: Any, small: Any, undefined: float, xp: Any) -> Any:
     """A value, or an interval, undefined for slices that are too small."""
     if isinstance(value, Interval):
-        return value._make(None if part is None else without(part, small, undefined, xp) for part in value)
+        return value._make(None if part is None else hide_small(part, small, undefined, xp) for part in value)
     # A metric may be an array: a confusion matrix.
     small = xp.expand_dims(small, tuple(range(np.ndim(small), np.ndim(value))))
     return xp.where(small, xp.full_like(value, undefined), value)

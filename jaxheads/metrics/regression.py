@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from jaxheads.metrics.base import AbstractSourceMetric
+from jaxheads.metrics.base import MOMENTS, AbstractSourceMetric
 from jaxheads.metrics.curves import Interval
 from jaxheads.metrics.moments import Moments, MomentsView, RoundedInterval
 
@@ -35,7 +35,7 @@ class AbstractMomentMetric(AbstractSourceMetric):
 
     multioutput: Literal["uniform_average", "raw_values"] = "uniform_average"
 
-    source = "moments"
+    source = MOMENTS
     key: ClassVar[str]
 
     def __post_init__(self):
@@ -49,9 +49,9 @@ class AbstractMomentMetric(AbstractSourceMetric):
         """The value of each target, `[..., d]`; of an `Interval`, its three."""
 
     def values(self, view: MomentsView) -> dict[str, Any]:
-        return self._shown(view, self.read(view), view.weight > 0)
+        return self._name_values(view, self.read(view), view.weight > 0)
 
-    def _shown(self, view: MomentsView, each: Any, defined: Any) -> dict[str, Any]:
+    def _name_values(self, view: MomentsView, each: Any, defined: Any) -> dict[str, Any]:
         if self.multioutput == "raw_values":
             return {f"{self.key}/target{i}": each[..., i] for i in range(each.shape[-1])}
         return {self.key: view.mean_over(each, defined)}
@@ -134,12 +134,12 @@ class AbstractShiftMetric(AbstractMomentMetric):
 
     def values(self, view: MomentsView) -> dict[str, Any]:
         if self.multioutput == "raw_values":
-            parts = [self._shown(view, x, None) for x in self.read(view)]
+            parts = [self._name_values(view, x, None) for x in self.read(view)]
         else:
             # What has no value is left out; what is NaN because of the data is not.
             nan, broken = view.xp.isnan, view.is_broken()
             each = self.read(dataclasses.replace(view, undefined=np.nan))
-            parts = [self._shown(view, x, ~nan(x) | broken) for x in each]
+            parts = [self._name_values(view, x, ~nan(x) | broken) for x in each]
         mend = view.mend()
         return {key: RoundedInterval.of(mend, *(part[key] for part in parts)) for key in parts[0]}
 

@@ -8,7 +8,15 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import jax
 import numpy as np
 
-from jaxheads.metrics.base import AbstractSourceMetric, Observation
+from jaxheads.metrics.base import (
+    CONFUSION,
+    SCORES,
+    AbstractSourceMetric,
+    Observation,
+    at_threshold,
+    is_part_of,
+    join_names,
+)
 from jaxheads.metrics.curves import Interval, ScoresView
 from jaxheads.metrics.outcomes import Outcomes
 from jaxheads.metrics.scores import Scores
@@ -31,7 +39,7 @@ class AbstractScoreMetric(AbstractSourceMetric):
     average: Average = dataclasses.field(default="micro", kw_only=True)
     name: str | None = dataclasses.field(default=None, kw_only=True)
 
-    source = "scores"
+    source = SCORES
     stem: ClassVar[str] = ""
 
     def __post_init__(self):
@@ -77,27 +85,26 @@ class AbstractScoreMetric(AbstractSourceMetric):
 
     def direction(self, key: str) -> bool | None:
         """That of the value; there is none of the threshold that it is reached at."""
-        is_value = key == self._full_key or key.startswith(f"{self._full_key}/")
-        return self.higher_is_better if is_value else None
+        return self.higher_is_better if is_part_of(key, self._full_key) else None
 
     def values(self, view: Any) -> Mapping[str, Any]:
         stem = self._full_key
         if self.average == "micro":
-            return {f"{stem}{part}": value for part, value in _parts(self.read(view)).items()}
+            return {f"{stem}{part}": value for part, value in _as_parts(self.read(view)).items()}
         each = view.by_class()
         if self.average is None:
-            parts = _parts(self.read(each))
+            parts = _as_parts(self.read(each))
             return {
-                f"{stem}{part}/{name}": _mapped(lambda x, i=i: x[..., i], value)
+                join_names(f"{stem}{part}", name): _map_interval(lambda x, i=i: x[..., i], value)
                 for part, value in parts.items()
                 for i, name in enumerate(view.names)
             }
-        value, nan = _parts(self.read(each.with_undefined(np.nan)))[""], each.xp.isnan
+        value, nan = _as_parts(self.read(each.with_undefined(np.nan)))[""], each.xp.isnan
         # Not measured, unless it was measured and is NaN: that of a NaN score is not left out.
         middle = value.value if isinstance(value, Interval) else value
         defined = ~nan(middle) | nan(each.total)
         weights = each.support if self.average == "weighted" else None
-        return {stem: _mapped(lambda x: view.mean_over(x, defined, weights), value)}
+        return {stem: _map_interval(lambda x: view.mean_over(x, defined, weights), value)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +121,11 @@ class AbstractThresholdMetric(AbstractScoreMetric):
     def __post_init__(self):
         super().__post_init__()
         if self.threshold is not None:
-            check_share(self, "threshold", 1.0)
+            check_share(self, "threshold", self.threshold, below=1.0)
 
     @property
     def ending(self) -> str:
-        return "" if self.threshold is None else f"/positive_threshold_{self.threshold:g}"
+        return "" if self.threshold is None else at_threshold("", self.threshold)
 
     def refine(self, observation: Any) -> Observation:
         scores: Any = super().refine(observation)
@@ -130,55 +137,50 @@ class AbstractThresholdMetric(AbstractScoreMetric):
         self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]
     ) -> Mapping[str, Observation]:
         if self._decides_by_argmax(sources):
-            return {"confusion": sources["confusion"]()}
+            return {CONFUSION: sources[CONFUSION]()}
         return super().observe(labels, logits, sources)
 
     def summarize(self, seen: Mapping[str, Any]) -> Mapping[str, Any]:
-        return self.values(seen["confusion" if self._decides_by_argmax(seen) else self.source])
+        return self.values(seen[CONFUSION if self._decides_by_argmax(seen) else self.source])
 
     def _decides_by_argmax(self, sources: Mapping[str, Any]) -> bool:
         """Whether the head predicts one of many classes: without a threshold, its confusion matrix tells."""
-        return self.threshold is None and "confusion" in sources
+        return self.threshold is None and CONFUSION in sources
 
     def read(self, view: ScoresView) -> Any:
         return self.decided(view.at_zero() if self.threshold is None else view.at(self.threshold))
 
+    @abc.abstractmethod
     def decided(self, outcomes: Outcomes) -> Any:
-        """The value from the weights of the four outcomes: by default what they have by the name of the key."""
-        return getattr(outcomes, self.stem)
+        """The value from the weights of the four outcomes."""
 
 
-def check_share(metric: Any, field: str, below: float = np.inf) -> None:
+def check_share(metric: Any, field: str, given: Any, below: float = np.inf) -> None:
     """Makes a float of a field that must be a number in (0, 1], and smaller than `below`."""
-    value = _number(metric, field)
+    value = _to_float(given)
     if not 0 < value <= 1 or value >= below or (value < 1 and not stable.fits_float32(value)):
         end = ")" if below == 1.0 else "]"
-        raise ValueError(
-            f"{type(metric).__name__}: {field} must be a number in (0, 1{end}. Given {getattr(metric, field)!r}."
-        )
+        raise ValueError(f"{type(metric).__name__}: {field} must be a number in (0, 1{end}. Given {given!r}.")
     object.__setattr__(metric, field, value)
 
 
-def check_positive(metric: Any, field: str) -> None:
+def check_positive(metric: Any, field: str, given: Any) -> None:
     """Makes a float of a field that must be a positive finite number."""
-    value = _number(metric, field)
+    value = _to_float(given)
     if not 0 < value < np.inf:
-        raise ValueError(
-            f"{type(metric).__name__}: {field} must be a positive number. Given {getattr(metric, field)!r}."
-        )
+        raise ValueError(f"{type(metric).__name__}: {field} must be a positive number. Given {given!r}.")
     object.__setattr__(metric, field, value)
 
 
-def _number(metric: Any, field: str) -> float:
-    """A field as a float, NaN if it is no number."""
-    value = getattr(metric, field)
+def _to_float(value: Any) -> float:
+    """The value as a float, NaN if it is no number."""
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     return float(value) if number else np.nan
 
 
-def _parts(value: Any) -> Mapping[str, Any]:
+def _as_parts(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {"": value}
 
 
-def _mapped(function: Any, value: Any) -> Any:
+def _map_interval(function: Any, value: Any) -> Any:
     return Interval(*map(function, value)) if isinstance(value, Interval) else function(value)

@@ -91,19 +91,19 @@ class Scores(Observation):
 
     def reduce(self, weights: jax.Array) -> jax.Array:
         """One pass: the bucket of each element, then its weight, under its label."""
-        return by_label(*self._entries(weights), self.layout.n_buckets, self._rows).ravel()
+        return by_label(*self._locate_entries(weights), self.layout.n_buckets, self._rows).ravel()
 
     def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
         """Where groups do not overlap, one pass too: the group is a part of the bucket's number."""
         if groups.ids is None:
             return super().reduce_by(weights, groups)
-        buckets, labels, weights = self._entries(weights * (groups.ids >= 0).astype(jnp.float32))
+        buckets, labels, weights = self._locate_entries(weights * (groups.ids >= 0).astype(jnp.float32))
         n = self.layout.n_buckets
         both = by_label(buckets + jnp.maximum(groups.ids, 0) * np.int32(n), labels, weights, groups.n * n, self._rows)
         both = both.reshape(2, self._n_rows, groups.n, n)
         return jnp.moveaxis(both, 2, 0).reshape(groups.n, self.size)
 
-    def _entries(self, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _locate_entries(self, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The bucket, the label and the weight of each element."""
         layout = self.layout
         labels = jnp.asarray(self.labels, jnp.float32)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxheads.metrics.base import Metric, Observation
+from jaxheads.metrics.base import CONFUSION, SCORES, Metric, Observation
 from jaxheads.metrics.mean import Mean
 
 
@@ -38,7 +38,7 @@ class ExactMatch(Metric):
     def observe(  # pyright: ignore[reportIncompatibleMethodOverride]  # with `rows`, which metrics may ask for
         self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]], rows: Any
     ) -> Mapping[str, Observation]:
-        right = self._right(sources)
+        right = self._find_right(sources)
         live = rows.weights > 0
         steps = jnp.any(live, axis=-1, keepdims=True)
         axes = tuple(range(1, right.ndim))
@@ -48,13 +48,13 @@ class ExactMatch(Metric):
         share = steps.astype(jnp.float32) / jnp.maximum(number, jnp.ones_like(number))
         return {"exact_match": Mean(share * (~wrong).astype(jnp.float32), share)}
 
-    def _right(self, sources: Mapping[str, Callable[[], Observation]]) -> jax.Array:
+    def _find_right(self, sources: Mapping[str, Callable[[], Observation]]) -> jax.Array:
         """Returns which entries are right, `[..., 1]` or `[..., d]`."""
-        if "confusion" in sources:
-            made: Any = sources["confusion"]()
+        if CONFUSION in sources:
+            made: Any = sources[CONFUSION]()
             return made.right
-        if "scores" in sources:
-            made = sources["scores"]()
+        if SCORES in sources:
+            made = sources[SCORES]()
             right = (made.logits > 0) == (jnp.asarray(made.labels, jnp.float32) > 0.5)
             return right & ~jnp.isnan(made.logits)
         raise ValueError(

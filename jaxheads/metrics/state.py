@@ -12,11 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxheads.metrics.base import COUNT, SCORES, Observation, Path, View, calibration_key
+from jaxheads.metrics.base import (
+    COUNT,
+    REGULARIZATION_LOSS,
+    SCORES,
+    SLICE,
+    SLICE_SIZE,
+    Observation,
+    Path,
+    View,
+    calibration_key,
+    join_names,
+)
 from jaxheads.metrics.curves import Interval, ScoresView
-from jaxheads.metrics.groups import Grouped, Slices
-from jaxheads.metrics.reading import add_quantiles, float32, joined, named, on_host, slots, without
-from jaxheads.numerics import meshes, pairs
+from jaxheads.metrics.groups import Bootstrap, Grouped, Slices
+from jaxheads.metrics.reading import add_quantiles, float32, hide_small, name_values, on_host, slots
+from jaxheads.numerics import inputs, meshes, pairs
 
 
 class BadInputWarning(UserWarning):
@@ -33,6 +44,12 @@ class Reader(Protocol):
     @property
     def suffix(self) -> str | None: ...
 
+    @property
+    def slices(self) -> Slices | None: ...
+
+    @property
+    def bootstrap(self) -> Bootstrap | None: ...
+
     def observed(self) -> Mapping[Path, Observation]: ...
 
     def read(self, seen: Mapping[Path, Any]) -> Mapping[tuple[str, str | None], Any]: ...
@@ -40,14 +57,14 @@ class Reader(Protocol):
 
 def views_of_nothing(head: Any) -> dict[Path, Any]:
     """What an empty state reads as: for what is asked of metrics without data, such as their names."""
-    return Metrics(np.zeros((slots(head, False)[1], 1), np.float32), head)._views(np.nan)[0]
+    return Metrics(np.zeros((slots(head, False)[1], 1), np.float32), head)._read_views(np.nan)[0]
 
 
 @functools.lru_cache(maxsize=1024)
 def metric_names(head: Any) -> tuple[str, ...]:
     """The full names of a head's metrics."""
     with np.errstate(all="ignore"):
-        return tuple(joined(*key) for key in head.read(views_of_nothing(head)))
+        return tuple(join_names(*key) for key in head.read(views_of_nothing(head)))
 
 
 _add = jax.jit(pairs.add)
@@ -197,7 +214,7 @@ class Metrics:
         meshes.check_axis(axis_name)
         return dataclasses.replace(self, state=jax.lax.pcast(self.state, axis_name, to="varying"))
 
-    def _views(self, undefined: float, at: Any = (0, 0)) -> tuple[dict[Path, Any], Any, Any, Any]:
+    def _read_views(self, undefined: float, at: Any = (0, 0)) -> tuple[dict[Path, Any], Any, Any, Any]:
         """Views by path, `at` those replicas and groups; the bad count; the regularization; the array module in use."""
         self.check_size()
         if isinstance(self.state, Tracer):
@@ -235,14 +252,14 @@ class Metrics:
                 whose mean is a thousand times their spread; it tells the `shift` that mends it.
         """
         with jax.debug_nans(False), np.errstate(all="ignore"):
-            values, bad, xp = self._values(undefined)
+            values, bad, xp = self._read_values(undefined)
         self._warn(values, bad, xp)
-        out = named(values, bounds, xp)
+        out = name_values(values, bounds, xp)
         if confidence is not None:
             self._check_confidence(confidence)
             with jax.debug_nans(False), np.errstate(all="ignore"):
-                replicas, *_ = self._values(np.nan, (slice(1, None), 0))
-                measured = values if np.isnan(undefined) else self._values(np.nan)[0]
+                replicas, *_ = self._read_values(np.nan, (slice(1, None), 0))
+                measured = values if np.isnan(undefined) else self._read_values(np.nan)[0]
             add_quantiles(out, replicas, measured, confidence, undefined, xp, self._lead)
         return out
 
@@ -266,27 +283,27 @@ class Metrics:
         >>> found["slice"].tolist(), found["count"].tolist(), found["label/mean"].tolist()
         (['JFK', 'LGA'], [1.0, 2.0], [1.0, 3.0])
         """
-        slices = self._slices("by_slice()")
+        slices = self._require_slices("by_slice()")
         with jax.debug_nans(False), np.errstate(all="ignore"):
-            values, bad, xp = self._values(undefined, (0, slice(1, None)))
-            counts = self._counts((0, slice(1, None)))
+            values, bad, xp = self._read_values(undefined, (0, slice(1, None)))
+            counts = self._count_elements((0, slice(1, None)))
             small = {name: count < slices.min_count for name, count in counts.items()}
 
             def too_small(name: str | None) -> Any:
                 # In a MultiHead each head has seen rows of its own; elsewhere there is one count.
                 return small[name] if name in small else small[None]
 
-            shown = {key: without(x, too_small(key[1]), undefined, xp) for key, x in values.items()}
-            out = named(shown, bounds, xp)
+            shown = {key: hide_small(x, too_small(key[1]), undefined, xp) for key, x in values.items()}
+            out = name_values(shown, bounds, xp)
             if confidence is not None:
                 self._check_confidence(confidence)
-                replicas, *_ = self._values(np.nan, (slice(1, None), slice(1, None)))
-                measured = values if np.isnan(undefined) else self._values(np.nan, (0, slice(1, None)))[0]
-                measured = {key: without(x, too_small(key[1]), np.nan, xp) for key, x in measured.items()}
+                replicas, *_ = self._read_values(np.nan, (slice(1, None), slice(1, None)))
+                measured = values if np.isnan(undefined) else self._read_values(np.nan, (0, slice(1, None)))[0]
+                measured = {key: hide_small(x, too_small(key[1]), np.nan, xp) for key, x in measured.items()}
                 add_quantiles(out, replicas, measured, confidence, undefined, xp, self._lead)
         self._warn(shown, bad, xp)
-        names = {} if xp is jnp else {"slice": np.asarray(slices.names or tuple(range(slices.n)))}
-        sizes = {joined("count", name): float32(count, xp) for name, count in counts.items()}
+        names = {} if xp is jnp else {SLICE: np.asarray(slices.names or tuple(range(slices.n)))}
+        sizes = {join_names(SLICE_SIZE, name): float32(count, xp) for name, count in counts.items()}
         return {**names, **sizes, **out}
 
     @property
@@ -294,14 +311,14 @@ class Metrics:
         """How many leading axes the state has: before the axis of replicas or slices in what is read."""
         return np.ndim(self.state) - 2
 
-    def _slices(self, what: str) -> Slices:
-        if not isinstance(found := getattr(self.head, "slices", None), Slices):
+    def _require_slices(self, what: str) -> Slices:
+        if (found := self.head.slices) is None:
             raise ValueError(f'{what} needs a head with slices, slices=jh.Slices("origin", 3). Given {self.head!r}.')
         return found
 
-    def _counts(self, at: Any) -> dict[str | None, Any]:
+    def _count_elements(self, at: Any) -> dict[str | None, Any]:
         """How many elements weigh anything: by head of a `MultiHead`, and of that with the most under None."""
-        views, _, _, xp = self._views(np.nan, at)
+        views, _, _, xp = self._read_views(np.nan, at)
         counts = {path[:-1]: view for path, view in views.items() if path[-1] == COUNT}
         by_head: dict[str | None, Any] = {path[-1]: view for path, view in counts.items() if path}
         return {None: functools.reduce(xp.maximum, counts.values()), **by_head}
@@ -309,7 +326,7 @@ class Metrics:
     def _check_confidence(self, confidence: Any) -> None:
         if not isinstance(confidence, (int, float)) or not 0 < confidence < 1:
             raise ValueError(f"confidence must be a number between 0 and 1, such as 0.95. Given {confidence!r}.")
-        if getattr(self.head, "bootstrap", None) is None:
+        if self.head.bootstrap is None:
             raise ValueError(
                 f"compute(confidence=...) reads bootstrap replicas. Given {self.head!r}, which keeps none: build it "
                 "with bootstrap=jh.Bootstrap(200), and give a key to every update."
@@ -331,13 +348,13 @@ class Metrics:
             if lines := text.rounded(values):
                 warnings.warn(f"Metrics of {self.head!r}: {' '.join(lines)}", RoundingWarning, stacklevel=3)
 
-    def _values(self, undefined: float, at: Any = (0, 0)) -> tuple[dict[tuple[str, str | None], Any], Any, Any]:
+    def _read_values(self, undefined: float, at: Any = (0, 0)) -> tuple[dict[tuple[str, str | None], Any], Any, Any]:
         """Values and intervals by key and name of the head; the bad count; the array module in use."""
-        seen, bad, regularization, xp = self._views(undefined, at)
+        seen, bad, regularization, xp = self._read_views(undefined, at)
         values = dict(self.head.read(seen))
         if regularization is not None and at == (0, 0):
             mean = View(xp, undefined).ratio(regularization[..., 0], regularization[..., 1])
-            values["regularization_loss", self.head.suffix] = mean
+            values[REGULARIZATION_LOSS, self.head.suffix] = mean
         return values, bad, xp
 
     def curve(
@@ -353,8 +370,8 @@ class Metrics:
         """
         if kind not in ("roc", "pr"):
             raise ValueError(f'curve() knows "roc" and "pr". Given {kind!r}.')
-        at = self._entry("curve()", slice)
-        view = self._histograms(at)[self._scores_path("curve()", key, at)]
+        at = self._find_entry("curve()", slice)
+        view = self._read_histograms(at)[self._find_scores("curve()", key, at)]
         return view.roc_curve() if kind == "roc" else view.pr_curve()
 
     def reliability(
@@ -368,12 +385,12 @@ class Metrics:
         """
         if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
             raise ValueError(f"reliability() needs a positive integer number of bins. Given {bins!r}.")
-        at = self._entry("reliability()", slice)
-        path, views = self._scores_path("reliability()", key, at), self._views(np.nan, at)[0]
+        at = self._find_entry("reliability()", slice)
+        path, views = self._find_scores("reliability()", key, at), self._read_views(np.nan, at)[0]
         exact = views.get((*path[:-1], calibration_key(bins))) if path[-1] == SCORES else None
         return views[path].reliability(bins) if exact is None else exact.reliability()
 
-    def _entry(self, what: str, slice: int | str | None) -> tuple[int, int]:
+    def _find_entry(self, what: str, slice: int | str | None) -> tuple[int, int]:
         """Where all data of a slice are; refused outside of one concrete state, and for a slice that is too small."""
         if isinstance(self.state, Tracer) or np.ndim(self.state) != 2:
             raise ValueError(
@@ -382,23 +399,23 @@ class Metrics:
             )
         if slice is None:
             return 0, 0
-        slices = self._slices(what)
+        slices = self._require_slices(what)
         names = slices.names or ()
         index = names.index(slice) if slice in names else slice
-        if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or not 0 <= index < slices.n:
+        if not inputs.is_integer(index, 0, slices.n - 1):
             known = f"0 to {slices.n - 1}" + (f", called {', '.join(names)}" if names else "")
             raise ValueError(f"{what}: the head's slices are {known}. Given slice={slice!r}.")
         at = 0, 1 + int(index)
-        if (count := self._counts(at)[None]) < slices.min_count:
+        if (count := self._count_elements(at)[None]) < slices.min_count:
             raise ValueError(
                 f"{what}: slice {slice!r} has {count:g} elements, fewer than min_count={slices.min_count}: too few for "
                 "metrics."
             )
         return at
 
-    def _scores_path(self, what: str, key: str | None, at: tuple[int, int]) -> Path:
+    def _find_scores(self, what: str, key: str | None, at: tuple[int, int]) -> Path:
         """The path of the one score histogram that is meant."""
-        paths = {joined(*path): path for path in self._histograms(at)}
+        paths = {join_names(*path): path for path in self._read_histograms(at)}
         if key is None and len(paths) == 1:
             return next(iter(paths.values()))
         if key not in paths:
@@ -407,8 +424,8 @@ class Metrics:
             )
         return paths[key]
 
-    def _histograms(self, at: tuple[int, int] = (0, 0)) -> dict[Path, ScoresView]:
-        return {path: view for path, view in self._views(np.nan, at)[0].items() if isinstance(view, ScoresView)}
+    def _read_histograms(self, at: tuple[int, int] = (0, 0)) -> dict[Path, ScoresView]:
+        return {path: view for path, view in self._read_views(np.nan, at)[0].items() if isinstance(view, ScoresView)}
 
     def __repr__(self) -> str:
         from jaxheads.metrics import text
@@ -417,5 +434,5 @@ class Metrics:
         if kind := text.kind(self.state, slots(self.head, self.regularized)[1]):
             return f"{title}: {kind}"
         with np.errstate(all="ignore"):
-            values, bad, _ = self._values(np.nan)
-            return "\n".join([title, *text.table(values, bad, self._histograms().values())])
+            values, bad, _ = self._read_values(np.nan)
+            return "\n".join([title, *text.table(values, bad, self._read_histograms().values())])

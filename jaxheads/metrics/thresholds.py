@@ -27,6 +27,9 @@ class Precision(AbstractThresholdMetric):
     stem = "precision"
     higher_is_better = True
 
+    def decided(self, outcomes: Outcomes) -> Any:
+        return outcomes.precision
+
 
 @dataclasses.dataclass(frozen=True)
 class Recall(AbstractThresholdMetric):
@@ -34,6 +37,9 @@ class Recall(AbstractThresholdMetric):
 
     stem = "recall"
     higher_is_better = True
+
+    def decided(self, outcomes: Outcomes) -> Any:
+        return outcomes.recall
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +49,9 @@ class Specificity(AbstractThresholdMetric):
     stem = "specificity"
     higher_is_better = True
 
+    def decided(self, outcomes: Outcomes) -> Any:
+        return outcomes.specificity
+
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy(AbstractThresholdMetric):
@@ -50,6 +59,9 @@ class Accuracy(AbstractThresholdMetric):
 
     stem = "accuracy"
     higher_is_better = True
+
+    def decided(self, outcomes: Outcomes) -> Any:
+        return outcomes.accuracy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +74,9 @@ class BalancedAccuracy(AbstractThresholdMetric):
 
     stem = "balanced_accuracy"
     higher_is_better = True
+
+    def decided(self, outcomes: Outcomes) -> Any:
+        return outcomes.balanced_accuracy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +94,7 @@ class FBeta(AbstractThresholdMetric):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "beta")
+        check_positive(self, "beta", self.beta)
 
     @property
     def key(self) -> str:
@@ -104,6 +119,9 @@ class IoU(AbstractThresholdMetric):
     stem = "iou"
     higher_is_better = True
 
+    def decided(self, outcomes: Outcomes) -> Any:
+        return outcomes.iou
+
 
 @dataclasses.dataclass(frozen=True)
 class Support(AbstractThresholdMetric):
@@ -127,6 +145,9 @@ class MatthewsCorrcoef(AbstractThresholdMetric):
 
     stem = "matthews_corrcoef"
     higher_is_better = True
+
+    def decided(self, outcomes: Outcomes) -> Any:
+        return outcomes.matthews_corrcoef
 
 
 @dataclasses.dataclass(frozen=True)

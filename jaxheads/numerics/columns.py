@@ -4,7 +4,7 @@ import dataclasses
 import numbers
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import jax
 import numpy as np
@@ -56,16 +56,26 @@ def describe(x: Any) -> str:
     return f"{x.dtype}{list(x.shape)}"
 
 
+@runtime_checkable
+class Frame(Protocol):
+    """A data frame, of whatever library."""
+
+    @property
+    def columns(self) -> Any: ...
+
+    def __getitem__(self, key: Any, /) -> Any: ...
+
+
+def is_frame(x: Any) -> TypeGuard[Frame]:
+    """Tells whether a value has columns by name."""
+    return isinstance(x, Frame)
+
+
 def table(features: Any) -> Mapping[Any, Any] | None:
     """A mapping, or a data frame as one; None for anything else."""
     if isinstance(features, Mapping):
         return features
     return {key: features[key] for key in features.columns} if is_frame(features) else None
-
-
-def is_frame(x: Any) -> bool:
-    """Tells whether `x` is a data frame, of pandas or of a library like it."""
-    return hasattr(x, "columns") and hasattr(x, "__getitem__")
 
 
 def column(features: Any, key: str, what: str) -> Any:
@@ -86,7 +96,7 @@ def numeric_columns(features: Any) -> Columns:
     for key, value in given.items():
         if isinstance(value, Mapping):
             columns[key] = numeric_columns(value)
-        elif isinstance(column := _column(value), str):
+        elif isinstance(column := _read_column(value), str):
             left_out[key] = column
         else:
             columns[key] = column
@@ -94,7 +104,7 @@ def numeric_columns(features: Any) -> Columns:
     return columns
 
 
-def _column(value: Any) -> Any:
+def _read_column(value: Any) -> Any:
     """A feature as an array of numbers, or in words what it is instead."""
     kind = type(value).__name__
     if isinstance(value, (list, tuple)):
@@ -105,8 +115,8 @@ def _column(value: Any) -> Any:
             first = first[0]
         if not isinstance(first, (numbers.Number, np.generic, np.ndarray)):
             return f"a {kind} of {type(first).__name__}"
-    elif not isinstance(value, (numbers.Number, np.generic)) and not hasattr(value, "__array__"):
-        if not hasattr(value, "__jax_array__"):
+    elif not isinstance(value, (numbers.Number, np.generic, inputs.NumpyArrayLike)):
+        if not isinstance(value, inputs.JaxArrayLike):
             return f"a {kind}"
         value = value.__jax_array__()
     try:

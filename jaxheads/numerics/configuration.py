@@ -24,37 +24,37 @@ class Configuration:
         """Refuses bad configuration. Static fields are frozen already; runs once, at construction."""
 
     def __post_init__(self):
-        for field in fields.of_kind(type(self), fields.STATIC):
-            object.__setattr__(self, field.name, fields.freeze(field.name, getattr(self, field.name)))
-        for field in fields.of_kind(type(self), fields.HEADS):
-            object.__setattr__(self, field.name, _nested(field.name, getattr(self, field.name)))
+        for name, value in fields.values_of(self, fields.STATIC).items():
+            object.__setattr__(self, name, fields.freeze(name, value))
+        for name, value in fields.values_of(self, fields.HEADS).items():
+            object.__setattr__(self, name, _freeze_heads(name, value))
         fields.check_children(self)
         self.validate()
 
-    def _identity(self) -> tuple[Any, ...]:
+    def _get_identity(self) -> tuple[Any, ...]:
         if jax.tree.leaves(self):
             raise ValueError(
                 f"{self!r} is bound to parameters: only unbound heads are compared and hashed. Keep the head and its "
                 "parameters apart and pass params=."
             )
-        return tuple(getattr(self, f.name) for f in fields.of_kind(type(self), fields.STATIC, fields.HEADS))
+        return tuple(fields.values_of(self, fields.STATIC, fields.HEADS).values())
 
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
         if not isinstance(other, Configuration) or type(self) is not type(other):
             return NotImplemented
-        return self._identity() == other._identity()
+        return self._get_identity() == other._get_identity()
 
     def __hash__(self) -> int:
-        return hash((type(self), self._identity()))
+        return hash((type(self), self._get_identity()))
 
     def __repr__(self) -> str:
         """The arguments that differ from their defaults, those of the class itself before those of its bases."""
-        inherited = getattr(type(self).__mro__[1], "__dataclass_fields__", {})
-        parts = []
+        base, values, parts = type(self).__mro__[1], fields.values_of(self), []
+        inherited = [field.name for field in dataclasses.fields(base)] if dataclasses.is_dataclass(base) else []
         for field in sorted(fields.of_kind(type(self)), key=lambda f: f.name in inherited):
-            value = getattr(self, field.name)
+            value = values[field.name]
             if isinstance(value, (jax.Array, np.ndarray)):
                 parts.append(f"{field.name}=<{value.dtype}{list(value.shape)}>")
             elif field.init and not _is_default(value, field.default):
@@ -62,7 +62,7 @@ class Configuration:
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
-def _nested(name: str, value: Any) -> Any:
+def _freeze_heads(name: str, value: Any) -> Any:
     """A head, a tuple of heads, or None."""
     value = tuple(value) if isinstance(value, list) else value
     inside = value if isinstance(value, tuple) else () if value is None else (value,)

@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxheads.numerics.fields import names_along
+
 MULTIPLIERS = "lagrange_multipliers"
 
 
@@ -21,7 +23,7 @@ class PrimalDualState(NamedTuple):
 
 def is_multiplier(path: Any) -> bool:
     """Whether a path in a pytree of parameters leads to multipliers."""
-    return any(key.endswith(MULTIPLIERS) for key in jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
+    return any(name.endswith(MULTIPLIERS) for name in names_along(path))
 
 
 def count_multipliers(params: Any) -> int:

@@ -34,7 +34,7 @@ class Edges:
         self.cells = max(16, 8 * m)
         self.low = np.float32(low)
         self.scale = np.float32((self.cells - 1) / (high - low)) if high > low else np.float32(1)
-        cell = self._cell(self.values, np)
+        cell = self._find_cell(self.values, np)
         first = np.searchsorted(cell, np.arange(self.cells) - 1, side="left")
         last = np.searchsorted(cell, np.arange(self.cells) + 1, side="right")
         self.first = first.astype(np.int32)
@@ -46,7 +46,7 @@ class Edges:
         normal = np.all((self.parts == 0) | (np.abs(self.parts) >= np.finfo(np.float32).tiny))
         self.exact = bool(normal and self.values[-1] < LARGEST)
 
-    def _cell(self, x, xp):
+    def _find_cell(self, x, xp):
         scaled = (x - self.low) * self.scale
         return xp.clip(scaled, np.float32(0), np.float32(self.cells - 1)).astype(xp.int32)
 
@@ -59,7 +59,7 @@ class Edges:
 
     def by_table(self, x: jax.Array) -> jax.Array:
         """`locate` by looking up."""
-        count = take(self.first, self._cell(x, jnp))
+        count = take(self.first, self._find_cell(x, jnp))
         for step in (2**k for k in reversed(range(self.steps))):
             below = take(self.padded, count + (step - 1)) < x
             count = jnp.where(below, count + step, count)

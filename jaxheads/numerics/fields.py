@@ -24,7 +24,7 @@ def learned(initializer: Callable[[Any, jax.Array], Any], *, init: Literal[False
         initializer: `(head, key) -> array`, the first value; None if this configuration has no such parameter.
         init: tells type checkers that the constructor need not be given this field.
     """
-    return _field(LEARNED, initializer)
+    return _make_field(LEARNED, initializer)
 
 
 def running(initializer: Callable[[Any], Any], *, init: Literal[False] = False) -> Any:
@@ -34,7 +34,7 @@ def running(initializer: Callable[[Any], Any], *, init: Literal[False] = False) 
         initializer: `(head) -> array`, the first value; None if this configuration has no such statistic.
         init: tells type checkers that the constructor need not be given this field.
     """
-    return _field(RUNNING, initializer)
+    return _make_field(RUNNING, initializer)
 
 
 def subheads(**kwargs: Any) -> Any:
@@ -42,17 +42,28 @@ def subheads(**kwargs: Any) -> Any:
     return dataclasses.field(metadata={_KIND: (HEADS, None)}, **kwargs)
 
 
-def _field(kind: str, initializer: Callable[..., Any]) -> Any:
+def _make_field(kind: str, initializer: Callable[..., Any]) -> Any:
     if not callable(initializer):
         raise ValueError(f"{kind}() takes a function that makes the first value. Given {initializer!r}.")
     # By keyword in the constructor after all, so that dataclasses.replace of a bound head keeps its parameters.
     return dataclasses.field(default=None, kw_only=True, metadata={_KIND: (kind, initializer)})
 
 
+@functools.lru_cache(maxsize=1024)
 def of_kind(cls: type, *kinds: str) -> tuple[dataclasses.Field, ...]:
     """The fields of a head class, those of `kinds` if any are named."""
     every = dataclasses.fields(cls)
     return tuple(f for f in every if not kinds or f.metadata.get(_KIND, (STATIC, None))[0] in kinds)
+
+
+def names_along(path: Any) -> list[str]:
+    """Returns the names along a path in a pytree. A key with slashes, as haiku's, is several names."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+
+
+def values_of(node: Any, *kinds: str) -> dict[str, Any]:
+    """Returns the values of a dataclass's fields by name, those of `kinds` if any are named."""
+    return {field.name: getattr(node, field.name) for field in of_kind(type(node), *kinds)}
 
 
 def initializer(field: dataclasses.Field) -> Callable[..., Any]:
@@ -91,7 +102,8 @@ def register(cls: type) -> None:
     static = tuple(f.name for f in of_kind(cls, STATIC))
 
     def flatten(head):
-        return tuple(getattr(head, n) for n in data), tuple(getattr(head, n) for n in static)
+        values = values_of(head)
+        return tuple(values[n] for n in data), tuple(values[n] for n in static)
 
     def flatten_with_keys(head):
         children, aux = flatten(head)
@@ -110,20 +122,24 @@ def register(cls: type) -> None:
 def children(node: Any) -> dict[str, Any]:
     """The heads inside a head, by the name under which their parameters nest."""
     found: dict[str, Any] = {}
-    for field in of_kind(type(node), HEADS):
-        value = getattr(node, field.name)
+    for name, value in values_of(node, HEADS).items():
         if isinstance(value, tuple):
-            found.update({child.name or str(i): child for i, child in enumerate(value)})
+            found.update(_name_heads(value))
         elif value is not None:
-            found[field.name] = value
+            found[name] = value
     return found
+
+
+def _name_heads(heads: tuple[Any, ...]) -> list[tuple[str, Any]]:
+    """Returns the heads of a tuple with their names; a head without a name has its number."""
+    return [(head.name or str(i), head) for i, head in enumerate(heads)]
 
 
 def check_children(node: Any) -> None:
     """Refuses heads in tuples whose parameters would share a name, with each other or with a field."""
     fields = {field.name for field in dataclasses.fields(node)}
-    held = [getattr(node, field.name) for field in of_kind(type(node), HEADS)]
-    names = [child.name or str(i) for value in held if isinstance(value, tuple) for i, child in enumerate(value)]
+    held = [value for value in values_of(node, HEADS).values() if isinstance(value, tuple)]
+    names = [name for heads in held for name, _ in _name_heads(heads)]
     if clashing := sorted({name for name in names if name in fields or names.count(name) > 1}):
         raise ValueError(
             f"{type(node).__name__} holds heads whose names clash, with each other or with a field: {clashing}. Their "
@@ -133,13 +149,13 @@ def check_children(node: Any) -> None:
 
 def with_values(node: Any, changes: Mapping[str, Any]) -> Any:
     """`dataclasses.replace` that goes past `__init__` and reaches, by name, into tuples of heads."""
-    heads = {field.name for field in of_kind(type(node), HEADS)}
+    heads = values_of(node, HEADS)
     copy = object.__new__(type(node))
-    for field in dataclasses.fields(node):
-        value = changes.get(field.name, getattr(node, field.name))
-        if field.name in heads and isinstance(value, tuple):
-            value = tuple(changes.get(child.name or str(i), child) for i, child in enumerate(value))
-        object.__setattr__(copy, field.name, value)
+    for name, old in values_of(node).items():
+        value = changes.get(name, old)
+        if name in heads and isinstance(value, tuple):
+            value = tuple(changes.get(inner, child) for inner, child in _name_heads(value))
+        object.__setattr__(copy, name, value)
     return copy
 
 
@@ -147,14 +163,14 @@ def init(node: Any, key: jax.Array) -> dict[str, Any]:
     """The first values of the learned fields, nested by the names of the heads inside."""
     learned_fields = of_kind(type(node), LEARNED)
     made = {f.name: initializer(f)(node, jax.random.fold_in(key, i)) for i, f in enumerate(learned_fields)}
-    values: dict[str, Any] = {name: _strong(value) for name, value in made.items() if value is not None}
+    values: dict[str, Any] = {name: _strip_weak_type(value) for name, value in made.items() if value is not None}
     for i, (name, child) in enumerate(children(node).items(), start=len(learned_fields)):
         if inner := init(child, jax.random.fold_in(key, i)):
             values[name] = inner
     return values
 
 
-def _strong(value: Any) -> jax.Array:
+def _strip_weak_type(value: Any) -> jax.Array:
     """An array without JAX's weak type, which the first update would take away: a second compilation."""
     value = jnp.asarray(value)
     return jax.lax.convert_element_type(value, value.dtype)
@@ -163,7 +179,7 @@ def _strong(value: Any) -> jax.Array:
 def init_state(node: Any) -> dict[str, Any]:
     """The first values of the running fields, nested likewise."""
     made = {f.name: initializer(f)(node) for f in of_kind(type(node), RUNNING)}
-    values: dict[str, Any] = {name: _strong(value) for name, value in made.items() if value is not None}
+    values: dict[str, Any] = {name: _strip_weak_type(value) for name, value in made.items() if value is not None}
     for name, child in children(node).items():
         if inner := init_state(child):
             values[name] = inner
@@ -245,8 +261,8 @@ def missing(node: Any, shapes: Mapping[str, Any] | None = None) -> list[str]:
         if not _may_learn(node):
             return []
         shapes = abstract(unbound(node))
-    names = [f.name for f in of_kind(type(node), LEARNED, RUNNING)]
-    own = [name for name in names if name in shapes and getattr(node, name) is None]
+    values = values_of(node, LEARNED, RUNNING)
+    own = [name for name, value in values.items() if name in shapes and value is None]
     inside = {name: child for name, child in children(node).items() if name in shapes}
     return own + [f"{name}.{inner}" for name, child in inside.items() for inner in missing(child, shapes[name])]
 
@@ -258,8 +274,7 @@ def _may_learn(node: Any) -> bool:
 
 def state_of(node: Any) -> dict[str, Any]:
     """The values of the running fields of a bound head, nested as `init_state` nests them."""
-    own = {f.name: getattr(node, f.name) for f in of_kind(type(node), RUNNING)}
-    values = {name: value for name, value in own.items() if value is not None}
+    values = {name: value for name, value in values_of(node, RUNNING).items() if value is not None}
     for name, child in children(node).items():
         if inner := state_of(child):
             values[name] = inner
@@ -268,11 +283,11 @@ def state_of(node: Any) -> dict[str, Any]:
 
 def has_state(node: Any) -> bool:
     """Whether the node or a head inside it has running fields."""
-    return bool(_state_shapes(unbound(node)))
+    return bool(_trace_state(unbound(node)))
 
 
 @functools.lru_cache(maxsize=1024)
-def _state_shapes(node: Any) -> dict[str, Any]:
+def _trace_state(node: Any) -> dict[str, Any]:
     """Shapes and dtypes of what `init_state` of an unbound head makes."""
     return jax.eval_shape(functools.partial(init_state, node))
 
@@ -287,7 +302,7 @@ def carry(node: Any, state: Mapping[str, Any], new: Mapping[str, Any]) -> dict[s
 
 def check_state(node: Any, state: Mapping[str, Any], what: str, fix: str) -> None:
     """Refuses a running state of other keys, shapes or dtypes than `init_state` makes."""
-    expected = _state_shapes(unbound(node))
+    expected = _trace_state(unbound(node))
 
     def kinds(tree: Any) -> dict[str, str]:
         leaves = jax.tree.leaves_with_path(tree)

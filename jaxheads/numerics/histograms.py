@@ -28,10 +28,10 @@ def histogram(
     """
 
     def by_scatter(buckets, *weights):
-        return _by_scatter(buckets, weights, n, columns)
+        return _sum_by_scatter(buckets, weights, n, columns)
 
     def by_product(buckets, *weights):
-        return _by_product(buckets, weights, n, columns)
+        return _sum_by_product(buckets, weights, n, columns)
 
     return jax.lax.platform_dependent(buckets, *weights, tpu=by_product, default=by_scatter)
 
@@ -45,45 +45,45 @@ def by_label(
     """
 
     def by_product(buckets, labels, weights):
-        return _by_product(buckets, (weights * (1 - labels), weights * labels), n, columns)
+        return _sum_by_product(buckets, (weights * (1 - labels), weights * labels), n, columns)
 
     def spread(buckets, labels, weights):
-        return _by_scatter(buckets, (weights * (1 - labels), weights * labels), n, columns)
+        return _sum_by_scatter(buckets, (weights * (1 - labels), weights * labels), n, columns)
 
     def counted(buckets, labels, weights):
-        rows, _, flat = _flat(buckets, n, columns)
+        rows, _, flat = _flatten(buckets, n, columns)
         keys = flat + (labels == 1).astype(jnp.int32) * np.int32(rows * n)
         sums = jnp.zeros(2 * rows * n, jnp.float32).at[keys].add(weights, mode="promise_in_bounds")
         return jax.lax.reshape(sums, (2, rows, n))
 
     def weighed(buckets, labels, weights):
-        rows, most, flat = _flat(buckets, n, columns)
+        rows, most, flat = _flatten(buckets, n, columns)
         keys, both = jnp.stack([flat, flat + rows * n]), jnp.stack([weights * (1 - labels), weights * labels])
-        return jax.lax.reshape(_scattered(keys, both, 2 * rows * n, most), (2, rows, n))
+        return jax.lax.reshape(_scatter(keys, both, 2 * rows * n, most), (2, rows, n))
 
     def by_scatter(buckets, labels, weights):
         # Hard labels and weights of 0 and 1, the usual ones, add up exactly as they are, once each.
-        if not _few(buckets):
+        if not _is_few(buckets):
             return weighed(buckets, labels, weights)
         usual = ((labels == 0) | (labels == 1)) & ((weights == 0) | (weights == 1))
-        return jax.lax.cond(_holds(usual), counted, weighed, buckets, labels, weights)
+        return jax.lax.cond(_holds_everywhere(usual), counted, weighed, buckets, labels, weights)
 
     # On a mesh the question would be an all-reduce of its own.
     default = by_scatter if meshes.is_local((buckets, labels, weights)) else spread
     return jax.lax.platform_dependent(buckets, labels, weights, tpu=by_product, default=default)
 
 
-def _holds(condition: jax.Array) -> jax.Array:
+def _holds_everywhere(condition: jax.Array) -> jax.Array:
     """`jnp.all`, by a sum: XLA's CPU code for an `and` of many is slower."""
     return jax.lax.eq(masking.total((~condition).astype(jnp.float32)), np.float32(0))
 
 
-def _few(buckets: jax.Array) -> bool:
+def _is_few(buckets: jax.Array) -> bool:
     """Whether a float32 can count the entries that meet in one sum."""
     return _is_known(buckets) and math.prod(buckets.shape) < 2**24
 
 
-def _flat(buckets: jax.Array, n: int, columns: Sequence[int] | None) -> tuple[int, int, jax.Array]:
+def _flatten(buckets: jax.Array, n: int, columns: Sequence[int] | None) -> tuple[int, int, jax.Array]:
     """How many rows of sums there are, how many entries of a last axis can meet in one sum, and the sum of each."""
     if columns is None:
         return 1, buckets.shape[-1], buckets
@@ -92,19 +92,21 @@ def _flat(buckets: jax.Array, n: int, columns: Sequence[int] | None) -> tuple[in
     return max(columns) + 1, max(map(list(columns).count, set(columns))), flat
 
 
-def _by_scatter(buckets: jax.Array, weights: Sequence[jax.Array], n: int, columns: Sequence[int] | None) -> jax.Array:
+def _sum_by_scatter(
+    buckets: jax.Array, weights: Sequence[jax.Array], n: int, columns: Sequence[int] | None
+) -> jax.Array:
     """By adding each entry to its sum: a CPU or a GPU takes no time to find it.
 
     A running float32 sum drifts: a million weights of 0.1 in one bucket are off by 1 %. So each weight is split in a
     multiple of a quantum, of which a block of rows adds up exactly, and a small rest; every block has a histogram of
     its own; and the blocks are added pairwise.
     """
-    rows, most, buckets = _flat(buckets, n, columns)
-    sums = [_scattered(buckets, each, rows * n, most) for each in weights]
+    rows, most, buckets = _flatten(buckets, n, columns)
+    sums = [_scatter(buckets, each, rows * n, most) for each in weights]
     return jnp.stack(sums).reshape(len(sums), rows, n)
 
 
-def _scattered(buckets: jax.Array, weights: jax.Array, n: int, most: int) -> jax.Array:
+def _scatter(buckets: jax.Array, weights: jax.Array, n: int, most: int) -> jax.Array:
     """The sums `[n]` of one array of weights; `most` entries of a last axis can meet in one of them."""
     examples = buckets.shape[:-1]
     if buckets.ndim > 1 and buckets.shape[-1] == 1:
@@ -129,7 +131,7 @@ def _scattered(buckets: jax.Array, weights: jax.Array, n: int, most: int) -> jax
         # size: where they are of a thousand to one in one bucket, it is off by 1e-5 (see BUILD_NOTES).
         coarse = jax.lax.reduce_precision(weights, exponent_bits=8, mantissa_bits=8)
         return sums(coarse) + sums(weights - coarse)
-    coarse = weights if rows == 0 else _multiples(weights, None if rows is None else min(rows, block))
+    coarse = weights if rows == 0 else _round_down(weights, None if rows is None else min(rows, block))
 
     def together(coarse, rest):
         # As one complex number: on a CPU one scatter of those takes little longer than one of floats.
@@ -144,10 +146,10 @@ def _scattered(buckets: jax.Array, weights: jax.Array, n: int, most: int) -> jax
     if n < LARGE:
         return jax.lax.platform_dependent(coarse, rest, cpu=together, default=apart)
     exact = sums(coarse)
-    return exact + jax.lax.cond(_holds(rest == 0), lambda _: jnp.zeros_like(exact), sums, rest)
+    return exact + jax.lax.cond(_holds_everywhere(rest == 0), lambda _: jnp.zeros_like(exact), sums, rest)
 
 
-def _multiples(weights: jax.Array, rows: int | None) -> jax.Array:
+def _round_down(weights: jax.Array, rows: int | None) -> jax.Array:
     """The weights rounded down to multiples of a power of two, such that any `rows` of them, or all, add up exactly."""
     bound = jnp.sum(weights)
     bound = bound if rows is None else jnp.minimum(bound, rows * jnp.max(weights))
@@ -157,10 +159,10 @@ def _multiples(weights: jax.Array, rows: int | None) -> jax.Array:
     # so 0 to XLA, and where the sum is no number, the quantum is so large that all is rest.
     usual = jax.lax.is_finite(bound) & jax.lax.gt(exponent, np.int32(-80))
     power = masking.keep(usual, jax.lax.sub(exponent, np.int32(23)), 127)
-    return jax.lax.floor(weights * _power_of_two(jax.lax.neg(power))) * _power_of_two(power)
+    return jax.lax.floor(weights * _raise_two(jax.lax.neg(power))) * _raise_two(power)
 
 
-def _power_of_two(exponent: jax.Array) -> jax.Array:
+def _raise_two(exponent: jax.Array) -> jax.Array:
     """`2^e` as a float32, for e from -127 (where it is 0) to 127."""
     return jax.lax.bitcast_convert_type(jax.lax.shift_left(exponent + 127, np.int32(23)), jnp.float32)
 
@@ -169,14 +171,16 @@ def _is_known(x: jax.Array) -> bool:
     return all(isinstance(size, int) for size in x.shape)
 
 
-def _by_product(buckets: jax.Array, weights: Sequence[jax.Array], n: int, columns: Sequence[int] | None) -> jax.Array:
+def _sum_by_product(
+    buckets: jax.Array, weights: Sequence[jax.Array], n: int, columns: Sequence[int] | None
+) -> jax.Array:
     """By products of matrices of zeros and ones, a TPU's way: it takes long to find a place in memory.
 
     Bucket `64 i + j` is entry `(i, j)` of `sum(e_i w e_j^T)`. The compiler makes the one-hot vectors where it
     multiplies and never writes them. A product is of bfloat16 numbers, added up in float32: each weight is cut in
     three that bfloat16 holds, and a block of rows adds the parts of equal weights up exactly.
     """
-    cut, merged = _blocks(buckets, math.prod(buckets.shape[1 : None if columns is None else -1]))
+    cut, merged = _plan_blocks(buckets, math.prod(buckets.shape[1 : None if columns is None else -1]))
     entries, mesh = cut(buckets), meshes.explicit_mesh(buckets)
     # Blocks are kept apart, and columns that have rows of their own.
     apart = [0] if columns is None else [0, entries.ndim - 1]
@@ -212,12 +216,12 @@ def _by_product(buckets: jax.Array, weights: Sequence[jax.Array], n: int, column
         total = total.reshape(*total.shape[:-2], -1)[..., :n]
         total = total[:, None] if columns is None else total
         total = total if by_block is None else jax.sharding.reshard(total, by_block)
-        return merged(total if columns is None else _by_row(total, columns))
+        return merged(total if columns is None else _add_by_row(total, columns))
 
     return jnp.stack([whole(each) for each in weights])
 
 
-def _blocks(x: jax.Array, width: int) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
+def _plan_blocks(x: jax.Array, width: int) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
     """How to cut arrays of the shape of `x` in blocks on a new first axis, and how to add up what comes of them.
 
     A block holds at most `BLOCK` numbers that meet in one sum, `width` from each entry of the first axis of `x`.
@@ -245,7 +249,7 @@ def _blocks(x: jax.Array, width: int) -> tuple[Callable[[jax.Array], jax.Array],
     return (lambda x: x.reshape(n // rows, rows, *x.shape[1:])), (lambda x: jnp.sum(x, axis=0))
 
 
-def _by_row(sums: jax.Array, columns: Sequence[int]) -> jax.Array:
+def _add_by_row(sums: jax.Array, columns: Sequence[int]) -> jax.Array:
     """Sums by column `[blocks, c, n]` added by row `[blocks, rows, n]`."""
     members = [np.flatnonzero(np.asarray(columns) == row) for row in range(max(columns) + 1)]
     out = sums[:, np.array([inside[0] if len(inside) else 0 for inside in members])]

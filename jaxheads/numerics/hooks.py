@@ -38,11 +38,11 @@ def takes(cls: type, hook: str, name: str) -> bool:
 
 def call(head: Any, hook: str, *arguments: Any, rows: Any) -> Any:
     """Calls `head.hook(*arguments)`, with the parts of the rows that the hook asks for."""
-    extra = {argument: _part(rows, name) for argument, name in asked(type(head), hook).items()}
+    extra = {argument: _select_part(rows, name) for argument, name in asked(type(head), hook).items()}
     return getattr(head, hook)(*arguments, **extra)
 
 
-def _part(rows: Any, name: str) -> Any:
+def _select_part(rows: Any, name: str) -> Any:
     if name == "rows":
         return rows
     return {"features": rows.columns, "weights": rows.weights, "psum": rows.devices.sum}[name]

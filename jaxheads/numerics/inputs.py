@@ -5,7 +5,8 @@ waiting for a device array would stall the device, and a tracer has no values.
 """
 
 import functools
-from typing import Any
+import math
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +30,28 @@ def is_readable(x: Any, check: bool | None) -> bool:
     return True
 
 
-def as_array(x: Any, what: str, *, names: bool = False) -> np.ndarray | jax.Array:
-    """`x` as a NumPy array, or as it is if it is a JAX array. With `names`, objects may stand among strings."""
+@runtime_checkable
+class JaxArrayLike(Protocol):
+    """A value that JAX can make an array of, such as a variable of flax's nnx."""
+
+    def __jax_array__(self) -> jax.Array: ...
+
+
+@runtime_checkable
+class NumpyArrayLike(Protocol):
+    """A value that NumPy can make an array of, such as a column of a data frame."""
+
+    def __array__(self) -> np.ndarray: ...
+
+
+def as_array(x: Any, what: str, *, names: bool | None = None) -> np.ndarray | jax.Array:
+    """`x` as a NumPy array, or as it is if it is a JAX array.
+
+    `names` is for labels: whether they may be names, and objects may stand among strings.
+    """
     if isinstance(x, (jax.Array, np.ndarray)):
         return x
-    if hasattr(x, "__jax_array__"):
+    if isinstance(x, JaxArrayLike):
         return jnp.asarray(x)
     try:
         array = np.asarray(x)
@@ -45,11 +63,16 @@ def as_array(x: Any, what: str, *, names: bool = False) -> np.ndarray | jax.Arra
     if array.dtype.kind == "O" and not (is_text(array) or (array.ndim and (names or not array.size))):
         raise ValueError(
             f"{what} must be a dense array of numbers"
-            + (", or of strings where a label_vocabulary is given. " if what.startswith("labels") else ". ")
+            + (", or of strings where a label_vocabulary is given. " if names is not None else ". ")
             + f"Given a {type(x).__name__}, which NumPy reads as an object array of shape {array.shape}. Sparse "
             "and ragged containers are not supported: pass a dense array, or rows of equal length."
         )
     return array
+
+
+def is_integer(x: Any, low: int, high: float = math.inf) -> TypeGuard[int]:
+    """Whether `x` is a Python or NumPy integer, not a bool, from `low` to `high`."""
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool) and bool(low <= x <= high)
 
 
 def is_text(x: Any) -> bool:

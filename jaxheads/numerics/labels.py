@@ -37,9 +37,9 @@ class LabelSpec:
     def __post_init__(self):
         if self.kind not in ("float", "int", "bool"):
             raise ValueError(f'A label is of kind "float", "int" or "bool". Given {self.kind!r}.')
-        for name in ("low", "high", "fill"):
+        for name, value in (("low", self.low), ("high", self.high), ("fill", self.fill)):
             # NumPy's scalars have a dtype of their own, which strict promotion would refuse to compare.
-            if isinstance(value := getattr(self, name), np.generic):
+            if isinstance(value, np.generic):
                 object.__setattr__(self, name, value.item())
         if self.low is not None and self.high is not None and not self.low <= self.high:
             raise ValueError(f"A label's low must not be above its high. Given low={self.low!r}, high={self.high!r}.")
@@ -65,16 +65,16 @@ class LabelSpec:
         if self.kind == "bool":
             labels = labels if wide or dtype == np.uint32 else inputs.cast(labels, jnp.int32)
             return (labels != 0) & (labels != 1)
-        illegal = self._outside(inputs.cast(labels, self.dtype), xp)
+        illegal = self._is_outside(inputs.cast(labels, self.dtype), xp)
         if wide and jnp.issubdtype(dtype, jnp.floating):
-            return illegal | self._outside(labels, xp)
+            return illegal | self._is_outside(labels, xp)
         if self.kind == "int" and (wide or dtype == np.uint32):
             illegal = illegal | (labels > INT32.max)
             if jnp.issubdtype(dtype, jnp.signedinteger):
                 illegal = illegal | (labels < INT32.min)
         return illegal
 
-    def _outside(self, labels: Any, xp: Any) -> Any:
+    def _is_outside(self, labels: Any, xp: Any) -> Any:
         # Only floats can be NaN or infinite; NaN is out of every range.
         legal = xp.isfinite(labels) if jnp.issubdtype(labels.dtype, jnp.floating) else labels == labels
         if self.low is not None:
@@ -151,7 +151,7 @@ def encode(
             inputs.check_where(mask, np.asarray(True), "where")
             live = mask != 0
         vocabulary.refuse_strangers(strangers, live, spec.size or 0, label_vocabulary)
-        array = settled(spec, typed(array, label, spec), label_vocabulary, live, lambda: live, True, what)
+        array = settle_labels(spec, give_dtype(array, label, spec), label_vocabulary, live, lambda: live, True, what)
         return array.reshape(shape)
 
     return each_label(specs, labels, take)
@@ -181,13 +181,13 @@ def each_label(specs: Specs, labels: Any, take: Any) -> Any:
     return per_label(specs, take, labels)
 
 
-def typed(array: Any, label: Any, spec: LabelSpec) -> Any:
+def give_dtype(array: Any, label: Any, spec: LabelSpec) -> Any:
     """`array`; but a list without elements has no dtype of its own."""
     empty = isinstance(array, np.ndarray) and array.size == 0 and not isinstance(label, (np.ndarray, jax.Array))
     return array.astype(spec.dtype) if empty else array
 
 
-def settled(
+def settle_labels(
     spec: LabelSpec,
     array: Any,
     label_vocabulary: tuple[str, ...] | None,
@@ -205,7 +205,7 @@ def settled(
         ids = vocabulary.encode(array, label_vocabulary, np.asarray(False))
         unknown = ids < 0
         if check is not False and unknown.any() and (rows := live_names()) is not None:
-            vocabulary.refuse(array, unknown & _live_like(rows, ids), label_vocabulary)
+            vocabulary.refuse(array, unknown & _fit_live(rows, ids), label_vocabulary)
         return ids
     kinds = {"float": ("bool", "int", "float"), "int": ("int",), "bool": ("bool", "int")}[spec.kind]
     if inputs.dtype_kind(array) not in kinds:
@@ -217,11 +217,11 @@ def settled(
     if inputs.is_readable(array, check) and (live is not None or isinstance(array, np.ndarray)):
         illegal = spec.illegal(np.asarray(array), np)
         if live is not None:
-            _refuse_labels(np.asarray(array), illegal & _live_like(live, array), spec, what)
+            _refuse_labels(np.asarray(array), illegal & _fit_live(live, array), spec, what)
     return spec.settle(array, illegal) if isinstance(array, np.ndarray) else array
 
 
-def shaped(spec: LabelSpec, array: Any, lead: tuple[int, ...], what: str) -> Any:
+def give_shape(spec: LabelSpec, array: Any, lead: tuple[int, ...], what: str) -> Any:
     """Labels of shape `lead + [spec.size]`."""
     shape, event = tuple(array.shape), spec.event
     if len(event) > 1 or None in event:
@@ -255,7 +255,7 @@ def _check_label_size(
         )
 
 
-def _live_like(live: np.ndarray, labels: Any) -> np.ndarray:
+def _fit_live(live: np.ndarray, labels: Any) -> np.ndarray:
     """Live elements in a shape that broadcasts to labels: whole rows where weights are per logit."""
     per_logit = live.ndim and live.shape[-1] not in (1, labels.shape[-1])
     return np.asarray(live.any(-1, keepdims=True)) if per_logit else live

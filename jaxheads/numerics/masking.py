@@ -91,12 +91,12 @@ def column_totals(x: jax.Array, kept: int = 1) -> jax.Array:
     """
     axes = x.shape[: x.ndim - kept]
     exact_in_one_step = 2 if kept == 0 else 1
-    if len(axes) > exact_in_one_step and math.prod(map(_of_a_block, axes)) > _IN_A_ROW:
+    if len(axes) > exact_in_one_step and math.prod(map(_fit_in_block, axes)) > _IN_A_ROW:
         for axis in reversed(range(1, len(axes))):
             x = jax.lax.optimization_barrier(jax.lax.reduce_sum(x, (axis,)))
     return jax.lax.reduce_sum(x, tuple(range(x.ndim - kept)))
 
 
-def _of_a_block(size: Any) -> int:
+def _fit_in_block(size: Any) -> int:
     """How many numbers of an axis are in a block; of a size that is a symbol, in export, as many as there can be."""
     return min(size, 32) if isinstance(size, int) else 32

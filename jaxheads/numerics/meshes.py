@@ -80,8 +80,8 @@ def varying(tree: Any, axis_name: Any) -> Any:
     check_axis(axis_name)
 
     def each(x: Any) -> Any:
-        for name in _manual(axis_name):
-            typed = _varying(x, name)
+        for name in _select_manual(axis_name):
+            typed = _make_varying(x, name)
             x = x if typed is None else typed
         return x
 
@@ -98,7 +98,7 @@ def unnamed_axes(tree: Any, axis_name: Any) -> list[Any]:
     others = [name for name in jax.sharding.get_abstract_mesh().manual_axes if name not in names]
     if not all(map(_is_typed, others)):
         return others if axis_name is None else []
-    return [name for name in others if any(_varying(x, name) is None for x in jax.tree.leaves(tree))]
+    return [name for name in others if any(_make_varying(x, name) is None for x in jax.tree.leaves(tree))]
 
 
 def mean_of_gradients(grads: Any, axis_name: Any) -> Any:
@@ -112,21 +112,21 @@ def mean_of_gradients(grads: Any, axis_name: Any) -> Any:
 
 def varies(x: Any, axis_name: Any) -> bool:
     """Whether the type of `x` tells that it differs over a mapped axis (or one of several)."""
-    return _is_typed(axis_name) and any(_varying(x, name) is None for name in _manual(axis_name))
+    return _is_typed(axis_name) and any(_make_varying(x, name) is None for name in _select_manual(axis_name))
 
 
 def _is_typed(axis_name: Any) -> bool:
     """Whether types tell here over which devices a value varies: then what varies cannot be made to vary again."""
-    return any(_varying(_varying(jnp.float32(0), name), name) is None for name in _manual(axis_name))
+    return any(_make_varying(_make_varying(jnp.float32(0), name), name) is None for name in _select_manual(axis_name))
 
 
-def _manual(axis_name: Any) -> list[Any]:
+def _select_manual(axis_name: Any) -> list[Any]:
     """Which of one or several axes are of `shard_map` or `pmap`; that of a `vmap` is not."""
     names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
     return [name for name in names if name in jax.sharding.get_abstract_mesh().manual_axes]
 
 
-def _varying(x: Any, name: Any) -> Any:
+def _make_varying(x: Any, name: Any) -> Any:
     """`x` typed as varying; None where it is that already: the type's attribute that tells has changed its name."""
     try:
         return jax.lax.pcast(x, name, to="varying")
@@ -136,15 +136,15 @@ def _varying(x: Any, name: Any) -> Any:
 
 def columns(x: jax.Array, dtype: Any) -> jax.Array:
     """The index of the last axis at every entry of `x`, laid out like `x`."""
-    return _index(x, x.ndim - 1, dtype)
+    return _make_index(x, x.ndim - 1, dtype)
 
 
 def flat_index(x: jax.Array) -> jax.Array:
     """The row-major position, int32, of every entry of `x`, laid out like `x`."""
     steps = [math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim)]
-    return sum((_index(x, axis, jnp.int32) * step for axis, step in enumerate(steps)), jnp.int32(0))
+    return sum((_make_index(x, axis, jnp.int32) * step for axis, step in enumerate(steps)), jnp.int32(0))
 
 
-def _index(x: jax.Array, axis: int, dtype: Any) -> jax.Array:
+def _make_index(x: jax.Array, axis: int, dtype: Any) -> jax.Array:
     out_sharding = None if explicit_mesh(x) is None else jax.typeof(x).sharding
     return jax.lax.broadcasted_iota(dtype, x.shape, axis, out_sharding=out_sharding)

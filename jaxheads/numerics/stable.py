@@ -55,7 +55,7 @@ def rank(values: jax.Array, ids: jax.Array) -> jax.Array:
     Of equal values the first comes first, as in `jax.lax.top_k`: the k best are those of a rank below k. (There -0.0
     comes after 0.0; here, as in `argmax`, they are equal.) Counted in float32, for which a CPU has the quicker sum.
     """
-    mine, has_nan = _without_nan(pick(values, ids)), jnp.isnan(jnp.max(values, axis=-1, keepdims=True))
+    mine, has_nan = _zero_nan(pick(values, ids)), jnp.isnan(jnp.max(values, axis=-1, keepdims=True))
     ahead = (values > mine) | ((values == mine) & (meshes.columns(values, ids.dtype) < ids))
     found = jnp.sum(ahead.astype(jnp.float32), axis=-1, keepdims=True)
     return jnp.where(has_nan, jnp.full_like(found, values.shape[-1]), found)
@@ -69,12 +69,12 @@ def first_argmax(values: jax.Array) -> jax.Array:
     """
     n, largest = values.shape[-1], jnp.max(values, axis=-1, keepdims=True)
     columns = meshes.columns(values, jnp.float32)
-    found = jnp.where(values == _without_nan(largest), columns, jnp.full_like(columns, n))
+    found = jnp.where(values == _zero_nan(largest), columns, jnp.full_like(columns, n))
     found = jnp.min(found, axis=-1, keepdims=True)
     return jnp.where(jnp.isnan(largest), jnp.full_like(found, n), found).astype(jnp.int32)
 
 
-def _without_nan(x: jax.Array) -> jax.Array:
+def _zero_nan(x: jax.Array) -> jax.Array:
     """`x` with 0 for NaN: for what is made of a row and compared with all of it.
 
     Were it the plain result of a reduction, XLA's CPU code would write it out as often as the row has entries.

@@ -47,14 +47,14 @@ class Late:
     replicas: Any
     how: Callable[..., jax.Array] = dataclasses.field(metadata={"static": True})
 
-    def reduced(self) -> jax.Array:
+    def reduce(self) -> jax.Array:
         """The sums."""
         return self.how(self.observation, self.weights, self.groups, self.replicas)
 
 
-def finished(parts: list[Any]) -> list[jax.Array]:
+def finish(parts: list[Any]) -> list[jax.Array]:
     """The sums, of what was left for later too."""
-    return [part.reduced() if isinstance(part, Late) else part for part in parts]
+    return [part.reduce() if isinstance(part, Late) else part for part in parts]
 
 
 def sum_over_rows(sums: Callable[..., list[Any]], batch: Any, n: int, rows: int) -> list[jax.Array]:
@@ -84,7 +84,8 @@ def sum_over_rows(sums: Callable[..., list[Any]], batch: Any, n: int, rows: int)
         added = [pairs.two_sum(total, part) for (total, _), part in zip(carry, parts, strict=True)]
         carry = [(total, lost + error) for (total, error), (_, lost) in zip(added, carry, strict=True)]
         return carry, [
-            {name: getattr(part, name) for name in ("observation", "weights", "groups", "replicas")} for part in late
+            {"observation": x.observation, "weights": x.weights, "groups": x.groups, "replicas": x.replicas}
+            for x in late
         ]
 
     shapes, late_shapes = jax.eval_shape(of_tile, jnp.int32(0))
@@ -100,4 +101,4 @@ def sum_over_rows(sums: Callable[..., list[Any]], batch: Any, n: int, rows: int)
         # Keys are no rows: those of one tile serve all.
         arrays["replicas"] = jax.tree.map(lambda x: x[0], of_tiles["replicas"])
     late = iter([dataclasses.replace(like, **arrays) for arrays, like in zip(whole, late_shapes, strict=True)])
-    return [next(late).reduced() if later else next(exact) for later in is_late]
+    return [next(late).reduce() if later else next(exact) for later in is_late]

@@ -32,13 +32,13 @@ def encode(labels: np.ndarray, vocabulary: tuple[str, ...] | None, where: np.nda
     Those are refused in rows that exist (by default all).
     """
     if vocabulary is None:
-        example = f" (e.g. {_shown(labels.flat[0])})" if labels.size else ""
+        example = f" (e.g. {_show(labels.flat[0])})" if labels.size else ""
         raise ValueError(
             f"labels are strings{example} but the head has no label_vocabulary. Give it label_vocabulary=[...], or "
             "pass integer class ids."
         )
     ids: dict[str | None, int] = {name: i for i, name in enumerate(vocabulary)}
-    encoded = np.fromiter((ids.get(_text(name), -1) for name in labels.flat), np.int32, labels.size)
+    encoded = np.fromiter((ids.get(_decode(name), -1) for name in labels.flat), np.int32, labels.size)
     encoded = encoded.reshape(labels.shape)
     refuse(labels, encoded < 0 if where is None else (encoded < 0) & where, vocabulary)
     return encoded
@@ -49,7 +49,7 @@ def refuse(labels: np.ndarray, unknown: np.ndarray, vocabulary: tuple[str, ...] 
     if unknown.any():
         position = tuple(int(i) for i in np.argwhere(unknown)[0])
         raise ValueError(
-            f"label {_shown(labels[position])} at index {position} is not in the label_vocabulary {vocabulary!r}, "
+            f"label {_show(labels[position])} at index {position} is not in the label_vocabulary {vocabulary!r}, "
             f"{int(unknown.sum())} such in all. Add it there, or leave the row out with where=False."
         )
 
@@ -80,13 +80,13 @@ def is_empty(labels: Any) -> bool:
 
 def multi_hot(labels: Any, n: int, vocabulary: tuple[str, ...] | None) -> Encoded:
     """Lists of ids or names, one an example, nested as deep as the leading axes: int32 `[..., n]`."""
-    depth = _depth(labels)
+    depth = _count_levels(labels)
     if depth < 2 and len(labels):
         raise ValueError(f"labels must be lists of class ids or names, one list a row: [[...], ...]. Given {labels!r}.")
     if not len(labels):
         return Encoded(np.zeros((0, n), np.int32), {})
-    lead = _lead(labels, depth - 1)
-    rows = list(_rows(labels, len(lead)))
+    lead = _measure_lead(labels, depth - 1)
+    rows = list(_walk_rows(labels, len(lead)))
     if vocabulary is None and has_names(rows):
         encode(np.asarray([name for row in rows for name in row if isinstance(name, (str, bytes))]), None)
     ids: dict[Any, int] = {name: i for i, name in enumerate(vocabulary or ())}
@@ -101,7 +101,7 @@ def multi_hot(labels: Any, n: int, vocabulary: tuple[str, ...] | None) -> Encode
     for i, row in enumerate(rows):
         for name in row:
             number = isinstance(name, (int, np.integer)) and not isinstance(name, bool)
-            k = int(name) if number else ids.get(_text(name), -1)
+            k = int(name) if number else ids.get(_decode(name), -1)
             if not 0 <= k < n:
                 strangers[tuple(int(j) for j in np.unravel_index(i, lead))] = name
                 array[i] = -1
@@ -116,38 +116,38 @@ def refuse_strangers(strangers: dict[tuple[int, ...], Any], live: np.ndarray, n:
         if live.any() if live.ndim == 0 else live[position].any():
             where = f"in the label_vocabulary {vocabulary!r}" if vocabulary else f"one of the class ids 0 ... {n - 1}"
             raise ValueError(
-                f"labels: {_shown(name)} in the row at index {position} is not {where}. Rows are lists of class ids or "
+                f"labels: {_show(name)} in the row at index {position} is not {where}. Rows are lists of class ids or "
                 "names; leave a row out with where=False."
             )
 
 
-def _depth(labels: Any) -> int:
+def _count_levels(labels: Any) -> int:
     if not isinstance(labels, (list, tuple)):
         return 0
-    return 1 + max(map(_depth, labels), default=0)
+    return 1 + max(map(_count_levels, labels), default=0)
 
 
-def _lead(labels: Any, depth: int) -> tuple[int, ...]:
+def _measure_lead(labels: Any, depth: int) -> tuple[int, ...]:
     """The leading shape of lists whose rows are `depth` levels down."""
     if not isinstance(labels, (list, tuple)):
         raise ValueError(f"labels must be lists of class ids or names, one list a row. Given {labels!r} for a row.")
     if depth <= 0:
         return ()
-    shapes = {_lead(inner, depth - 1) for inner in labels}
+    shapes = {_measure_lead(inner, depth - 1) for inner in labels}
     if len(shapes) > 1:
         raise ValueError(f"labels: lists of rows must be of equal lengths. Given leading shapes {sorted(shapes)}.")
     return (len(labels), *(next(iter(shapes)) if shapes else (0,) * (depth - 1)))
 
 
-def _rows(labels: Any, depth: int) -> Iterator[Any]:
+def _walk_rows(labels: Any, depth: int) -> Iterator[Any]:
     if depth == 0:
         yield labels
         return
     for inner in labels:
-        yield from _rows(inner, depth - 1)
+        yield from _walk_rows(inner, depth - 1)
 
 
-def _text(name: Any) -> str | None:
+def _decode(name: Any) -> str | None:
     """A name; None for what is none: undecodable bytes, and what stands for a missing value (None, NaN, pandas.NA)."""
     if isinstance(name, bytes):
         try:
@@ -157,6 +157,6 @@ def _text(name: Any) -> str | None:
     return str(name) if isinstance(name, str) else None
 
 
-def _shown(name: Any) -> str:
-    text = _text(name)
+def _show(name: Any) -> str:
+    text = _decode(name)
     return repr(text if text is not None else name.item() if isinstance(name, np.generic) else name)

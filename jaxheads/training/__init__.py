@@ -1,4 +1,4 @@
-"""Floor 7: the optimizer step."""
+"""Floor 7: training steps, loops, optimizers and batches."""
 
 from jaxheads.training.batches import lockstep as lockstep
 from jaxheads.training.batches import pad_batch as pad_batch

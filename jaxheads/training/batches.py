@@ -1,4 +1,4 @@
-"""Batches of one size, so that a step compiles once, on one device, on many, and on many hosts."""
+"""Batches of one size, so that a step compiles once: on one device, on several devices, on several hosts."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -8,20 +8,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxheads.numerics import columns
+from jaxheads.numerics import columns, inputs
 
 
 def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """The batch filled up to `size` rows that do not exist: the last batch of an epoch, an uneven shard.
+    """Fills a batch up to `size` rows: the last batch of an epoch, or an uneven shard.
 
-    What is filled in are copies of the last row, legal for the network and the labels alike, and `where` is False
-    there: loss, gradient and metrics are those of the batch as it was (only batch norm, in training, sees every row).
-    On the host, in NumPy; the result always has a `where`, so that every batch has the same structure.
+    The added rows are copies of the last row, so they are legal for the network and as labels. `where` is False there:
+    loss, gradient and metrics do not change (only batch norm, in training, sees every row). It runs on the host, in
+    NumPy. The result always has a `where`, so that every batch has the same structure.
 
     Args:
-        batch: `features`, `labels`, and where there are any `weights` and `where`: pytrees of arrays, or data
-            frames, with one row for each example. A `where` by head may leave heads out.
-        size: how many rows there shall be.
+        batch: `features`, `labels`, and perhaps `weights` and `where`: pytrees of arrays, or data frames, with one row
+            for each example. A `where` by head may leave heads out.
+        size: the number of rows of the result.
 
     Raises:
         ValueError: no rows, more than `size`, or arrays with different numbers of rows.
@@ -32,7 +32,7 @@ def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
     >>> batch["features"]["x"].ravel(), batch["labels"], batch["where"]
     (array([1., 2., 2.]), array([1, 0, 0]), array([ True,  True, False]))
     """
-    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+    if not inputs.is_integer(size, 1):
         raise ValueError(f"size must be an integer of at least 1. Given {size!r}.")
     if not isinstance(batch, Mapping):
         raise ValueError(f"A batch must be a dict of features, labels, weights, where. Given {type(batch).__name__}.")
@@ -56,12 +56,12 @@ def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
     return {**jax.tree.map(fill, arrays), "where": exists(where, arrays.get("labels"))}
 
 
-def _array(x: Any) -> Any:
+def _to_array(x: Any) -> Any:
     return x if isinstance(x, jax.Array) else np.asarray(x)
 
 
 def _read(batch: Any, to_array: Callable[[Any], Any]) -> tuple[Any, int]:
-    """The arrays of a batch, of a data frame the columns, each in its dtype; and how many rows all of them have."""
+    """Returns the arrays of a batch, and the number of rows that all arrays have. A data frame becomes its columns."""
     if isinstance(batch, Mapping):
         batch = {key: value if (table := columns.table(value)) is None else table for key, value in batch.items()}
     arrays = jax.tree.map(to_array, batch, is_leaf=lambda x: isinstance(x, list))
@@ -74,22 +74,22 @@ def _read(batch: Any, to_array: Callable[[Any], Any]) -> tuple[Any, int]:
 
 
 def shard_batch(batch: Any, mesh: Mesh, axis_name: str | tuple[str, ...] | None = None) -> Any:
-    """The batch laid out over a mesh, its rows cut in equal parts: what a compiled step takes as it is.
+    """Places a batch on a mesh: its rows are cut in equal parts, one for each device.
 
-    Place batches so, before the step: of an argument that `jit(in_shardings=...)` moves, the step cannot tell that it
-    is spread, and gathers it.
+    Place batches before the step. If `jit(in_shardings=...)` moves an argument instead, the step cannot see that it is
+    spread over devices, and gathers it.
 
-    Among several processes each passes the rows of its own, the same number everywhere, and gets global arrays. The
-    processes compare that number whenever it is new, so all must call this for the same steps.
+    With several processes, each process passes its own rows and gets global arrays. The number of rows must be the same
+    in all processes. They compare it whenever it is new, so all processes must call this function for the same steps.
 
     Args:
-        batch: a pytree of arrays with one row for each example, as `pad_batch` takes and gives them.
-        mesh: of devices; of all processes, if there are several.
-        axis_name: the axis of the mesh, or the axes, that rows are spread over; by default the first.
+        batch: a pytree of arrays with one row for each example, as `pad_batch` takes and returns them.
+        mesh: a mesh of devices; with several processes, of the devices of all.
+        axis_name: the axis of the mesh, or the axes, over which rows are spread; by default the first.
 
     Raises:
-        ValueError: an axis that the mesh does not have; rows that its devices do not divide, or of which processes
-            have different numbers; a mesh on which two processes would have to hold the same rows.
+        ValueError: an axis that the mesh does not have; a number of rows that cannot be divided among the devices, or
+            that differs between processes; a mesh on which two processes would have to hold the same rows.
 
     >>> import jax, numpy as np
     >>> import jaxheads as jh
@@ -106,11 +106,11 @@ def shard_batch(batch: Any, mesh: Mesh, axis_name: str | tuple[str, ...] | None 
         raise ValueError(
             f"axis_name must name axes of the mesh, each once. Given {axis_name!r}, expected some of {mesh.axis_names}."
         )
-    # A process may also have a mesh of its own: then it is alone.
+    # A process may also have its own mesh. Then it is the only process.
     processes = len({device.process_index for device in mesh.devices.flat})
-    arrays, rows = _read(batch, np.asarray if processes > 1 else _array)
+    arrays, rows = _read(batch, np.asarray if processes > 1 else _to_array)
     sharding = NamedSharding(mesh, PartitionSpec(names))
-    parts = _parts_here(sharding, math.prod(mesh.shape[name] for name in names))
+    parts = _count_parts(sharding, math.prod(mesh.shape[name] for name in names))
     refused = None
     if rows % parts:
         refused = ValueError(
@@ -126,8 +126,8 @@ def shard_batch(batch: Any, mesh: Mesh, axis_name: str | tuple[str, ...] | None 
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), arrays)
 
 
-def _parts_here(sharding: NamedSharding, devices: int) -> int:
-    """In how many parts the rows of this process are cut; refuses a mesh where processes share parts."""
+def _count_parts(sharding: NamedSharding, devices: int) -> int:
+    """Counts the parts into which the rows of this process are cut. Refuses a mesh on which processes share parts."""
     held: dict[int, set[int]] = {}
     for device, (rows,) in sharding.devices_indices_map((devices,)).items():
         held.setdefault(device.process_index, set()).add(rows.start or 0)
@@ -143,7 +143,7 @@ _AGREED: set[tuple[NamedSharding, int]] = set()
 
 
 def _agree(sharding: NamedSharding, rows: int) -> None:
-    """Refuses, in all processes, what one of them refuses, and different numbers of rows for a device."""
+    """Lets all processes fail if one process refuses its rows, or if their numbers of rows for a device differ."""
     devices = set(sharding.device_set)
     if (sharding, rows) in _AGREED or devices != set(jax.devices()):
         return
@@ -163,21 +163,23 @@ _END = object()
 
 
 def lockstep(batches: Iterable[Mapping[str, Any]], size: int, like: Mapping[str, Any] | None = None) -> Iterator[Any]:
-    """Batches filled up to `size` rows, as many in every process as the one with the most has.
+    """Fills batches up to `size` rows, and gives the same number of batches in every process.
 
-    Steps that devices of several processes take together wait for all of them: one that runs out of batches first
-    leaves the others waiting for ever. Here it goes on with batches in which no row exists, and which count nothing
-    (only batch norm, in training, sees them). Before each batch the processes tell each other whether they have one
-    left, and whether one failed: then all stop. So all must ask for as many: who leaves the loop early does it in all.
+    A step on the devices of several processes waits for all processes. If one process had no batch left, the others
+    would wait for ever. Here such a process goes on with batches in which no row exists. They count nothing (only batch
+    norm, in training, sees them). Before each batch, the processes tell each other whether they have a batch left, and
+    whether one of them failed. If one failed, all stop. So all processes must ask for the same number of batches: leave
+    the loop early in all processes, or in none.
 
     Args:
-        batches: of this process, as `pad_batch` takes them.
-        size: the rows of each.
-        like: a batch to take the shapes from, needed if a process may have none at all.
+        batches: the batches of this process, as `pad_batch` takes them.
+        size: the number of rows of each batch.
+        like: a batch with the right shapes, needed if a process may have no batch at all.
 
     Raises:
         ValueError: in all processes, if one has no batch at all and no `like`, while another has some.
-        RuntimeError: what `batches` raises in one process is raised there, and this in the others.
+        RuntimeError: if `batches` raises an error in one process. That process raises the error itself, all others
+            raise this.
 
     >>> import numpy as np
     >>> import jaxheads as jh
@@ -195,9 +197,9 @@ def lockstep(batches: Iterable[Mapping[str, Any]], size: int, like: Mapping[str,
             if batch is not _END:
                 last = pad_batch(batch, size)
         except Exception as raised:
-            # Not yet: the others would wait for this process in their next step.
+            # It is raised later: now, the other processes would wait for this one in their next step.
             error = raised
-        left, shapeless, failed = _anywhere(batch is not _END, last is None, error is not None)
+        left, shapeless, failed = _ask_all(batch is not _END, last is None, error is not None)
         if error is not None:
             raise error
         if failed:
@@ -209,8 +211,8 @@ def lockstep(batches: Iterable[Mapping[str, Any]], size: int, like: Mapping[str,
         yield last if batch is not _END else {**last, "where": jax.tree.map(np.zeros_like, last["where"])}
 
 
-def _anywhere(*flags: bool) -> tuple[bool, ...]:
-    """Of each whether it is so in any process."""
+def _ask_all(*flags: bool) -> tuple[bool, ...]:
+    """Tells for each flag whether it is True in any process."""
     if jax.process_count() == 1:
         return flags
     from jax.experimental import multihost_utils

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxheads.engine.optimizing import is_optimizer
 from jaxheads.numerics.duals import MULTIPLIERS, PrimalDualState, count_multipliers, is_multiplier
 
 
@@ -18,32 +19,32 @@ def primal_dual(
     max_multiplier: float | None = None,
     warm_up: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Descends on the parameters by one optimizer, and ascends on the multipliers of a head by another.
+    """Descends on the parameters with one optimizer, and ascends on the multipliers of a head with another.
 
-    Multipliers are the leaves whose names end with `lagrange_multipliers`, wherever they stand in the tree of
-    parameters. They move up where their constraint is violated, and are kept in `[0, max_multiplier]` by projection:
-    one at 0 rises again. Neither weight decay nor a clip of the global norm in `optimizer` reaches them, nor do they
-    count in that norm.
+    Multipliers are all leaves with a name that ends with `lagrange_multipliers`, anywhere in the tree of parameters. A
+    multiplier rises while its constraint is violated. A projection keeps it in `[0, max_multiplier]`; from 0 it can
+    rise again. Weight decay in `optimizer` does not reach multipliers, nor does a clip of the global norm, and they do
+    not count in that norm.
 
-    A head's loss is the mean of as many Lagrangians as a leaf has multipliers, one for each label and anchor or group.
-    Each is given back the scale of its own, so that the rate at which it moves does not depend on how many there are.
-    Scales of the whole loss (a `loss_reduction="sum"`, the weight of a head in a `MultiHead`) do act on the
-    multipliers, as they act on all parameters.
+    A head's loss is a mean of Lagrangians. A leaf has one multiplier for each of them: for each label, and each anchor
+    or group. The gradient of a multiplier is multiplied by their number, so that its rate does not depend on how many
+    there are. Scales of the whole loss (`loss_reduction="sum"`, the weight of a head in a `MultiHead`) act on the
+    multipliers as on all parameters.
 
     Args:
-        optimizer: for everything else.
-        dual_optimizer: for the multipliers, `optax.sgd(1.0)` if None. A plain rate is best: by the size of a violation
-            it knows how far to go, which Adam forgets. `optax.optimistic_gradient_descent` damps oscillations.
-        max_multiplier: a bound, for constraints that cannot be met: their multipliers would rise without end.
-        warm_up: how many steps the multipliers, and the state of `dual_optimizer`, first stand still. At multipliers of
-            1, `precision_at_recall` and `tpr_at_fpr` are the cross-entropy.
+        optimizer: for all other parameters.
+        dual_optimizer: for the multipliers, `optax.sgd(1.0)` if None. A plain rate is best: a step is then as large as
+            the violation. Adam ignores this size. `optax.optimistic_gradient_descent` damps oscillations.
+        max_multiplier: a bound for the multipliers. If a constraint cannot be met, its multiplier rises without end.
+        warm_up: the number of first steps in which the multipliers, and the state of `dual_optimizer`, do not change.
+            With multipliers of 1, `precision_at_recall` and `tpr_at_fpr` are the cross-entropy.
 
     Raises:
-        ValueError: what is no optimizer, a bound that is not positive, a negative `warm_up`; in `init`, parameters
+        ValueError: an optimizer that is none, a bound that is not positive, a negative `warm_up`; in `init`, parameters
             without multipliers; in `update`, no `params`.
 
-    Source: Cotter et al., "Two-Player Games for Efficient Non-Convex Constrained Optimization" (ALT 2019); in place of
-    the reversed gradient of `global_objectives`, whose `dual_rate_factor` has no effect under Adam.
+    Source: Cotter et al., "Two-Player Games for Efficient Non-Convex Constrained Optimization" (ALT 2019). The original
+    `global_objectives` reverses the gradient instead, and its `dual_rate_factor` has no effect under Adam.
 
     >>> import jax.numpy as jnp
     >>> import optax
@@ -59,7 +60,7 @@ def primal_dual(
     """
     dual_optimizer = optax.sgd(1.0) if dual_optimizer is None else dual_optimizer
     for name, given in (("optimizer", optimizer), ("dual_optimizer", dual_optimizer)):
-        if not (callable(getattr(given, "init", None)) and callable(getattr(given, "update", None))):
+        if not is_optimizer(given):
             raise ValueError(
                 f"{name} must be an optax.GradientTransformation, such as optax.sgd(0.1). Given {given!r}."
             )
@@ -75,7 +76,7 @@ def primal_dual(
         dual_optimizer = optax.conditionally_mask(dual_optimizer, has_begun)
     both = optax.multi_transform(
         {"primal": optimizer, "dual": dual_optimizer},
-        lambda params: jax.tree_util.tree_map_with_path(_kind, params),
+        lambda params: jax.tree_util.tree_map_with_path(_label_leaf, params),
     )
 
     def init(params: Any) -> PrimalDualState:
@@ -108,7 +109,7 @@ def primal_dual(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _kind(path: Any, _: Any) -> str:
+def _label_leaf(path: Any, _: Any) -> str:
     return "dual" if is_multiplier(path) else "primal"
 
 

@@ -1,28 +1,36 @@
-"""The loops of notebooks and scripts: `evaluate` and `fit`. For more than they do, write your own around the steps."""
+"""Loops for notebooks and scripts: `evaluate` and `fit`. If you need more, write your own loop around the steps."""
 
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from jaxheads.metrics import Metrics
-from jaxheads.training.progress import Checkpoints, bar_of, check_monitor, mean_loss_and_metrics
+from jaxheads.metrics.base import LOSS, join_names
+from jaxheads.training.progress import (
+    TRAIN,
+    VALIDATION,
+    Checkpoints,
+    bar_of,
+    check_monitor,
+    mean_loss_and_metrics,
+)
 from jaxheads.training.state import TrainState
 
 Batches = Iterable[Mapping[str, Any]]
 
 
 class Fitted(NamedTuple):
-    """What `fit` returns.
+    """The result of `fit`.
 
     Attributes:
-        state: after the last step.
-        best: after the epoch that was best by the monitored metric; without validation the last.
-        history: for each epoch `epoch`, `step`, `train/loss` (the mean over steps), and the metrics by name under
-            `train/` and `validation/`.
+        state: the state after the last step.
+        best: the state after the best epoch by the monitored metric; without validation, after the last epoch.
+        history: a dict for each epoch: `epoch`, `step`, `train/loss` (the mean over steps), `validation/loss`, and the
+            metrics, as `train/auc` and `validation/auc`.
     """
 
     state: TrainState
@@ -33,8 +41,16 @@ class Fitted(NamedTuple):
 def evaluate(
     state: TrainState, eval_step: Callable[..., Any], batches: Batches, *, key: Any = None, progress: bool = False
 ) -> Metrics:
-    """The `Metrics` of all batches, by what `make_eval_step` gave, compiled if it is not yet; `key` for a bootstrap."""
-    return mean_loss_and_metrics(state, _compiled(eval_step), bar_of(batches, "evaluate", progress), key)[1]
+    """Returns the `Metrics` of all batches.
+
+    Args:
+        state: a `TrainState`.
+        eval_step: the step that `make_eval_step` returned; it is compiled here if it is not compiled yet.
+        batches: the batches.
+        key: a random key, for a head with a `bootstrap`.
+        progress: whether to show a bar (if tqdm is installed).
+    """
+    return mean_loss_and_metrics(state, _compile(eval_step), bar_of(batches, "evaluate", progress), key)[1]
 
 
 def fit(
@@ -53,29 +69,31 @@ def fit(
     writer: Any = None,
     progress: bool = True,
 ) -> Fitted:
-    """Trains for some epochs, validates after each, keeps the best, and goes on where a killed process stopped.
+    """Trains for some epochs, validates after each, keeps the best state, and continues the run of a killed process.
 
     Args:
-        state: where to start; it is copied. Of `pmap`, steps with `in_axes=(None, 0), out_axes=None` fit in.
-        train_step: what `make_train_step` gave; it is compiled, with a donated state, if it is not yet.
-        batches: a list or another iterable that can be gone through anew, or a function from the epoch (0, 1, ...) to
-            one: that is the place for shuffling, seeded by the epoch.
-        epochs: how many in all, those before a resume included.
-        eval_step: what `make_eval_step` gave.
-        validation: the batches for it.
-        monitor: the validation metric that compares epochs; `"loss"` is the mean over its batches.
-        higher_is_better: of the monitor; by default as the metric says. One that does not say, such as a mean of
-            predictions, needs it.
-        patience: stop when this many epochs in a row were not better than the best.
-        directory: where checkpoints go. If it holds one, training goes on from there and ends at the same numbers, if
-            `batches` gives the same for the same epoch; a new run wants a new directory.
-        checkpoint_every: how many batches lie between checkpoints; by default each epoch ends with one.
-        writer: has `add_scalar(tag, value, step)`, like a `tensorboardX.SummaryWriter`; gets the history.
-        progress: whether to print a line for each epoch and show a bar (if tqdm is there).
+        state: the first state; it is copied. A `pmap` step must have `in_axes=(None, 0), out_axes=None`.
+        train_step: the step that `make_train_step` returned. If it is not compiled yet, it is compiled here, with a
+            donated state.
+        batches: a list, or another iterable that can be read again; or a function that returns one for an epoch
+            (0, 1, ...). Such a function can shuffle, with the epoch as the seed.
+        epochs: the number of epochs in all, with those before a resume.
+        eval_step: the step that `make_eval_step` returned.
+        validation: the batches for `eval_step`.
+        monitor: the validation metric that compares epochs; `"loss"` is the mean loss over the batches.
+        higher_is_better: whether a higher value of the monitor is better; by default, the metric decides. Some metrics
+            have no direction, for example a mean of predictions: they need this argument.
+        patience: training stops after this many epochs in a row without a better value.
+        directory: the folder for checkpoints. If it holds a checkpoint, training continues there, and ends at the same
+            numbers if `batches` returns the same for the same epoch. Use a new directory for a new run.
+        checkpoint_every: the number of batches between checkpoints; by default there is one after each epoch.
+        writer: an object with `add_scalar(tag, value, step)`, like a `tensorboardX.SummaryWriter`; it gets the history.
+        progress: whether to print a line for each epoch and show a bar (if tqdm is installed).
 
     Raises:
-        ValueError: `eval_step` or `validation` alone, an unknown `monitor`, `patience` or `checkpoint_every` without
-            what they need, epochs without batches, a loss that is not finite, a checkpoint of another head.
+        ValueError: `eval_step` or `validation` alone; an unknown `monitor`; `patience` without validation, or
+            `checkpoint_every` without a directory; epochs without batches; a loss that is not finite; a checkpoint of
+            another head.
     """
     if (eval_step is None) != (validation is None) or (patience is not None and validation is None):
         raise ValueError("eval_step and validation belong together, and patience needs them: pass both, or none.")
@@ -86,7 +104,7 @@ def fit(
         raise ValueError(f"checkpoint_every needs a directory. Given checkpoint_every={checkpoint_every}.")
     if eval_step is not None and validation is not None:
         monitor, higher_is_better = check_monitor(monitor, higher_is_better, state, eval_step, validation)
-    step, folders = _compiled(train_step, donate_argnums=0), ("latest", "best")
+    step, folders = _compile(train_step, donate_argnums=0), ("latest", "best")
     latest, kept = (Checkpoints(None if directory is None else pathlib.Path(directory) / x) for x in folders)
     state, at = latest.restore(jax.tree.map(jnp.copy, state))
     best = kept.restore(state, at.best_epoch)[0] if at.best_epoch else state
@@ -98,7 +116,7 @@ def fit(
         for i, batch in enumerate(bar_of(given, f"epoch {at.epoch + 1}/{epochs}", progress)):
             if i < skipped:
                 continue
-            # Before a batch, not after one: then what is resumed has at least one batch to go.
+            # Checkpoints are written before a batch, not after it: a resumed epoch then has at least one batch left.
             if checkpoint_every is not None and i > skipped and i % checkpoint_every == 0:
                 at.check()
                 latest.save(int(state.step), state, at)
@@ -108,15 +126,13 @@ def fit(
         if at.batch == skipped:
             raise ValueError("fit() was given an epoch without batches. An iterator that was used up? Pass a list.")
         at.check()
-        line = {"epoch": at.epoch + 1, "step": int(state.step), "train/loss": float(at.sums[0].sum()) / at.batch}
-        if metrics is not None:
-            line |= _named("train", dataclasses.replace(metrics, state=at.sums[1:]))
+        metrics = None if metrics is None else dataclasses.replace(metrics, state=at.sums[1:])
+        values = _flatten(TRAIN, float(at.sums[0].sum()) / at.batch, metrics)
         if eval_step is not None and validation is not None:
-            bar = bar_of(validation, "validation", progress)
-            line["validation/loss"], found = mean_loss_and_metrics(state, _compiled(eval_step), bar)
-            line |= _named("validation", found)
-        _report(line, writer, progress)
-        at.end_epoch(line)
+            bar = bar_of(validation, VALIDATION, progress)
+            values |= _flatten(VALIDATION, *mean_loss_and_metrics(state, _compile(eval_step), bar))
+        _report(at.epoch + 1, int(state.step), values, writer, progress)
+        at.end_epoch({"epoch": at.epoch + 1, "step": int(state.step), **values})
         if validation is not None and at.improved(monitor, bool(higher_is_better)):
             best = jax.tree.map(jnp.copy, state)
             kept.save(at.epoch, best, at)
@@ -124,21 +140,30 @@ def fit(
     return Fitted(state, state if validation is None else best, at.history)
 
 
-def _compiled(step: Any, **options: Any) -> Any:
-    """A step as it is if it was compiled (or mapped over devices) by its owner."""
-    return step if hasattr(step, "lower") else jax.jit(step, **options)
+@runtime_checkable
+class Compiled(Protocol):
+    """What `jax.jit` and `jax.pmap` return."""
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-def _named(prefix: str, metrics: Metrics) -> dict[str, float]:
-    # A confusion matrix is no number to follow.
-    return {f"{prefix}/{key}": float(value) for key, value in metrics.compute().items() if value.ndim == 0}
+def _compile(step: Any, **options: Any) -> Any:
+    """Compiles a step, unless its owner did, or mapped it over devices."""
+    return step if isinstance(step, Compiled) else jax.jit(step, **options)
 
 
-def _report(line: Mapping[str, float], writer: Any, progress: bool) -> None:
-    metrics = {key: value for key, value in line.items() if "/" in key}
+def _flatten(half: str, loss: float, metrics: Metrics | None) -> dict[str, float]:
+    """Returns the mean loss and the metrics of one half of the history, by key."""
+    found = {} if metrics is None else metrics.compute()
+    # Arrays, such as a confusion matrix, are left out.
+    numbers = {key: float(value) for key, value in found.items() if value.ndim == 0}
+    return {join_names(half, key): value for key, value in {LOSS: loss, **numbers}.items()}
+
+
+def _report(epoch: int, step: int, values: Mapping[str, float], writer: Any, progress: bool) -> None:
+    """Gives the values of an epoch to the writer, and prints the losses among them."""
     if writer is not None:
-        for key, value in metrics.items():
-            writer.add_scalar(key, value, line["step"])
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
     if progress:
-        losses = [key for key in metrics if "loss" in key]
-        print(f"epoch {line['epoch']}  " + "  ".join(f"{key} {metrics[key]:.5g}" for key in losses))
+        print(f"epoch {epoch}  " + "  ".join(f"{key} {value:.5g}" for key, value in values.items() if LOSS in key))

@@ -12,15 +12,15 @@ from jax.core import Tracer
 
 
 class FtrlState(NamedTuple):
-    """The two sums of each weight, in float32 or wider, and under a schedule the number of steps taken."""
+    """The two sums of each weight, in float32 or wider; with a schedule, also the number of steps taken."""
 
     accumulators: Any
     linears: Any
-    count: Any = None  # pyright: ignore[reportIncompatibleMethodOverride]  # its name in all of optax's states
+    count: Any = None  # pyright: ignore[reportIncompatibleMethodOverride]  # optax's states all call it so
 
 
 class _Step(NamedTuple):
-    """What a step makes of one leaf."""
+    """The results of a step for one leaf."""
 
     update: Any
     accumulator: Any
@@ -37,47 +37,49 @@ def ftrl(
     l2_shrinkage_regularization_strength: float = 0.0,
     beta: float = 0.0,
 ) -> optax.GradientTransformation:
-    """FTRL-proximal: AdaGrad's steps by coordinate, with weights that l1 makes exactly 0.
+    """FTRL-proximal: AdaGrad's steps for each coordinate, and weights that l1 makes exactly 0.
 
-    With gradient `g`, `p = -learning_rate_power` and, for each weight `w`, two sums that start at `n =
-    initial_accumulator_value` and `z = 0`:
+    Each weight `w` has two sums, which start at `n = initial_accumulator_value` and `z = 0`. With the gradient `g` and
+    `p = -learning_rate_power`, a step is:
 
         n' = n + g²
         z' = z + g + 2 l2_shrinkage w - (n'^p - n^p) / learning_rate w
         w' = 0                                                                  where |z'| <= l1
         w' = (l1 sign(z') - z') / ((n'^p + beta) / learning_rate + 2 l2)        elsewhere
 
-    The update is `w' - w`, so that `optax.apply_updates` gives `w'`, and 0 where `w'` is 0: put nothing after it in a
-    chain. In the paper, `alpha` is the learning rate, `lambda_1` is l1, `lambda_2` is twice l2, and n starts at 0.
+    The update is `w' - w`. With it, `optax.apply_updates` gives `w'`, exactly 0 where `w'` is 0. So put nothing after
+    ftrl in a chain. In the paper, `alpha` is the learning rate, `lambda_1` is l1, `lambda_2` is twice l2, and n starts
+    at 0.
 
-    Weights are meant to start at 0. Of another start the first step keeps the share `1 - (n / n')^p` at most, and
-    nothing where the gradient is 0, since w' is a function of the sums alone. Gradients are dense, so this goes for the
-    rows of an embedding that no example touched, too.
+    Weights should start at 0. If a weight starts elsewhere, the first step keeps at most the share `1 - (n / n')^p` of
+    it, and nothing where the gradient is 0: w' depends only on the sums. Gradients are dense, so the same happens to
+    the rows of an embedding that no example has touched.
 
-    l1 and n are in units of the loss: with `loss_reduction="sum"` they count examples, with a mean they shrink with the
-    batch. `optax.inject_hyperparams` wants `static_args=("learning_rate_power",)`, or n is raised by a slower power.
+    l1 and n have the unit of the loss: with `loss_reduction="sum"` they count examples, with a mean they shrink with
+    the batch. `optax.inject_hyperparams` needs `static_args=("learning_rate_power",)`: otherwise the power of n is
+    computed by a slower function.
 
-    n and z are float32 whatever the dtype of the parameters (float64 for float64), and updates are of that dtype. A
-    gradient that is None leaves its weight alone. A NaN in a gradient makes its weight NaN, where TensorFlow makes it
-    0 for good.
+    n and z are float32 for parameters of any dtype (float64 for float64). Updates have the dtype of the parameters. A
+    gradient that is None leaves its weight alone. A NaN in a gradient makes its weight NaN. In TensorFlow it makes the
+    weight 0 for ever.
 
     Args:
-        learning_rate: a number > 0, or a schedule from the number of steps taken to one. A step at which a schedule
-            gives 0 (the start of a warmup, the end of a decay) changes nothing, the sums included.
-        learning_rate_power: <= 0; how the rate falls as n grows: -0.5 is AdaGrad's, and 0 keeps it constant.
-        initial_accumulator_value: >= 0; where n starts. At 0, l2_shrinkage needs l2 or beta: the first `w'` of a
-            weight without a gradient divides by them alone.
-        l1_regularization_strength: >= 0; weights are 0 while `|z|` is at most this.
-        l2_regularization_strength: >= 0; draws w' towards 0, as a part of the proximal term.
-        l2_shrinkage_regularization_strength: >= 0; a penalty `l2_shrinkage w²` on the loss, that n does not count.
-        beta: >= 0; the paper's, which makes the first steps smaller.
+        learning_rate: a number > 0, or a schedule: a function of the number of steps taken. A step at which a schedule
+            gives 0 (the start of a warmup, the end of a decay) changes nothing, and leaves the sums as they are too.
+        learning_rate_power: <= 0; how the rate falls as n grows. -0.5 is AdaGrad's power, 0 keeps the rate constant.
+        initial_accumulator_value: >= 0; the first value of n. At 0, l2_shrinkage needs l2 or beta: for a weight without
+            a gradient, the denominator of the first `w'` contains nothing else.
+        l1_regularization_strength: >= 0; a weight is 0 while `|z|` is at most this value.
+        l2_regularization_strength: >= 0; moves w' towards 0, as a part of the proximal term.
+        l2_shrinkage_regularization_strength: >= 0; a penalty `l2_shrinkage w²` on the loss, which n does not count.
+        beta: >= 0; the beta of the paper. It makes the first steps smaller.
 
     Raises:
         ValueError: a hyperparameter out of its range or not finite; a schedule that starts below 0; an update without
-            `params`, or with a gradient that has not the shape of its parameter.
+            `params`, or with a gradient that does not have the shape of its parameter.
 
-    Source: McMahan et al., "Ad Click Prediction: a View from the Trenches" (KDD 2013), algorithm 1; the numbers are
-    those of `tf.keras.optimizers.legacy.Ftrl` (TensorFlow 2.15).
+    Source: McMahan et al., "Ad Click Prediction: a View from the Trenches" (KDD 2013), algorithm 1. The numbers agree
+    with `tf.keras.optimizers.legacy.Ftrl` (TensorFlow 2.15).
 
     >>> import jax.numpy as jnp
     >>> import optax
@@ -90,22 +92,22 @@ def ftrl(
     Array([-0.190...,  0.        ], dtype=float32)
     """
     if not callable(learning_rate):
-        learning_rate = _checked("learning_rate", learning_rate, "> 0")
-    power = -_checked("learning_rate_power", learning_rate_power, "<= 0")
-    start = _checked("initial_accumulator_value", initial_accumulator_value, ">= 0")
-    l1 = _checked("l1_regularization_strength", l1_regularization_strength, ">= 0")
-    l2 = _checked("l2_regularization_strength", l2_regularization_strength, ">= 0")
-    shrinkage = _checked("l2_shrinkage_regularization_strength", l2_shrinkage_regularization_strength, ">= 0")
-    beta = _checked("beta", beta, ">= 0")
+        learning_rate = _check("learning_rate", learning_rate, "> 0")
+    power = -_check("learning_rate_power", learning_rate_power, "<= 0")
+    start = _check("initial_accumulator_value", initial_accumulator_value, ">= 0")
+    l1 = _check("l1_regularization_strength", l1_regularization_strength, ">= 0")
+    l2 = _check("l2_regularization_strength", l2_regularization_strength, ">= 0")
+    shrinkage = _check("l2_shrinkage_regularization_strength", l2_shrinkage_regularization_strength, ">= 0")
+    beta = _check("beta", beta, ">= 0")
 
     def init(params: Any) -> Any:
         count = None
         if callable(learning_rate):
             count = jnp.zeros([], jnp.int32)
-            _checked("learning_rate at step 0", learning_rate(count), ">= 0")
+            _check("learning_rate at step 0", learning_rate(count), ">= 0")
         return FtrlState(
-            accumulators=jax.tree.map(lambda w: jnp.full_like(w, start, _wide(w)), params),
-            linears=jax.tree.map(lambda w: jnp.zeros_like(w, _wide(w)), params),
+            accumulators=jax.tree.map(lambda w: jnp.full_like(w, start, _choose_dtype(w)), params),
+            linears=jax.tree.map(lambda w: jnp.zeros_like(w, _choose_dtype(w)), params),
             count=count,
         )
 
@@ -123,16 +125,15 @@ def ftrl(
                 f"parameter {jnp.shape(weight)}."
             )
         g, w, rate = (jnp.asarray(x, accumulator.dtype) for x in (gradient, weight, rate))
-        # Where the rate is 0 there is no step; 1 stands in for it, for a formula that divides by it.
+        # Where the rate is 0 there is no step. The formula divides by the rate, and gets 1 in its place.
         moves = rate != 0
         rate = jnp.where(moves, rate, 1.0)
         old_accumulator, old_linear, before = accumulator, linear, raised(accumulator)
         accumulator = accumulator + g * g
         after = raised(accumulator)
-        # The difference as it is, not g² / (after + before): over the steps it adds up to the `after` below, rounding
-        # included.
+        # The plain difference, not g² / (after + before): its sum over all steps is the `after` below, even rounded.
         linear = linear + (g + 2 * shrinkage * w - (after - before) / rate * w)
-        # `<=` is false for a NaN, which must not pass for a weight of 0. Where it is true the denominator may be 0.
+        # `<=` is false for NaN, so NaN does not become a weight of 0. Where it is true, the denominator may be 0.
         zero = jnp.abs(linear) <= l1
         denominator = jnp.where(zero, 1.0, after / rate + 2 * (l2 + beta / (2 * rate)))
         new = jnp.where(zero, 0.0, (l1 * jnp.sign(linear) - linear) / denominator)
@@ -157,10 +158,9 @@ def ftrl(
             is_leaf=lambda leaf: leaf is None,
         )
 
-        def part(name: str) -> Any:
-            return jax.tree.map(operator.attrgetter(name), steps, is_leaf=lambda leaf: isinstance(leaf, _Step))
-
-        return part("update"), FtrlState(part("accumulator"), part("linear"), count)
+        pick = functools.partial(jax.tree.map, is_leaf=lambda leaf: isinstance(leaf, _Step))
+        sums = pick(lambda made: made.accumulator, steps), pick(lambda made: made.linear, steps)
+        return pick(lambda made: made.update, steps), FtrlState(*sums, count)
 
     return optax.GradientTransformation(init, update)
 
@@ -168,8 +168,8 @@ def ftrl(
 _LEGAL = {"> 0": operator.gt, ">= 0": operator.ge, "<= 0": operator.le}
 
 
-def _checked(name: str, value: Any, legal: str) -> Any:
-    """A hyperparameter as a float; what `optax.inject_hyperparams` traces stays as it is, unread."""
+def _check(name: str, value: Any, legal: str) -> Any:
+    """Returns a hyperparameter as a float, after a check; a traced one, as in `optax.inject_hyperparams`, unchecked."""
     if isinstance(value, Tracer):
         return value
     if not (math.isfinite(value) and _LEGAL[legal](value, 0)):
@@ -177,7 +177,7 @@ def _checked(name: str, value: Any, legal: str) -> Any:
     return float(value)
 
 
-def _wide(weight: Any) -> Any:
-    """The dtype of a weight's sums."""
+def _choose_dtype(weight: Any) -> Any:
+    """Returns the dtype of a weight's sums."""
     dtype = jnp.result_type(weight)
     return dtype if dtype == jnp.float64 else jnp.float32

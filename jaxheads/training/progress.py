@@ -1,4 +1,4 @@
-"""What `fit` keeps account of, and its checkpoints by orbax (`TrainState` and `Metrics` are plain pytrees to it)."""
+"""The progress of `fit`, and its checkpoints with orbax, for which `TrainState` and `Metrics` are plain pytrees."""
 
 import base64
 import dataclasses
@@ -14,23 +14,27 @@ import numpy as np
 
 from jaxheads.engine.reading import directions
 from jaxheads.metrics import Metrics
+from jaxheads.metrics.base import LOSS, join_names
 from jaxheads.metrics.state import metric_names
 from jaxheads.numerics import pairs
+
+# The first parts of the keys in a history, such as `train/loss` and `validation/auc`.
+TRAIN, VALIDATION = "train", "validation"
 
 
 @dataclasses.dataclass
 class Progress:
-    """Where training stands, beside its state.
+    """The progress of training, beside its state.
 
     Attributes:
-        epoch: how many are done.
-        batch: how many batches of the next one are done.
-        sums: of these, what is summed over steps: float32 pairs; None before the first.
-        best_epoch: the best so far, counted from 1; 0 if there is none.
-        best_value: of the metric that compares epochs.
+        epoch: the number of finished epochs.
+        batch: the number of finished batches in the next epoch.
+        sums: the sums over these batches, as float32 pairs; None before the first batch.
+        best_epoch: the best epoch so far, counted from 1; 0 if there is none.
+        best_value: the monitored metric of the best epoch.
         stale: how many epochs in a row were not better.
-        compared: by which metric, and whether more of it is better.
-        history: a line for each epoch.
+        compared: the monitored metric, and whether a higher value is better.
+        history: a dict for each epoch.
     """
 
     epoch: int = 0
@@ -43,21 +47,21 @@ class Progress:
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     def add(self, out: Any) -> None:
-        """One step more: its loss, then its metrics."""
+        """Adds the loss and the metrics of one step."""
         rows = 1 + (0 if out.metrics is None else out.metrics.state.shape[-2])
         if self.sums is not None and len(self.sums) != rows:
             raise ValueError(
                 f"This epoch was begun with {len(self.sums) - 1} sums of metrics, and the step now gives {rows - 1}: "
                 "another head, or another with_metrics. Go on with the same, or in a new directory."
             )
-        self.sums, self.batch = _added(self.sums, out), self.batch + 1
+        self.sums, self.batch = _add_step(self.sums, out), self.batch + 1
 
     def end_epoch(self, line: dict[str, float]) -> None:
-        """One epoch more, and what is to say of it."""
+        """Finishes an epoch, and adds its line to the history."""
         self.epoch, self.batch, self.sums, self.history = self.epoch + 1, 0, None, [*self.history, line]
 
     def improved(self, monitor: str, higher_is_better: bool) -> bool:
-        """Whether the last epoch is the best so far, which is then noted."""
+        """Tells whether the last epoch is the best so far, and notes it."""
         value, compared = self.history[-1][monitor], f"{monitor}, {'max' if higher_is_better else 'min'}"
         if compared != self.compared:
             self.best_epoch, self.compared = 0, compared
@@ -78,21 +82,21 @@ class Progress:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Text and numbers; arrays bit by bit."""
+        """Returns text and numbers; arrays keep every bit."""
         sums = None if self.sums is None else base64.b64encode(np.asarray(self.sums, "<f4").tobytes()).decode()
         return {**vars(self), "sums": sums}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
-        """What `to_json` made."""
+        """Reads the result of `to_json`."""
         if (sums := values["sums"]) is not None:
             sums = np.frombuffer(base64.b64decode(sums), "<f4").reshape(-1, 2)
         return cls(**{**values, "sums": sums})
 
 
 @jax.jit
-def _added(sums: jax.Array | None, out: Any) -> jax.Array:
-    """Sums over steps, as compensated pairs: the loss in the first row, the metrics below."""
+def _add_step(sums: jax.Array | None, out: Any) -> jax.Array:
+    """Adds a step to sums over steps. They are compensated pairs: the loss in the first row, the metrics below."""
     metrics = jnp.zeros((0, 1)) if out.metrics is None else out.metrics.state
     loss = jnp.pad(jnp.reshape(out.loss, (1, 1)), ((0, 0), (0, metrics.shape[-1] - 1)))
     both = jnp.concatenate([loss, metrics])
@@ -100,7 +104,7 @@ def _added(sums: jax.Array | None, out: Any) -> jax.Array:
 
 
 def mean_loss_and_metrics(state: Any, step: Any, batches: Iterable[Any], key: Any = None) -> tuple[float, Metrics]:
-    """The mean loss of the batches of an evaluation, and the metrics of all; each with a key of its own, if any."""
+    """Returns the mean loss of batches, and the metrics of all. Each batch folds its own key from `key`, if given."""
     at, metrics = Progress(), None
     for i, batch in enumerate(batches):
         out = step(state, batch) if key is None else step(state, batch, jax.random.fold_in(key, i))
@@ -112,26 +116,29 @@ def mean_loss_and_metrics(state: Any, step: Any, batches: Iterable[Any], key: An
 
 
 def check_monitor(monitor: str, higher: bool | None, state: Any, eval_step: Any, validation: Any) -> tuple[str, bool]:
-    """The key in the history, and whether more of it is better.
+    """Returns the monitor's key in the history, and whether a higher value is better.
 
-    Refuses, before anything is trained, what is no metric, one without a direction, and data for one time only.
+    Before training, it refuses an unknown metric, a metric without a direction, and an iterator as validation data.
     """
     if iter(validation) is validation:
         raise ValueError("validation is gone through after every epoch. Given an iterator: pass a list.")
     metrics = jax.eval_shape(eval_step, state, next(iter(validation))).metrics
-    known = ["loss", *metric_names(metrics.head)]
-    if monitor.removeprefix("validation/") not in known:  # as in the history, or as in the metrics
+    known = [LOSS, *metric_names(metrics.head)]
+    # The monitor is a key of the history, or of the metrics.
+    keys = {name: key for key in known for name in (key, join_names(VALIDATION, key))}
+    if monitor not in keys:
         raise ValueError(f"monitor={monitor!r} is no metric of {metrics.head!r}. Expected one of {known}.")
-    key = monitor.removeprefix("validation/")
-    if higher is None and (higher := {"loss": False, **directions(metrics.head)}[key]) is None:
+    key = keys[monitor]
+    if higher is None and (higher := {LOSS: False, **directions(metrics.head)}[key]) is None:
         raise ValueError(f"Whether {key!r} is better when high, the metric does not say. Pass higher_is_better=.")
-    return f"validation/{key}", higher
+    return join_names(VALIDATION, key), higher
 
 
 class Checkpoints:
-    """A folder of checkpoints; of None, nothing is written and nothing found.
+    """A folder of checkpoints. With None as the folder, nothing is written and nothing is found.
 
-    Each is written whole or not at all (orbax renames a finished folder), so a process may be killed at any moment.
+    A checkpoint is written completely or not at all (orbax renames a finished folder). So a process may be killed at
+    any moment.
     """
 
     def __init__(self, directory: pathlib.Path | None):
@@ -139,13 +146,13 @@ class Checkpoints:
         if directory is not None:
             import orbax.checkpoint as ocp
 
-            # Not in the background: the next step would write into the buffers that it was given. Two are kept, since
-            # the best state is written before the progress that names it.
+            # Not in the background: the next step would overwrite the donated buffers. Two checkpoints are kept,
+            # because the best state is written before the progress that names it.
             options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
             self.manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     def save(self, number: int, state: Any, progress: Progress) -> None:
-        """Writes a state and where training stands."""
+        """Writes a state and the progress of training."""
         if self.manager is None:
             return
         import orbax.checkpoint as ocp
@@ -156,7 +163,7 @@ class Checkpoints:
         self.manager.save(number, args=ocp.args.Composite(**items))
 
     def restore(self, like: Any, number: int | None = None) -> tuple[Any, Progress]:
-        """What was saved under a number, by default the last; the state `like` and no progress if there is nothing."""
+        """Returns the state and the progress of a checkpoint, by default the last; else `like` and no progress."""
         if self.manager is None or (number is None and self.manager.latest_step() is None):
             return like, Progress()
         number = self.manager.latest_step() if number is None else number
@@ -169,7 +176,7 @@ class Checkpoints:
 
 
 def bar_of(batches: Iterable[Any], title: str, progress: bool) -> Iterator[Any]:
-    """The batches, with a progress bar if it is wanted and tqdm is there."""
+    """Returns the batches, with a progress bar if it is wanted and tqdm is installed."""
     if not progress or importlib.util.find_spec("tqdm") is None:
         return iter(batches)
     from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""What training carries from step to step."""
+"""The state that training carries from step to step."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,16 +15,16 @@ from jaxheads.numerics import duals, fields
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """A pytree of arrays: all that a step changes. Small, so that you can fork it.
+    """A pytree of all arrays that a step changes. The class is small, so that you can fork it.
 
     Attributes:
-        step: int32, how many steps were taken.
+        step: int32, the number of steps taken.
         params: the parameters of the network.
         head_params: the learned fields of the head, as `head.init(key)` makes them; `{}` if it learns nothing.
-        opt_state: the optimizer's, for `trainable`.
-        model_state: what the network carries without gradients, such as batch statistics; None if nothing.
+        opt_state: the state of the optimizer, for `trainable`.
+        model_state: values of the network without gradients, such as batch statistics; None if there are none.
         head_state: the running fields of the head, as `head.init_state()` makes them; `{}` if there are none.
-        key: the random key from which each step folds its own, for dropout.
+        key: a random key. Each step folds its own key from it, for dropout.
     """
 
     step: Any
@@ -39,36 +39,36 @@ class TrainState:
     def create(
         cls, *, params: Any, optimizer: Any, head: Head, key: jax.Array, model_state: Any = None
     ) -> "TrainState":
-        """The state before the first step.
+        """Makes the state before the first step.
 
-        Arrays are copied: a step that donates its state deletes none of yours.
+        Arrays are copied, so a step that donates its state deletes none of your arrays.
 
         Args:
             params: the parameters of the network, any pytree of arrays.
             optimizer: an optax `GradientTransformation`.
             head: the head, unbound.
-            key: for the first values of what the head learns, and for dropout.
-            model_state: any pytree of arrays, None if the network carries nothing.
+            key: a random key, for the first values of the head's learned fields, and for dropout.
+            model_state: any pytree of arrays; None if the network has no such values.
 
         Raises:
-            ValueError: an optimizer that is none, or one that would descend on multipliers; leaves that are no arrays,
-                parameters that hold the head's already.
+            ValueError: an optimizer that is none, or that would descend on multipliers; leaves that are no arrays;
+                parameters that already hold the parameters of the head.
         """
         check_unbound(head)
         check_optimizer(optimizer)
-        params, model_state = _copied(params, "params"), _copied(model_state, "model_state")
+        params, model_state = _copy(params, "params"), _copy(model_state, "model_state")
         init_key, key = jax.random.split(key)
-        head_params = _copied(head.init(init_key), "head_params")
+        head_params = _copy(head.init(init_key), "head_params")
         _check_owner(params, head_params)
-        head_state = _copied(head.init_state(), "head_state")
-        opt_state = _copied(optimizer.init(joined(params, head_params)), "opt_state")
+        head_state = _copy(head.init_state(), "head_state")
+        opt_state = _copy(optimizer.init(join_params(params, head_params)), "opt_state")
         duals.check_ascends(opt_state, head_params)
         return cls(jnp.zeros((), jnp.int32), params, head_params, opt_state, model_state, head_state, key)
 
     @property
     def trainable(self) -> Any:
-        """What the optimizer sees: `params`; of a head that learns, `{"params": params, "head": head_params}`."""
-        return joined(self.params, self.head_params)
+        """The tree for the optimizer: `params`; if the head learns, `{"params": params, "head": head_params}`."""
+        return join_params(self.params, self.head_params)
 
     @property
     def bound(self) -> dict[str, Any]:
@@ -76,22 +76,21 @@ class TrainState:
         return fields.merge(self.head_params, self.head_state)
 
 
-def joined(params: Any, head_params: Mapping[str, Any]) -> Any:
-    """The tree that the optimizer sees."""
+def join_params(params: Any, head_params: Mapping[str, Any]) -> Any:
+    """Returns the tree for the optimizer."""
     return {"params": params, "head": head_params} if head_params else params
 
 
-def parted(trainable: Any, learns: bool) -> tuple[Any, Any]:
-    """The parameters of the network and those of the head, from what the optimizer sees."""
+def split_params(trainable: Any, learns: bool) -> tuple[Any, Any]:
+    """Returns the parameters of the network and of the head, from the tree for the optimizer."""
     return (trainable["params"], trainable["head"]) if learns else (trainable, {})
 
 
 def _check_owner(params: Any, head_params: Any) -> None:
-    """Refuses the parameters of a head module that owns what the head learns: there they would never be trained."""
+    """Refuses parameters of a head module that holds the learned fields of the head: there they are never trained."""
 
     def names(tree: Any) -> list[tuple[str, ...]]:
-        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree)]
-        return [tuple(path.split("/")) for path in paths]
+        return [tuple(fields.names_along(path)) for path, _ in jax.tree.leaves_with_path(tree)]
 
     owned = {("learned", *name) for name in names(head_params)}
     held = {name[i:] for name in names(params) for i in range(len(name))}
@@ -104,8 +103,8 @@ def _check_owner(params: Any, head_params: Any) -> None:
         )
 
 
-def _copied(tree: Any, what: str) -> Any:
-    """The same values in arrays of their own, without weak types: those would be another type after the first step."""
+def _copy(tree: Any, what: str) -> Any:
+    """Copies arrays, and drops weak types: after the first step, a weak type would be another type."""
 
     def copy(path: Any, leaf: Any) -> jax.Array:
         try:

@@ -1,6 +1,6 @@
 """Training, evaluation and prediction as pure functions of a `TrainState` and a batch; you jit, shard or pmap them.
 
-Each is made of a head's own methods and fits on a page: where a step of yours must do more, copy it and change it.
+Each function fits on a page. If your step must do more, copy the function and change it.
 """
 
 import dataclasses
@@ -19,19 +19,19 @@ from jaxheads.engine.optimizing import averaged, check_opt_state, check_optimize
 from jaxheads.engine.readiness import check_parts_add_up, ready
 from jaxheads.head import Head, check_unbound
 from jaxheads.numerics import fields, inputs, meshes, pairs
-from jaxheads.training.state import TrainState, parted
+from jaxheads.training.state import TrainState, split_params
 
 KEYS = ("features", "labels", "weights", "where")
 PASSED = ("train", "model_state", "rngs")
-REPLICAS = 2**31 - 1  # what the keys of bootstrap replicas are folded with: as many other keys are not
+REPLICAS = 2**31 - 1  # folded into the keys of bootstrap replicas; no micro-batch has this number
 
 
 class StepOutput(NamedTuple):
-    """What a step tells.
+    """The output of a step.
 
     Attributes:
         loss: the regularized loss of this batch, float32; over all devices of `axis_name`.
-        metrics: the `Metrics` of this batch; they add. None if they were not asked for.
+        metrics: the `Metrics` of this batch, which can be added; None with `with_metrics=False`.
     """
 
     loss: jax.Array
@@ -49,37 +49,36 @@ def make_train_step(
     micro_batches: int = 1,
     with_metrics: bool = True,
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, StepOutput]]:
-    """A step of training: `(state, batch) -> (state, out)`, to be jitted, with `donate_argnums=0` to update in place.
+    """Makes a step of training, `(state, batch) -> (state, out)`. Jit it, with `donate_argnums=0` to update in place.
 
-    A donated state is gone; keep one, the best so far, with `jax.tree.map(jnp.copy, state)`.
+    A donated state is gone. To keep a state, for example the best so far, copy it: `jax.tree.map(jnp.copy, state)`.
 
-    A batch is a dict of `features`, `labels`, and where there are any `weights` and `where`, as `head.loss` takes them;
-    string labels must be encoded.
+    A batch is a dict of `features`, `labels`, and perhaps `weights` and `where`, as `head.loss` takes them. String
+    labels must be encoded.
 
     Args:
-        head: the head, unbound. What it learns is trained with the network, its running fields move with every batch.
-        apply_fn: `apply_fn(params, features, *, train, model_state, rngs)` giving logits, as the head takes them, or
-            the pair `(logits, model_state)`. It gets those of the three keywords that it declares (all of them, if it
-            takes `**kwargs`, as flax's bare `apply` does: wrap that).
-        optimizer: an optax `GradientTransformation`, that the state was made with. Those that want them get `value`
-            and `grad`.
-        axis_name: the mapped axis of `shard_map` or `pmap` over which batches are spread. Loss and metrics are those of
-            the global batch, gradients and floating-point `model_state` are averaged, dropout differs by device. The
-            state must be the same on all devices, `in_specs=P()`. Parameters that are spread over the axis (gathered in
-            `apply_fn`) are right under the default check of `shard_map`, where each keeps its own gradient, and wrong
-            without it. A loop in `apply_fn` whose carry the check refuses wants `check_vma=False`.
+        head: the head, unbound. Its learned fields are trained with the network. Each batch updates its running fields.
+        apply_fn: `apply_fn(params, features, *, train, model_state, rngs)` returns logits, as the head takes them, or
+            the pair `(logits, model_state)`. It gets only the keywords that it declares. A function with `**kwargs`
+            gets all three; flax's own `apply` is such a function, so wrap it.
+        optimizer: the optax `GradientTransformation` of the state. It gets `value` and `grad` if it declares them.
+        axis_name: the mapped axis of `shard_map` or `pmap` over which batches are spread. Loss and metrics describe the
+            global batch, gradients and floating-point `model_state` are averaged, dropout differs by device. The state
+            must be the same on all devices, `in_specs=P()`. Parameters may be spread over the axis and gathered in
+            `apply_fn`: this is right under the default check of `shard_map`, where each device keeps its own gradient,
+            and wrong without the check. If the check refuses the carry of a loop in `apply_fn`, use `check_vma=False`.
         regularization_fn: `params -> scalar or list of scalars`, added to the loss.
-        rngs: names of the random keys that `apply_fn` gets, new ones at every step.
-        micro_batches: in how many parts of equal size the batch passes the network, one after another. Gradients are
-            those of the whole batch, however masks and weights are spread over the parts, if its elements do not
-            depend on each other and the head counts them by their labels. `model_state` moves with every part: batch
-            norm normalizes within each. Under `jit` over a mesh and the default check of `shard_map`, gradients cross
-            devices once for each part.
+        rngs: names of the random keys for `apply_fn`; each step makes new keys.
+        micro_batches: the number of parts, equal in size, in which the batch passes the network, one after another.
+            Gradients equal the gradients of the whole batch for any masks and weights, if its elements do not depend on
+            each other and the head counts them by their labels. Each part updates `model_state`, and batch norm
+            normalizes within a part. Under `jit` over a mesh, and under the default check of `shard_map`, gradients
+            cross devices once for each part.
         with_metrics: whether `out.metrics` is made.
 
     Raises:
-        ValueError: an optimizer that is none, an `apply_fn` that cannot carry the state of the model; by the step: a
-            batch with other keys or, with `micro_batches`, of another size; and what `head.loss` raises.
+        ValueError: an optimizer that is none; an `apply_fn` that cannot carry the state of the model; in the step, a
+            batch with other keys or, with `micro_batches`, of another size; also the errors of `head.loss`.
 
     >>> import jax, optax
     >>> import jax.numpy as jnp
@@ -95,7 +94,7 @@ def make_train_step(
     """
     check_unbound(head)
     check_optimizer(optimizer)
-    call, labelled = _caller(apply_fn), _is_labelled(head)
+    call, labelled = _wrap(apply_fn), _is_labelled(head)
     if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
         raise ValueError(f"micro_batches must be an integer of at least 1. Given {micro_batches!r}.")
     names = (rngs,) if isinstance(rngs, str) else tuple(rngs)
@@ -107,16 +106,16 @@ def make_train_step(
         return {name: jax.random.fold_in(key, i) for i, name in enumerate(names)}
 
     def part(state: TrainState, batch: dict[str, Any], key: jax.Array, carried: Any, divisor: Any):
-        """Of (a part of) a batch: loss, gradients, metrics, and what is carried: the model's state and the head's."""
+        """Returns loss, gradients and metrics of a batch or a part, and the next states of the model and the head."""
         model_state, head_state = carried
         keys, draws = rngs_of(key), jax.random.fold_in(key, REPLICAS) if draws_keys else None
 
         def loss_of(trainable: Any):
-            params, head_params = parted(trainable, bool(state.head_params))
+            params, head_params = split_params(trainable, bool(state.head_params))
             logits, new = call(params, batch["features"], True, model_state, keys)
             bound = ready(head, fields.merge(head_params, state.head_state))
-            found = gather(bound, _given(batch, logits, with_metrics, draws, divisor))
-            losses = _listed(regularization_fn, params)
+            found = gather(bound, _to_given(batch, logits, with_metrics, draws, divisor))
+            losses = _list_losses(regularization_fn, params)
             shares = None if losses is None else inputs.as_scalars([loss / micro_batches for loss in losses])
             loss, found = evaluating.evaluate(bound, found, shares, axis_name)
             return loss, (found._replace(regularization=inputs.as_scalars(losses)), new)
@@ -133,7 +132,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, StepOutput]:
         _check_state(state)
         check_opt_state(optimizer, state.opt_state, state.trainable)
-        given, key = _unpacked(batch, labelled), jax.random.fold_in(state.key, state.step)
+        given, key = _unpack(batch, labelled), jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             meshes.check_axis(axis_name)
             _check_shared(state, axis_name)
@@ -147,17 +146,17 @@ def make_train_step(
         if axis_name is not None:
             metrics = None if metrics is None else metrics.psum(axis_name)
         trainable, opt_state = updated(optimizer, grads, state.opt_state, state.trainable, loss)
-        params, head_params = parted(trainable, bool(state.head_params))
+        params, head_params = split_params(trainable, bool(state.head_params))
         model_state, head_state = carried
         new = TrainState(state.step + 1, params, head_params, opt_state, model_state, head_state, state.key)
         return new, StepOutput(loss, metrics)
 
     def in_parts(state: TrainState, batch: dict[str, Any], key: jax.Array, carried: Any):
-        """The sums of `part` over the micro-batches; their losses are divided by what that of the whole batch is."""
+        """Returns the sums of `part` over the micro-batches. All have the divisor of the whole batch's loss."""
         bound = ready(head, state.bound)
-        logits = _like_logits(functools.partial(call, rngs=rngs_of(key)), state, batch["features"])
+        logits = _make_zero_logits(functools.partial(call, rngs=rngs_of(key)), state, batch["features"])
         draws = key if draws_keys else None
-        divisor = losing.divisor(bound, gather(bound, _given(batch, logits, False, draws, None)), axis_name)
+        divisor = losing.divisor(bound, gather(bound, _to_given(batch, logits, False, draws, None)), axis_name)
         parts = jax.tree.map(lambda x: _split(x, micro_batches), batch)
 
         def body(carry: Any, xs: Any):
@@ -167,7 +166,7 @@ def make_train_step(
             total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, grads)
             return (total, carried), (loss, metrics)
 
-        # In float32 at least: many small bfloat16 gradients would add up to few.
+        # In float32 at least: a bfloat16 sum of many small gradients would lose most of them.
         zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)), state.trainable)
         (grads, carried), (losses, metrics) = jax.lax.scan(body, (zeros, carried), (jnp.arange(micro_batches), parts))
         grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, state.trainable)
@@ -186,22 +185,22 @@ def make_eval_step(
     axis_name: Any = None,
     regularization_fn: Callable[[Any], Any] | None = None,
 ) -> Callable[..., StepOutput]:
-    """A step of evaluation: `(state, batch) -> out`; add up `out.metrics`. The arguments are those of training.
+    """Makes a step of evaluation, `(state, batch) -> out`; add up `out.metrics`. It takes the arguments of training.
 
-    Of a head with a `bootstrap` it is `(state, batch, key) -> out`, with a new key for every batch; under `axis_name`
-    it is folded with the device.
+    For a head with a `bootstrap` it is `(state, batch, key) -> out`, with a new key for every batch. Under `axis_name`,
+    each device folds its own key from it.
     """
     check_unbound(head)
-    call, labelled = _caller(apply_fn), _is_labelled(head)
+    call, labelled = _wrap(apply_fn), _is_labelled(head)
 
     def eval_step(state: TrainState, batch: Mapping[str, Any], key: jax.Array | None = None) -> StepOutput:
         _check_state(state)
-        given, bound = _unpacked(batch, labelled), ready(head, state.bound)
+        given, bound = _unpack(batch, labelled), ready(head, state.bound)
         logits, _ = call(state.params, given["features"], False, state.model_state, None)
         if key is not None and axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        found = gather(bound, _given(given, logits, True, key, None))
-        losses = inputs.as_scalars(_listed(regularization_fn, state.params))
+        found = gather(bound, _to_given(given, logits, True, key, None))
+        losses = inputs.as_scalars(_list_losses(regularization_fn, state.params))
         loss, found = evaluating.evaluate(bound, found, losses, axis_name)
         metrics = evaluating.metrics_of(bound, evaluating.without_gradient(found), axis_name)
         return StepOutput(loss, metrics if axis_name is None else metrics.psum(axis_name))
@@ -212,16 +211,16 @@ def make_eval_step(
 def make_predict_step(
     head: Head, apply_fn: Callable[..., Any], keys: Any = None
 ) -> Callable[[TrainState, Mapping[str, Any]], dict[str, Any]]:
-    """A step of prediction: `(state, batch) -> predictions`; of the batch only `features` is looked at.
+    """Makes a step of prediction, `(state, batch) -> predictions`. It reads only the `features` of the batch.
 
-    `keys` are those of `head.predictions`; by default all.
+    `keys` are the keys of `head.predictions`; by default all.
     """
     check_unbound(head)
-    call = _caller(apply_fn)
+    call = _wrap(apply_fn)
 
     def predict_step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
         _check_state(state)
-        features = _unpacked(batch, None)["features"]
+        features = _unpack(batch, None)["features"]
         logits, _ = call(state.params, features, False, state.model_state, None)
         return head.predictions(logits, keys, params=state.bound, features=features)
 
@@ -237,7 +236,7 @@ def _check_state(state: Any) -> None:
 
 
 def _check_shared(state: TrainState, axis_name: Any) -> None:
-    """Refuses a state stacked by device where its gradients would be those of each device alone."""
+    """Refuses a state stacked by device: each device would train its own."""
     if meshes.varies(state.step, axis_name):
         raise ValueError(
             f"The TrainState differs over axis_name={axis_name!r}: it came in by in_specs=P({axis_name!r}), stacked by "
@@ -246,8 +245,8 @@ def _check_shared(state: TrainState, axis_name: Any) -> None:
         )
 
 
-def _caller(apply_fn: Any) -> Callable[..., tuple[Any, Any]]:
-    """`apply_fn` with the keywords that it declares, giving always the pair `(logits, model_state)`."""
+def _wrap(apply_fn: Any) -> Callable[..., tuple[Any, Any]]:
+    """Wraps `apply_fn`: it gets the keywords that it declares, and always returns the pair `(logits, model_state)`."""
     if not callable(apply_fn):
         raise ValueError(f"apply_fn must be a function apply_fn(params, features, ...). Given {apply_fn!r}.")
     declared = inspect.signature(apply_fn).parameters
@@ -272,7 +271,7 @@ def _caller(apply_fn: Any) -> Callable[..., tuple[Any, Any]]:
         if len(out) != 2:
             raise ValueError(f"apply_fn must return logits or (logits, model_state). Given {len(out)} values.")
         logits, new = out
-        if train and (before := _kinds(model_state)) != (after := _kinds(new)):
+        if train and (before := _describe(model_state)) != (after := _describe(new)):
             raise ValueError(
                 "apply_fn must return a model_state of the same structure, shapes and dtypes as the state holds. Given "
                 f"{after}, expected {before}. Pass its first value to TrainState.create(model_state=...)."
@@ -282,23 +281,23 @@ def _caller(apply_fn: Any) -> Callable[..., tuple[Any, Any]]:
     return call
 
 
-def _kinds(tree: Any) -> dict[str, str]:
+def _describe(tree: Any) -> dict[str, str]:
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path): f"{jnp.result_type(x)}{list(jnp.shape(x))}" for path, x in leaves}
 
 
 def _is_labelled(head: Head) -> bool:
-    """Whether any head inside has labels."""
+    """Tells whether any head inside has labels."""
     return any(leaf.label_spec for leaf in trees.leaves(head))
 
 
 def _draws_keys(head: Head) -> bool:
-    """Whether any head inside needs a random key."""
+    """Tells whether any head inside needs a random key."""
     return any(leaf.samples or leaf.bootstrap is not None for leaf in trees.leaves(head))
 
 
-def _unpacked(batch: Any, labelled: bool | None) -> dict[str, Any]:
-    """The entries of a batch by the names that a head knows; of prediction, where `labelled` is None, the features."""
+def _unpack(batch: Any, labelled: bool | None) -> dict[str, Any]:
+    """Returns the checked entries of a batch; only the features for prediction, where `labelled` is None."""
     needed = KEYS[: 2 if labelled else 1]
     given = sorted(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
     if not isinstance(batch, Mapping) or set(batch) - set(KEYS) or set(needed) - set(batch):
@@ -309,21 +308,21 @@ def _unpacked(batch: Any, labelled: bool | None) -> dict[str, Any]:
     return {"features": batch["features"]} if labelled is None else dict(batch)
 
 
-def _given(batch: Mapping[str, Any], logits: Any, with_slices: bool, key: Any, normalizer: Any) -> Given:
-    """A batch and its logits, as `head.loss` and `head.measure` would be given them."""
+def _to_given(batch: Mapping[str, Any], logits: Any, with_slices: bool, key: Any, normalizer: Any) -> Given:
+    """Returns a batch and its logits in the form of a call of `head.loss` or `head.measure`."""
     entries = {"labels": None, **batch}
     return Given(**entries, logits=logits, normalizer=normalizer, with_slices=with_slices, key=key)
 
 
-def _listed(regularization_fn: Callable[[Any], Any] | None, params: Any) -> list[Any] | None:
+def _list_losses(regularization_fn: Callable[[Any], Any] | None, params: Any) -> list[Any] | None:
     if regularization_fn is None:
         return None
     losses = regularization_fn(params)
     return list(losses) if isinstance(losses, (list, tuple)) else [losses]
 
 
-def _like_logits(call: Callable[..., tuple[Any, Any]], state: TrainState, features: Any) -> Any:
-    """Zeros in the shape of the logits of a whole batch, which never passes the network."""
+def _make_zero_logits(call: Callable[..., tuple[Any, Any]], state: TrainState, features: Any) -> Any:
+    """Returns zeros in the shape of the logits of a whole batch, without running the network."""
 
     def logits(params: Any, features: Any, model_state: Any) -> Any:
         return call(params, features, train=True, model_state=model_state)[0]
@@ -339,5 +338,5 @@ def _split(x: Any, n: int) -> jax.Array:
             f"micro_batches={n} must divide the first axis of all that is in a batch. Given shape {x.shape}. Fill the "
             "batch up with jh.pad_batch(batch, size)."
         )
-    # Every n-th row, so that what is spread over devices stays where it is.
+    # A part has every n-th row, so that rows spread over devices stay where they are.
     return jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1)
