@@ -4,7 +4,7 @@ import dataclasses
 import numbers
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -66,7 +66,7 @@ class Frame(Protocol):
     def __getitem__(self, key: Any, /) -> Any: ...
 
 
-def is_frame(x: Any) -> TypeGuard[Frame]:
+def is_frame(x: Any) -> bool:
     """Tells whether a value has columns by name."""
     return isinstance(x, Frame)
 
