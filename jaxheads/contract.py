@@ -27,16 +27,36 @@ Metrics of QuantileHead(quantile=0.9, name='p90')
 
 The arguments and the results of hooks:
 
-* `labels`: `[..., size]`, as the `LabelSpec(size, kind, low, high, fill)` says: float32, int32 or bool, and `fill` in
-  masked rows. A dict where `label_spec` is a dict; None where it is `{}`: users then pass `labels=None`.
+* `labels`: `[..., size]`, as the head's `label_spec` says: `jh.LabelSpec(size=1, kind="float", low=None, high=None,
+  fill=0)`. The kind is "float", "int" or "bool"; hooks get float32, int32 or bool. The limits are legal values. Masked
+  rows get `fill`. A dict where `label_spec` is a dict; None where it is `{}`: users then pass `labels=None`.
 * `logits`: float32 `[..., logits_dimension]`, 0 in masked rows. `logits_spec` may ask for another shape, or a dict.
-* `rows`, for each hook that has this argument: `rows.exists` and `rows.weights` `[..., 1]`, `rows.features`, and
-  `rows.devices.all(x)` and `.sum(x)`, over the rows of all devices. A loss need not look at masks: the engine applies
-  them after it. At the fill, the loss and its gradient must be finite.
-* Losses: one for each element, `[..., 1]` or `[..., d]`; or `Term(values, count)`, where `count` replaces the 1 of
-  each element in every denominator.
-* Observations: `Mean(values[, count])`, `ColumnMeans(values, columns)` or `Scores(labels, logits, grid)`, with one
-  value for each element, unmasked and unweighted.
+* `rows`: any method with `@hook` may have this argument too; the engine passes it by name. `rows.exists`, bool, and
+  `rows.weights`, float32, are `[..., 1]`; a row of weight 0 exists. `rows.devices.all(x)` gathers the rows of all
+  devices as `[n, d]`, with their gradient, also on one device; `rows.devices.sum(x)` adds up `x` over devices.
+* Losses: one for each element, `[..., 1]` or `[..., d]`; or `jh.Term(values, count)`: the mean is then the sum of
+  `weight * value` by the sum of `weight * count`, and 0 if no element counts. The engine applies an element's own mask
+  and weight after the hook. At masked rows, and at all finite logits, the gradient must not be NaN.
+* Observations: `jh.Mean(values[, count])`, `jh.ColumnMeans(values, columns)` or `jh.Scores(labels, logits, grid)`,
+  with one value for each element; its own mask and weight are applied after the hook.
+* Predictions, under names of your choice: arrays whose leading axes are those of the logits.
+
+A loss that looks at other rows must itself leave out rows that do not exist or have weight 0, and count a row of weight
+2 as that row twice. This one adds up how far the similarity to rows of other classes exceeds a margin:
+
+>>> class MarginHead(jh.Head):
+...     margin: float = 1.0
+...     logits_dimension = 2
+...     label_spec = jh.LabelSpec(1, kind="int", low=0)
+...     coupling = "batch"
+...
+...     def losses(self, labels, logits, rows):
+...         others, classes, weights = (rows.devices.all(x) for x in (logits, labels, rows.weights))
+...         beyond = jnp.maximum(logits.reshape(-1, 2) @ others.T - self.margin, 0)
+...         beyond = jnp.where(labels.reshape(-1, 1) != classes.T, beyond, 0)
+...         return (beyond @ weights).reshape(labels.shape)
+>>> float(MarginHead().loss(labels=jnp.array([0, 1, 1]), logits=jnp.array([[1.0, 0.0], [2.5, 0.0], [0.0, 3.0]])))
+1.0
 
 The engine handles masks, weights, checks, dtypes, reductions, devices and compiled updates, once, for every head.
 `jaxheads.testing.check_head(head)` tests a new head against all laws.
@@ -86,8 +106,8 @@ class Declared(abc.ABC):  # noqa: B024  # outside of type checking, logits_dimen
             for structured labels; `{}` for a head without labels.
         vocabulary: the names that may be given as labels; by default the field `label_vocabulary`, if there is one.
         coupling: which rows the loss and the observations of a row depend on: `"row"`, that row alone; `"sequence"`,
-            the rows along the axes between the first and the last; `"batch"`, the rows of all devices. None: the
-            engine tries the head once, and refuses it if its rows depend on each other.
+            the rows along the axes between the first and the last; `"batch"`, the rows of all devices. Declare it.
+            None: the engine tries the head once, on random rows, and refuses it if they depend on each other.
         signed: whether the loss may be negative, for example because a constant was left out. Such a head is refused
             where losses must not be negative (`MultiHead(weighting="uncertainty")`).
         per_logit_weights, per_logit_where: whether weights, or masks, may have the shape of the logits.

@@ -179,7 +179,33 @@ class UndeclaredMetricHead(jh.Head):
         return {"spread": jh.Mean(jnp.abs(logits - jnp.mean(logits)))}
 
 
-@pytest.mark.parametrize(("head", "what"), [(UndeclaredHead(), "loss"), (UndeclaredMetricHead(), "observation")])
+class UndeclaredMarginHead(jh.Head):
+    """A margin between rows, which no two rows of the usual size are within."""
+
+    logits_dimension = 1
+
+    def losses(self, labels, logits):
+        return jnp.sum(jnp.maximum(0.01 - (logits - logits.T) ** 2, 0), -1, keepdims=True)
+
+
+class UndeclaredSumHead(jh.Head):
+    """A loss that asks for the other devices, and multiplies the answer by 0 where it is tried."""
+
+    logits_dimension = 1
+
+    def losses(self, labels, logits, rows):
+        return (labels - logits) ** 2 + 0 * rows.devices.sum(jnp.sum(logits))
+
+
+@pytest.mark.parametrize(
+    ("head", "what"),
+    [
+        (UndeclaredHead(), "loss"),
+        (UndeclaredMetricHead(), "observation"),
+        (UndeclaredMarginHead(), "loss"),
+        (UndeclaredSumHead(), "loss"),
+    ],
+)
 def test_rows_that_look_at_each_other_in_silence_are_refused(head, what):
     labels, logits = LABELS[:, 0], LOGITS[:, :1]
     for call in (

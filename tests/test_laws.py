@@ -58,9 +58,9 @@ from jaxheads.testing.case import Skipped
 OF_THE_SAME_PROGRAM = (
     laws.weights_are_multiplicities,
     laws.metrics_add,
-    laws.extremes_are_harmless,
     laws.bad_input_is_visible,
     laws.any_cotangent,
+    laws.negative_losses_are_declared,
 )
 # These compile programs of their own. They are quick for a few heads, one for each way through the engine.
 OTHERS = (
@@ -69,6 +69,7 @@ OTHERS = (
     laws.one_trace,
     laws.leading_axes_do_not_matter,
     laws.predictions_are_of_rows,
+    laws.extremes_are_harmless,
     laws.running_state_counts_what_is_there,
 )
 

@@ -447,3 +447,11 @@ def test_labels_of_the_sigmoid_loss_may_be_learned():
     by_logits = (1 / (1 + np.exp(-0.7 * z64)) - teacher) * z64
     np.testing.assert_allclose(got, np.sum(by_logits - 0.7 * z64 * teacher * (1 - teacher) * y64), rtol=1e-5)
     np.testing.assert_allclose(got, of_optax, rtol=1e-5)
+
+
+def test_a_division_by_0_is_0_and_hides_no_nan():
+    totals = np.array([3, 0, np.nan, 2, np.inf], np.float32)
+    divisors = np.array([2, 0, 0, 0, 4], np.float32)
+    np.testing.assert_array_equal(divide(totals, divisors), [1.5, 0, np.nan, 0, np.inf])
+    slope = jax.grad(lambda total: jnp.sum(divide(total, divisors)))(jnp.asarray(totals))
+    np.testing.assert_array_equal(slope, [0.5, 0, 1, 0, 0.25])

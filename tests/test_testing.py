@@ -150,6 +150,42 @@ class LenientHead(jh.Head):
         return jax.lax.stop_gradient((labels - logits) ** 2)
 
 
+class UnsignedHead(jh.Head):
+    """A loss that may be negative."""
+
+    logits_dimension = 1
+    coupling = "row"
+
+    def losses(self, labels, logits):
+        return logits - labels
+
+
+class OverflowingMeanHead(jh.Head):
+    """A prediction that is `inf / inf` at large logits."""
+
+    logits_dimension = 1
+    coupling = "row"
+
+    def losses(self, labels, logits):
+        return (labels - logits) ** 2
+
+    def outputs(self, logits):
+        return {"mean": jnp.exp(logits) / (1 + jnp.exp(logits))}
+
+
+class MaskForgettingHead(jh.Head):
+    """A margin to the other rows, hidden ones too: at large logits it is flat, and nothing shows."""
+
+    logits_dimension = 2
+    label_spec = MappingProxyType({})
+    coupling = "batch"
+
+    def losses(self, labels, logits, rows):
+        flat, others = logits.reshape(-1, 1, 2), rows.devices.all(logits)
+        squared = jnp.sum((flat - others[None]) ** 2, axis=-1)
+        return jnp.sum(jnp.maximum(0.05 - squared, 0), axis=-1).reshape(*logits.shape[:-1], 1)
+
+
 @pytest.mark.parametrize(
     ("head", "broken", "given"),
     [
@@ -163,6 +199,9 @@ class LenientHead(jh.Head):
             {"labels": lambda rng, lead: rng.integers(0, 2, (*lead, 1))},
             marks=pytest.mark.slow,
         ),
+        pytest.param(UnsignedHead(), {"losses below 0 are declared"}, {}, marks=pytest.mark.slow),
+        pytest.param(OverflowingMeanHead(), {EXTREMES}, {}, marks=pytest.mark.slow),
+        (MaskForgettingHead(), {ABSENCE, WEIGHTS}, {}),
         pytest.param(LenientHead(), {"bad input is refused or visible"}, {}, marks=pytest.mark.slow),
         pytest.param(
             HalfPrecisionHead(),
@@ -179,7 +218,7 @@ def test_a_broken_head_is_told_which_laws_it_breaks(head, broken, given):
 
 
 def test_a_broken_law_is_an_error_that_shows_the_smallest_input():
-    with pytest.raises(AssertionError, match=rf"ScaledLogHead breaks \d of 13 laws(.|\n)*{ABSENCE} +BROKEN") as error:
+    with pytest.raises(AssertionError, match=rf"ScaledLogHead breaks \d of 14 laws(.|\n)*{ABSENCE} +BROKEN") as error:
         check_head(ScaledLogHead(), devices=())
     # Of two rows, one of them hidden.
     assert re.search(r"labels = array\(\[\[[^\[]*\[[^\[]*\]\]", str(error.value))

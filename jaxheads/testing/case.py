@@ -106,6 +106,15 @@ class Case:
         """Whether rows depend on each other."""
         return any(leaf.coupling == "batch" for leaf in self.leaves)
 
+    def scaled(self, scale: float) -> "Case":
+        """Returns the case with logits of another size."""
+        return dataclasses.replace(self, logits=jax.tree.map(lambda x: np.float32(scale) * x, self.logits))
+
+    def predictions(self, logits: Any = None) -> tuple[Any, dict[str, Any]]:
+        """Returns compiled predictions, all of them and each alone."""
+        logits = self.logits if logits is None else logits
+        return predictor(self.head)(logits, self.features, self.params, self.key)
+
     def values(
         self, weights: Any = None, where: Any = None, scale: float = 1.0, logits: Any = None, lead: Any = None
     ) -> Values:
@@ -128,6 +137,19 @@ def _is_of_sequences(head: AbstractHead) -> bool:
     """Tells whether a head, or a head inside, has steps between rows and logits."""
     inside = head.parts()
     return head.coupling == "sequence" or "" in inside or any(map(_is_of_sequences, inside.values()))
+
+
+@functools.lru_cache(maxsize=64)
+def predictor(head: Head) -> Any:
+    """Returns the compiled function from logits to predictions: all of them, and each by its key alone."""
+
+    def predict(logits: Any, features: Any, params: Any, key: Any) -> tuple[Any, dict[str, Any]]:
+        rest = {"features": features, "params": params, "key": key}
+        every = head.predictions(logits, **rest)
+        keys = () if head.parts() else tuple(every)
+        return every, {name: head.predictions(logits, name, **rest)[name] for name in keys}
+
+    return jax.jit(predict)
 
 
 @functools.lru_cache(maxsize=64)

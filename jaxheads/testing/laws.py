@@ -20,6 +20,7 @@ from jaxheads.testing.case import Case, Skipped, Values
 Law = Callable[[Case], None]
 
 RTOL, ATOL = 1e-5, 1e-5
+FLAT = 0.05  # small logits: a loss with a margin may be flat at larger ones
 
 
 def of(oracle: Any, devices: Sequence[Any]) -> dict[str, Law]:
@@ -37,6 +38,7 @@ def of(oracle: Any, devices: Sequence[Any]) -> dict[str, Law]:
         "leading axes do not matter": leading_axes_do_not_matter,
         "any cotangent": any_cotangent,
         "predictions are of each row": predictions_are_of_rows,
+        "losses below 0 are declared": negative_losses_are_declared,
         "running state counts what is there": running_state_counts_what_is_there,
     }
     return every if oracle is None else {"the loss is the oracle's": functools.partial(loss_is, oracle=oracle), **every}
@@ -69,10 +71,11 @@ def where_is_absence(case: Case) -> None:
     case.check_not_random()
     hidden = np.arange(case.size) % 2 == 1
     kept = np.flatnonzero(~hidden)
-    masked, without = spoiled(case, hidden).values(where=~hidden), case.rows(kept).values()
-    same(masked, without, "with a row hidden by where=False", "without it", rows=kept)
-    gradient = jax.tree.map(lambda x: np.asarray(x)[hidden], masked.by_logits)
-    close(gradient, jax.tree.map(np.zeros_like, gradient), "Logits of hidden rows have a gradient")
+    for rows in (case, case.scaled(FLAT)):
+        masked, without = spoiled(rows, hidden).values(where=~hidden), rows.rows(kept).values()
+        same(masked, without, "with a row hidden by where=False", "without it", rows=kept)
+        gradient = jax.tree.map(lambda x: np.asarray(x)[hidden], masked.by_logits)
+        close(gradient, jax.tree.map(np.zeros_like, gradient), "Logits of hidden rows have a gradient")
 
 
 def weights_are_multiplicities(case: Case) -> None:
@@ -80,16 +83,17 @@ def weights_are_multiplicities(case: Case) -> None:
     case.check_not_random()
     times = np.resize([2, 1, 1], case.size)
     times[np.cumsum(times) > case.size] = 0
-    rows = np.repeat(np.arange(case.size), times)
-    there = np.arange(case.size) < len(rows)
-    weighted = spoiled(case, times == 0).values(weights=times)
-    twice = case.rows(np.resize(rows, case.size)).values(where=there)
-    for reduction in (Reduction.SUM, Reduction.MEAN):
-        if (name := reduction.value) in weighted.losses:
-            what = f"The loss (loss_reduction={name!r}) with a weight of 2 is not that of two rows"
-            close(weighted.losses[name], twice.losses[name], what)
-    # The loss of a head inside depends on its reduction, which may count a row once whatever its weight is.
-    same_metrics(weighted.metrics, twice.metrics, "with a weight of 2", "of the row twice", but="loss/")
+    again = np.repeat(np.arange(case.size), times)
+    there = np.arange(case.size) < len(again)
+    for rows in (case, case.scaled(FLAT)):
+        weighted = spoiled(rows, times == 0).values(weights=times)
+        twice = rows.rows(np.resize(again, case.size)).values(where=there)
+        for reduction in (Reduction.SUM, Reduction.MEAN):
+            if (name := reduction.value) in weighted.losses:
+                what = f"The loss (loss_reduction={name!r}) with a weight of 2 is not that of two rows"
+                close(weighted.losses[name], twice.losses[name], what)
+        # The loss of a head inside depends on its reduction, which may count a row once whatever its weight is.
+        same_metrics(weighted.metrics, twice.metrics, "with a weight of 2", "of the row twice", but="loss/")
 
 
 def metrics_add(case: Case) -> None:
@@ -219,6 +223,9 @@ def extremes_are_harmless(case: Case) -> None:
                 )
             if np.isfinite(found.loss) and not all(np.isfinite(x).all() for x in gradients):
                 raise AssertionError(f"Logits of {size:g}, {what}, give a finite loss, and a gradient that is not.")
+            predicted = [x for x in jax.tree.leaves(case.predictions(logits)[0]) if x.dtype.kind in "fV"]
+            if any(np.isnan(x).any() for x in predicted):
+                raise AssertionError(f"Logits of {size:g}, {what}, give predictions with NaN.")
     nothing = spoiled(case, np.ones(case.size, bool)).values(where=np.zeros(case.size))
     for what, tree in (("loss", nothing.loss), ("gradient", (nothing.by_logits, nothing.by_params))):
         close(tree, jax.tree.map(np.zeros_like, tree), f"A batch of which no row exists has a {what} that is not 0")
@@ -303,19 +310,32 @@ def leading_axes_do_not_matter(case: Case) -> None:
 
 
 def predictions_are_of_rows(case: Case) -> None:
-    """Checks that compiled and eager predictions agree, and that each key alone gives what it gives among all."""
-
-    def predict(logits: Any, keys: Any = None) -> Any:
-        return case.head.predictions(logits, keys, params=case.params, features=case.features, key=case.key)
-
-    eager = predict(case.logits)
-    keys = () if case.head.parts() else tuple(eager)
-    compiled, alone = jax.jit(lambda logits: (predict(logits), {key: predict(logits, key)[key] for key in keys}))(
-        case.logits
-    )
+    """Checks that predictions keep the rows, that compiled ones are the eager ones, and each key alone as among all."""
+    eager = case.head.predictions(case.logits, params=case.params, features=case.features, key=case.key)
+    for path, value in jax.tree.leaves_with_path(eager):
+        if np.shape(value)[:1] != (case.size,):
+            raise AssertionError(
+                f"The prediction {jax.tree_util.keystr(path)} has shape {np.shape(value)}, for {case.size} rows: its "
+                "first axis must be that of the rows."
+            )
+    compiled, alone = case.predictions()
     close(compiled, eager, "Compiled predictions are not the eager ones")
     for key, value in alone.items():
         close(value, eager[key], f"The prediction {key!r} alone is not that among all")
+
+
+def negative_losses_are_declared(case: Case) -> None:
+    """Checks that a head whose loss may be negative declares `signed = True`."""
+    if case.head.signed:
+        raise Skipped("it declares that losses may be negative")
+    cases = [case.scaled(scale) for scale in (FLAT, 1, 4)]
+    found = [case.values(where=row) for case in cases for row in np.eye(case.size)]
+    loss = min(float(values.losses.get("sum", values.loss)) for values in found)
+    if loss < -ATOL:
+        raise AssertionError(
+            f"The loss is {loss}. Declare signed = True in the class: a MultiHead that learns the weights of its heads "
+            "then refuses this head."
+        )
 
 
 def running_state_counts_what_is_there(case: Case) -> None:
