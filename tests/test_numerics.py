@@ -450,8 +450,8 @@ def test_labels_of_the_sigmoid_loss_may_be_learned():
 
 
 def test_a_division_by_0_is_0_and_hides_no_nan():
-    totals = np.array([3, 0, np.nan, 2, np.inf], np.float32)
-    divisors = np.array([2, 0, 0, 0, 4], np.float32)
+    totals = jnp.array([3, 0, np.nan, 2, np.inf], jnp.float32)
+    divisors = jnp.array([2, 0, 0, 0, 4], jnp.float32)
     np.testing.assert_array_equal(divide(totals, divisors), [1.5, 0, np.nan, 0, np.inf])
-    slope = jax.grad(lambda total: jnp.sum(divide(total, divisors)))(jnp.asarray(totals))
+    slope = jax.grad(lambda total: jnp.sum(divide(total, divisors)))(totals)
     np.testing.assert_array_equal(slope, [0.5, 0, 1, 0, 0.25])
