@@ -59,6 +59,7 @@ class Head(AbstractHead):
             params: the learned (and running) fields, as `bind` takes them.
             normalizer: replaces the divisor; one global number, not negative, never summed over devices.
             axis_name: numerator and denominator are summed over this mapped axis; `pmean` the gradients afterwards.
+                A head whose rows look at each other finds the rows of other devices by it; `()`: there are none.
             key: a random key, for heads that sample.
             check: True checks the values of device arrays too (and waits for them); False checks no values.
 
@@ -391,6 +392,11 @@ class Head(AbstractHead):
                     f"{type(self).__name__}.{name} is a declaration, True or False: see jaxheads.contract. Given "
                     f"{value!r}. If it is a field of your own, give it another name."
                 )
+        if not isinstance(self.wrapped, (AbstractHead, type(None))):
+            raise ValueError(
+                f"{type(self).__name__}.wrapped is a declaration, a head or None: see jaxheads.contract. Given "
+                f"{self.wrapped!r}. If it is a field of your own, give it another name."
+            )
         if not callable(self.parts):
             raise ValueError(
                 f"{type(self).__name__}.parts is a hook: see jaxheads.contract. Give the field another name."

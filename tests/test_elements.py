@@ -573,17 +573,37 @@ def test_a_coupled_head_must_be_told_the_axis_of_other_devices(check_vma):
         step = jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=whole, check_vma=check_vma)
         return jax.eval_shape(step, labels, logits).shape
 
-    refused = [(None, spread)] + ([((), spread)] if check_vma else [(None, whole)])
+    refused = [(None, spread)] + ([] if check_vma else [(None, whole)])
     for arguments in refused:
-        with pytest.raises(ValueError, match=r"CoxHead look at the rows of all devices(.|\n)*\['devices'\]"):
+        with pytest.raises(ValueError, match=r"CoxHead look at the rows of all devices(.|\n)*the axis 'devices'"):
             loss(*arguments)
-    taken = [("devices", spread), ((), whole)] + ([(None, whole)] if check_vma else [((), spread)])
-    assert [loss(*arguments) for arguments in taken] == [()] * 3
+    taken = [("devices", spread), ((), whole)] + ([(None, whole)] if check_vma else [])
+    assert {loss(*arguments) for arguments in taken} == {()}
+    # An axis of one device hides no rows.
+    one = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("devices",))
+    alone = jax.shard_map(given.head.loss, mesh=one, in_specs=spread, out_specs=whole, check_vma=False)
+    assert jax.eval_shape(alone, labels, logits).shape == ()
     if check_vma:
+        # Masks and weights may differ where rows do not.
+        def masked(labels, logits):
+            where = np.arange(8) // 2 == jax.lax.axis_index("devices")
+            return given.head.loss(labels, logits, where=where)
+
+        step = jax.shard_map(masked, mesh=mesh, in_specs=whole, out_specs=spread)
+        with pytest.raises(ValueError, match="look at the rows of all devices"):
+            jax.eval_shape(step, labels, logits)
         return
     rows = jax.tree.map(lambda x: x.reshape(4, 2, 1), (labels, logits))
     with pytest.raises(ValueError, match="give pmap an axis_name"):
         jax.eval_shape(jax.pmap(given.head.loss, devices=jax.devices()[:4]), *rows)
+    # Sums over rows need no axis, though the loss does.
+    head = jh.GlobalObjectiveHead(jh.BinaryClassHead(), "roc_auc")
+
+    def measure(labels, logits):
+        return head.measure(labels, logits, params=head.init(jax.random.key(0))).psum("devices").state
+
+    step = jax.shard_map(measure, mesh=mesh, in_specs=spread, out_specs=whole)
+    jax.eval_shape(step, np.arange(8)[:, None] % 2, logits)
     # The axis of a vmap is no axis of devices.
     batches = jax.tree.map(lambda x: x[None], (labels, logits))
     assert jax.eval_shape(jax.vmap(given.head.loss, axis_name="batches"), *batches).shape == (1,)

@@ -197,7 +197,7 @@ class LightGBM:
 
 
 def _number_columns(named: Mapping[str, Any], x: Any) -> list[int]:
-    """Returns the numbers of the categorical columns: LightGBM takes a list of plain integers, and is silent else."""
+    """Returns the numbers of the categorical columns: LightGBM reads a list of plain integers."""
     (alias, given), *others = named.items()
     if others:
         raise ValueError(f"One list of columns says which are categories. Given {sorted(named)}.")

@@ -15,7 +15,7 @@ from jaxheads.losses import terms
 from jaxheads.losses.terms import Term
 from jaxheads.metrics import Membership, Observation
 from jaxheads.metrics.base import KEPT
-from jaxheads.numerics import hooks, masking, meshes
+from jaxheads.numerics import hooks, masking
 from jaxheads.numerics import labels as rules
 from jaxheads.numerics.batch import Batch, Devices, Elements, Rows
 from jaxheads.numerics.labels import LabelSpec
@@ -37,10 +37,16 @@ def see(head: Any, batch: Batch, devices: Devices) -> Any:
     return trees.each(head, lambda inner, part: see(inner, part, devices), trees.parts_of(head, batch))
 
 
+def see_for_metrics(head: AbstractHead, batch: Batch, devices: Devices, inside: bool) -> Seen:
+    """Returns the elements, and the losses if a metric reads them: `average_loss`, or the divisor of a head inside."""
+    elements = clean(head, batch, devices)
+    if inside or type(head).average_losses is AbstractHead.average_losses:
+        return Seen(elements, term_of(head, elements))
+    return Seen(elements, Term(None))
+
+
 def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices) -> Elements:
     """Returns the elements of the batch of a head without heads inside."""
-    if head.coupling == "batch":
-        _check_sees_all_rows(head, batch, devices)
     specs, exists = head.label_spec, gathering.existing(batch)
     weights = masking.ones_like(exists) if batch.weights is None else jnp.asarray(batch.weights)
     live = exists & masking.is_not_zero(weights)
@@ -77,16 +83,6 @@ def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices) -> 
     return elements._replace(rows=_rows_of(head, batch, elements, row, devices))
 
 
-def _check_sees_all_rows(head: AbstractHead, batch: Batch, devices: Devices) -> None:
-    """Refuses a loss over the rows of one device where other devices have more rows."""
-    if axes := meshes.unnamed_axes((batch.labels, batch.logits), devices.axis_name):
-        raise ValueError(
-            f"Rows of {type(head).__name__} look at the rows of all devices. Given axis_name={devices.axis_name!r} "
-            f"inside shard_map or pmap, whose devices may have other rows along the axes {axes}. Pass axis_name= (and "
-            "give pmap an axis_name); axis_name=() says that every device has all rows."
-        )
-
-
 def _rows_of(head: AbstractHead, batch: Batch, elements: Elements, row: jax.Array, devices: Devices) -> Rows:
     """Returns what hooks may know about the rows, beside labels and logits."""
     columns = batch.features
@@ -99,7 +95,7 @@ def _rows_of(head: AbstractHead, batch: Batch, elements: Elements, row: jax.Arra
         groups=_groups(head, batch, row),
         scale=batch.scale,
         key=batch.key,
-        devices=devices,
+        devices=dataclasses.replace(devices, asked_by=type(head).__name__) if head.coupling == "batch" else devices,
     )
     if type(head).prepare is AbstractHead.prepare or elements.logits is None:
         return rows

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxheads.contract import AVERAGE_LOSS, AbstractHead
 from jaxheads.engine import reading, trees
-from jaxheads.engine.elements import Seen, average_term_of, observations_of, see
+from jaxheads.engine.elements import Seen, average_term_of, observations_of, see_for_metrics
 from jaxheads.losses import terms
 from jaxheads.metrics import Count, Mean, Membership, Observation, reduced
 from jaxheads.metrics.base import COUNT
@@ -66,7 +66,7 @@ def _sums(head: Any, batch: Batch, seen: Any, devices: Devices, inside: bool) ->
 
 def _sums_of_leaf(head: Any, batch: Batch, seen: Any, devices: Devices, inside: bool) -> list[jax.Array]:
     def whole(batch: Batch, seen: Any = None) -> list[Any]:
-        return _parts(head, batch, see(head, batch, devices) if seen is None else seen, inside)
+        return _parts(head, batch, see_for_metrics(head, batch, devices, inside) if seen is None else seen, inside)
 
     rows = _rows_of_a_tile(head, batch)
     if rows is None:

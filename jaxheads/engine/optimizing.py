@@ -1,7 +1,7 @@
 """One step of an optax optimizer, with checks. Both training steps use it."""
 
 import inspect
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +9,9 @@ import jax.numpy as jnp
 from jaxheads.numerics import duals
 
 
-@runtime_checkable
-class Transformation(Protocol):
-    """What optax calls a `GradientTransformation`, of whatever class."""
-
-    @property
-    def init(self) -> Any: ...
-
-    @property
-    def update(self) -> Any: ...
-
-
 def is_optimizer(value: Any) -> bool:
     """Tells whether a value has the two functions of an optax transformation."""
-    return isinstance(value, Transformation) and callable(value.init) and callable(value.update)
+    return all(callable(getattr(value, name, None)) for name in ("init", "update"))
 
 
 def averaged(model_state: Any, axis_name: Any) -> Any:

@@ -34,7 +34,7 @@ def join_names(*parts: str | None) -> str:
 
 
 def is_part_of(key: str, whole: str) -> bool:
-    """Whether a key is that of a whole metric, or what `joined` makes of it for one class or threshold."""
+    """Whether a key names a metric, or the part of it that `join_names` names for one class or threshold."""
     return key == whole or key.startswith(f"{whole}/")
 
 

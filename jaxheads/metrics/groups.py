@@ -227,7 +227,8 @@ def reduced(observation: Observation, weights: jax.Array, groups: Any, replicas:
         return whole if groups is None else jnp.concatenate([whole, observation.reduce_by(weights, groups)])
 
     if replicas is None:
-        return observation.reduce(weights) if groups is None else entry(weights).ravel()
+        whole = observation.reduce(weights) if groups is None else entry(weights)
+        return whole if whole.ndim == 1 else whole.ravel()
 
     def replica(key: jax.Array) -> jax.Array:
         return entry(weights * poisson(key, weights))

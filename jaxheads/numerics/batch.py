@@ -117,18 +117,32 @@ class Devices:
     """The devices that share a batch: along a mapped axis, or along none, where JAX itself sees all rows.
 
     Attributes:
-        axis_name: the axis of `shard_map` or `pmap`; None elsewhere.
+        axis_name: the axis of `shard_map` or `pmap`; None elsewhere; `()` if every device has all rows.
+        asked_by: the name of a head whose rows look at each other: it needs the axis.
     """
 
     axis_name: Any = dataclasses.field(default=None, metadata={"static": True})
+    asked_by: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     def sum(self, x: Any) -> Any:
         """Sums over devices the sum of each device's own rows."""
+        self._check_axis(x)
         return meshes.psum(x, self.axis_name)
 
     def all(self, x: jax.Array) -> jax.Array:
         """Returns the rows of all devices, `[n, d]`, of an array `[..., d]` with one row for each row of the batch."""
+        self._check_axis(x)
         return meshes.all_rows(x, self.axis_name)
+
+    def _check_axis(self, x: Any) -> None:
+        """Refuses to take the rows of one device for all, inside `shard_map` or `pmap`."""
+        if self.asked_by is None or self.axis_name is not None or not (axes := meshes.axes_of_rows(x)):
+            return
+        raise ValueError(
+            f"Rows of {self.asked_by} look at the rows of all devices. Given no axis_name inside shard_map or pmap, "
+            f"where devices may have other rows along {' and '.join(axes)}. Pass axis_name= (and give pmap an "
+            "axis_name); axis_name=() says that every device has all rows."
+        )
 
 
 @jax.tree_util.register_dataclass

@@ -4,7 +4,7 @@ import dataclasses
 import numbers
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -56,19 +56,9 @@ def describe(x: Any) -> str:
     return f"{x.dtype}{list(x.shape)}"
 
 
-@runtime_checkable
-class Frame(Protocol):
-    """A data frame, of whatever library."""
-
-    @property
-    def columns(self) -> Any: ...
-
-    def __getitem__(self, key: Any, /) -> Any: ...
-
-
 def is_frame(x: Any) -> bool:
-    """Tells whether a value has columns by name."""
-    return isinstance(x, Frame)
+    """Tells whether a value has columns by name, as a data frame of any library."""
+    return hasattr(x, "columns") and hasattr(x, "__getitem__")
 
 
 def table(features: Any) -> Mapping[Any, Any] | None:

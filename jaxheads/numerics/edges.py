@@ -99,6 +99,7 @@ def locate_uniform(x: jax.Array, first: int, count: int, scale: float, extra: tu
         scale: 1 by the power of two.
         extra: float32 edges that are no such multiples.
     """
+    x = jnp.asarray(x, jnp.float32)
     x = masking.keep(jax.lax.eq(x, x), x, -np.inf)
     multiple = jax.lax.ceil(jax.lax.mul(x, jax.lax.full_like(x, scale)))
     below = jax.lax.clamp(np.float32(first), multiple, np.float32(first + count))

@@ -89,6 +89,8 @@ def column_totals(x: jax.Array, kept: int = 1) -> jax.Array:
     `[30, 30, 30, 30]` by 1.5e-4. Two axes make blocks of up to 1,024: column sums are not exact then, a full sum is.
     Without the barriers XLA makes one step of several again.
     """
+    if x.dtype not in (jnp.float32, jnp.float64):
+        x = x.astype(jnp.float32)
     axes = x.shape[: x.ndim - kept]
     exact_in_one_step = 2 if kept == 0 else 1
     if len(axes) > exact_in_one_step and math.prod(map(_fit_in_block, axes)) > _IN_A_ROW:

@@ -88,17 +88,16 @@ def varying(tree: Any, axis_name: Any) -> Any:
     return jax.tree.map(each, tree)
 
 
-def unnamed_axes(tree: Any, axis_name: Any) -> list[Any]:
-    """Returns the mapped axes over which the rows in `tree` may differ, and which `axis_name` does not name.
+def axes_of_rows(x: Any) -> list[str]:
+    """Returns the mapped axes of several devices over which `x` may differ, in words.
 
-    Without the default check of `shard_map`, and in `pmap`, types do not tell whether rows differ. There any axis name
-    is believed, also `()` for rows that are whole on every device.
+    Under the default check of `shard_map` its type tells; without the check, and in `pmap`, these are all axes.
     """
-    names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
-    others = [name for name in jax.sharding.get_abstract_mesh().manual_axes if name not in names]
-    if not all(map(_is_typed, others)):
-        return others if axis_name is None else []
-    return [name for name in others if any(_make_varying(x, name) is None for x in jax.tree.leaves(tree))]
+    mesh = jax.sharding.get_abstract_mesh()
+    names = [name for name in mesh.manual_axes if mesh.shape[name] > 1]
+    if all(map(_is_typed, names)):
+        names = [name for name in names if any(_make_varying(leaf, name) is None for leaf in jax.tree.leaves(x))]
+    return [f"the axis {name!r}" if name.isidentifier() else "an axis without a name" for name in map(str, names)]
 
 
 def mean_of_gradients(grads: Any, axis_name: Any) -> Any:

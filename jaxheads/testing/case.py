@@ -127,10 +127,15 @@ class Case:
         logits = self.logits if logits is None else logits
         given = self.labels, logits, self.features, weights, where
         if lead is not None:
-            *rows, weights, where = jax.tree.map(lambda x: np.reshape(x, (*lead, *np.shape(x)[1:])), given)
+            *rows, weights, where = jax.tree.map(functools.partial(_give_lead, size=self.size, lead=lead), given)
             given = *rows, weights[..., 0], where[..., 0]
         # Device arrays are not checked on the host, so the compiled step shows what the host would refuse.
         return program(self.head)(*jax.device_put((*given, self.params, np.float32(scale))), self.key)
+
+
+def _give_lead(x: Any, size: int, lead: tuple[int, ...]) -> Any:
+    """Gives a value for each row other leading axes; a column of another length stays unchanged."""
+    return np.reshape(x, (*lead, *np.shape(x)[1:])) if np.shape(x)[:1] == (size,) else x
 
 
 def _is_of_sequences(head: AbstractHead) -> bool:
