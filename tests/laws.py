@@ -46,17 +46,17 @@ def f32(values: Any) -> np.ndarray:
 DTYPES = {"float": np.float32, "int": np.int32, "bool": np.bool_}
 
 
-def settled(labels: Any, spec: Any) -> Any:
+def settle(labels: Any, spec: Any) -> Any:
     """Labels in the dtype that compiled code takes: each further dtype would be one more program."""
     if isinstance(spec, jh.LabelSpec):
         return labels.astype(DTYPES[spec.kind])
-    return {key: settled(labels[key], inner) for key, inner in spec.items()}
+    return {key: settle(labels[key], inner) for key, inner in spec.items()}
 
 
 def draw(entry: Entry, seed: int = 0, lead: tuple[int, ...] = (N,)) -> tuple[Any, np.ndarray]:
     rng = np.random.default_rng(seed)
     labels = entry.labels(rng, lead)
-    return settled(labels, entry.head.label_spec), entry.logits(rng, lead)
+    return settle(labels, entry.head.label_spec), entry.logits(rng, lead)
 
 
 def average_of(entry: Entry) -> str:

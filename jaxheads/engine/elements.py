@@ -78,12 +78,12 @@ def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices) -> 
             bad = bad | (live & (jnp.asarray(mask) != 1))
     weights = masking.choose(bad, jnp.ones_like(weights), weights)
     weights = masking.choose(live, weights, jnp.zeros_like(weights))
-    logits = None if batch.logits is None else _masked(head, batch.logits, live, row)
+    logits = None if batch.logits is None else _mask_logits(head, batch.logits, live, row)
     elements = Elements(labels, logits, weights, bad, Rows(exists, weights))
-    return elements._replace(rows=_rows_of(head, batch, elements, row, devices))
+    return elements._replace(rows=_make_rows(head, batch, elements, row, devices))
 
 
-def _rows_of(head: AbstractHead, batch: Batch, elements: Elements, row: jax.Array, devices: Devices) -> Rows:
+def _make_rows(head: AbstractHead, batch: Batch, elements: Elements, row: jax.Array, devices: Devices) -> Rows:
     """Returns what hooks may know about the rows, beside labels and logits."""
     columns = batch.features
     if columns is not None:
@@ -92,7 +92,7 @@ def _rows_of(head: AbstractHead, batch: Batch, elements: Elements, row: jax.Arra
         exists=elements.rows.exists,
         weights=elements.counted if batch.scale is None else elements.counted * batch.scale,
         columns=columns,
-        groups=_groups(head, batch, row),
+        groups=_find_groups(head, batch, row),
         scale=batch.scale,
         key=batch.key,
         devices=dataclasses.replace(devices, asked_by=type(head).__name__) if head.coupling == "batch" else devices,
@@ -102,7 +102,7 @@ def _rows_of(head: AbstractHead, batch: Batch, elements: Elements, row: jax.Arra
     return dataclasses.replace(rows, prepared=hooks.call(head, "prepare", elements.labels, elements.logits, rows=rows))
 
 
-def _groups(head: AbstractHead, batch: Batch, row: jax.Array) -> jax.Array | None:
+def _find_groups(head: AbstractHead, batch: Batch, row: jax.Array) -> jax.Array | None:
     """Returns the slices of each row: 1 or 0, `[..., n]`; NaN where its slice does not exist; 1 in masked rows."""
     if not head.reads_slices or head.slices is None:
         return None
@@ -110,14 +110,14 @@ def _groups(head: AbstractHead, batch: Batch, row: jax.Array) -> jax.Array | Non
     return masking.keep(row, jnp.where(stray, jnp.nan, groups.indicators), 1)
 
 
-def _masked(head: AbstractHead, logits: Any, live: jax.Array, row: jax.Array) -> Any:
+def _mask_logits(head: AbstractHead, logits: Any, live: jax.Array, row: jax.Array) -> Any:
     """Returns logits as hooks get them: float32, 0 where masked; multiplied, unless the head takes lazy logits.
 
     For lazy logits the rows of the hidden layer are masked, and the product is masked again. Otherwise a formula with a
     NaN gradient at the fill would send NaN through the zeros of the hidden layer to the kernel.
     """
     if isinstance(logits, Mapping):
-        return {key: _masked(head, inner, row, row) for key, inner in logits.items()}
+        return {key: _mask_logits(head, inner, row, row) for key, inner in logits.items()}
     if isinstance(logits, LinearLogits):
         logits = dataclasses.replace(logits, hidden=masking.keep(row, jnp.asarray(logits.hidden), 0))
         if head.takes_linear:
@@ -136,12 +136,12 @@ def term_of(head: AbstractHead, elements: Elements, hook: str = "losses") -> Ter
     """Returns the checked losses of the elements."""
     losses = hooks.call(head, hook, elements.labels, elements.logits, rows=elements.rows)
     lead = tuple(elements.rows.exists.shape)[:-1]
-    return terms.as_term(losses, lead, _loss_sizes(elements), f"{type(head).__name__}.{hook}").scaled(
+    return terms.as_term(losses, lead, _list_loss_sizes(elements), f"{type(head).__name__}.{hook}").scaled(
         elements.rows.scale
     )
 
 
-def _loss_sizes(elements: Elements) -> tuple[int, ...]:
+def _list_loss_sizes(elements: Elements) -> tuple[int, ...]:
     """Returns the sizes that losses may have in the last axis: 1, and that of the logits where elements are rows."""
     logits = elements.logits
     if isinstance(logits, Mapping) or len(logits.shape) != elements.rows.exists.ndim:

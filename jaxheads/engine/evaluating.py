@@ -66,12 +66,12 @@ def loss_of(head: AbstractHead, batch: Batch, axis_name: Any = None) -> jax.Arra
 
 def advance(head: AbstractHead, batch: Batch, axis_name: Any, seen: Any = None) -> dict[str, Any]:
     """Returns the new running state of a bound head after a batch, checked."""
-    new = fields.carry(head, fields.state_of(head), _moved(head, batch, seen, Devices(axis_name)))
+    new = fields.carry(head, fields.state_of(head), _move_state(head, batch, seen, Devices(axis_name)))
     fields.check_state(head, new, f"{type(head).__name__}.advance", "those of the heads inside it included")
     return jax.tree.map(jax.lax.stop_gradient, new)
 
 
-def _moved(head: Any, batch: Batch, seen: Any, devices: Devices) -> Mapping[str, Any]:
+def _move_state(head: Any, batch: Batch, seen: Any, devices: Devices) -> Mapping[str, Any]:
     """Returns the values of the running state that change."""
     if not fields.has_state(head):
         return {}
@@ -79,7 +79,7 @@ def _moved(head: Any, batch: Batch, seen: Any, devices: Devices) -> Mapping[str,
         elements = clean(head, batch, devices) if seen is None else seen.elements
         return hooks.call(head, "advance", elements.labels, elements.logits, rows=elements.rows)
     own = {name: None for name in head.parts()} if seen is None else seen
-    moved = trees.each(head, functools.partial(_moved, devices=devices), trees.parts_of(head, batch), own)
+    moved = trees.each(head, functools.partial(_move_state, devices=devices), trees.parts_of(head, batch), own)
     # The state is nested by the names of fields, or by the names of heads in a list.
     named = {id(inner): name for name, inner in fields.children(head).items()}
     return {named[id(inner)]: moved[name] for name, inner in head.parts().items() if fields.has_state(inner)}

@@ -60,7 +60,7 @@ def gather(head: AbstractHead, given: Given) -> Batch:
     )
     if head.slices is not None and (given.with_slices or head.reads_slices):
         found = given.features if given.columns is None else given.columns
-        batch = batch.replace(slices=head.slices.ids(found, lead, _rows_of(live), given.check))
+        batch = batch.replace(slices=head.slices.ids(found, lead, _select_rows(live), given.check))
     if head.samples or (given.with_slices and head.bootstrap is not None):
         batch = batch.replace(key=_key_of(head, given) if logits is not None else jax.random.key(0))
     return batch
@@ -237,7 +237,7 @@ def _live_on_host(where: tuple[Any, ...], weights: Any, check: bool | None) -> n
     return live
 
 
-def _rows_of(live: np.ndarray | None) -> np.ndarray | None:
+def _select_rows(live: np.ndarray | None) -> np.ndarray | None:
     """Returns live rows `[..., 1]`, from live elements."""
     return None if live is None else np.any(live, -1, keepdims=True) if live.ndim else live
 

@@ -24,7 +24,7 @@ def see_loss(head: Any, batch: Batch, devices: Devices) -> tuple[Any, Any]:
     The learned values of the head are typed as varying over devices for these sums only.
     """
     seen = see(meshes.varying(head, devices.axis_name), batch, devices)
-    return seen, _over_devices(sums(head, seen), devices)
+    return seen, _sum_over_devices(sums(head, seen), devices)
 
 
 def sums(head: Any, seen: Any, silent: bool = False) -> Any:
@@ -38,7 +38,7 @@ def sums(head: Any, seen: Any, silent: bool = False) -> Any:
     return trees.each(head, sums, seen, quiet)
 
 
-def _over_devices(tree: Any, devices: Devices) -> Any:
+def _sum_over_devices(tree: Any, devices: Devices) -> Any:
     """Adds up the sums over devices, in one all-reduce."""
     if devices.axis_name is None:
         return tree
@@ -78,14 +78,14 @@ def share(head: Any, batch: Batch, sums: Any) -> tuple[jax.Array, jax.Array]:
 def divisor(head: AbstractHead, batch: Batch, axis_name: Any) -> Any:
     """Returns the divisor of the loss of a whole batch, over all devices."""
     check_parts_add_up(head)
-    _, found = see_loss(head, _at_any_logits(head, batch), Devices(axis_name))
-    return _divisors(head, found)
+    _, found = see_loss(head, _add_zero_logits(head, batch), Devices(axis_name))
+    return _select_divisors(head, found)
 
 
-def _at_any_logits(head: Any, batch: Batch) -> Batch:
+def _add_zero_logits(head: Any, batch: Batch) -> Batch:
     """Returns a batch with logits, zeros if it has none. Labels count its elements; losses at zeros are discarded."""
     if batch.parts is not None:
-        return batch.replace(parts=trees.each(head, _at_any_logits, batch.parts))
+        return batch.replace(parts=trees.each(head, _add_zero_logits, batch.parts))
     if batch.logits is not None:
         return batch
     lead = gathering.existing(batch).shape[:-1]
@@ -98,9 +98,9 @@ def _at_any_logits(head: Any, batch: Batch) -> Batch:
     return batch.replace(logits=zeros(head.logits_spec))
 
 
-def _divisors(head: Any, sums: Any) -> Any:
+def _select_divisors(head: Any, sums: Any) -> Any:
     if isinstance(sums, dict):
-        return trees.unnested(trees.each(head, _divisors, sums))
+        return trees.unnested(trees.each(head, _select_divisors, sums))
     return Divisor(sums.divisor, sums.live)
 
 

@@ -66,7 +66,7 @@ def _sums(head: Any, batch: Batch, seen: Any, devices: Devices, inside: bool) ->
 
 def _sums_of_leaf(head: Any, batch: Batch, seen: Any, devices: Devices, inside: bool) -> list[jax.Array]:
     def whole(batch: Batch, seen: Any = None) -> list[Any]:
-        return _parts(head, batch, see_for_metrics(head, batch, devices, inside) if seen is None else seen, inside)
+        return _sum_parts(head, batch, see_for_metrics(head, batch, devices, inside) if seen is None else seen, inside)
 
     rows = _rows_of_a_tile(head, batch)
     if rows is None:
@@ -109,7 +109,7 @@ def _rows_of_a_tile(head: Any, batch: Batch) -> int | None:
     return rows if rows is not None and meshes.is_local(batch.replace(key=None)) else None
 
 
-def _parts(head: AbstractHead, batch: Batch, seen: Seen, inside: bool) -> list[Any]:
+def _sum_parts(head: AbstractHead, batch: Batch, seen: Seen, inside: bool) -> list[Any]:
     """Returns the number of bad elements, then the head's observations: as sums, or as values to reduce later."""
     elements = seen.elements
     observations = {AVERAGE_LOSS: Mean(*average_term_of(head, seen)), **observations_of(head, elements)}

@@ -40,14 +40,14 @@ def updated(optimizer: Any, grads: Any, opt_state: Any, variables: Any, loss: ja
     return optax.apply_updates(variables, updates), opt_state
 
 
-def _shapes(tree: Any) -> dict[str, str]:
+def _list_shapes(tree: Any) -> dict[str, str]:
     """Returns the shapes of a pytree, by path."""
     return {jax.tree_util.keystr(path): f"{list(jnp.shape(leaf))}" for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def check_opt_state(optimizer: Any, opt_state: Any, variables: Any) -> None:
     """Refuses the state of another optimizer, or a state for variables of another structure."""
-    if (given := _shapes(opt_state)) != (expected := _shapes(jax.eval_shape(optimizer.init, variables))):
+    if (given := _list_shapes(opt_state)) != (expected := _list_shapes(jax.eval_shape(optimizer.init, variables))):
         raise ValueError(
             "opt_state does not belong to this optimizer and these variables. Given shapes "
             f"{given}, expected {expected}. Make it with optimizer.init(variables)."

@@ -43,7 +43,7 @@ def check(head: AbstractHead) -> None:
     """Refuses a head whose rows depend on each other, if it does not declare this."""
     if head.coupling not in (None, *LOOKS):
         raise ValueError(f"{type(head).__name__}.coupling must be one of {LOOKS}. Given {head.coupling!r}.")
-    found = _tried(head)
+    found = _find_coupling(head)
     if found in ("loss", "observation"):
         raise ValueError(
             f"{type(head).__name__} gives a row another {found} when the other rows change, and does not declare that "
@@ -63,7 +63,7 @@ def check_parts_add_up(head: AbstractHead) -> None:
                 "the parts of a batch would be lost: micro_batches and head.divisor are not for it. Given "
                 f"{leaf!r}. Take the whole batch at once."
             )
-        if _tried(leaf) == UNKNOWN:
+        if _find_coupling(leaf) == UNKNOWN:
             raise ValueError(
                 f"Whether rows of {type(leaf).__name__} look at each other is not known: it failed on labels drawn "
                 'from its label_spec. Declare it in the class: coupling = "row" where they do not. Micro-batches and '
@@ -74,12 +74,12 @@ def check_parts_add_up(head: AbstractHead) -> None:
 UNKNOWN = "unknown"
 
 
-def _tried(head: AbstractHead) -> str | None:
+def _find_coupling(head: AbstractHead) -> str | None:
     """Tries a head, and returns which result of a row changes with other rows; None if none does, or without a trial.
 
     A head that reads features is trusted without a trial: its columns are unknown.
     """
-    return _try_like(fields.unbound(head)) if head.coupling is None and not head.reads_features else None
+    return _try_plain(fields.unbound(head)) if head.coupling is None and not head.reads_features else None
 
 
 class _Reported(Devices):
@@ -99,7 +99,7 @@ class _AsksForOthers(Exception):
 
 
 @functools.lru_cache(maxsize=1024)
-def _try_like(head: AbstractHead) -> str | None:
+def _try_plain(head: AbstractHead) -> str | None:
     """Tries one head for all heads that differ only in name, reduction, weight column or bootstrap."""
     plain = {"name": None, "loss_reduction": Reduction.SUM, "weight_column": None, "bootstrap": None}
     own = {field.name for field in dataclasses.fields(head)}
@@ -112,7 +112,7 @@ def _try(head: AbstractHead) -> str | None:
 
     def run() -> None:
         try:
-            found.append(_difference(head))
+            found.append(_compare_batches(head))
         except Exception as error:
             found.append(error)
 
@@ -125,7 +125,7 @@ def _try(head: AbstractHead) -> str | None:
     return found[0]
 
 
-def _difference(head: Any) -> str | None:
+def _compare_batches(head: Any) -> str | None:
     """Compares two batches of the same shape and first row: the head must give this row the same results in both."""
     from jaxheads.engine.samplers import sample_labels, sample_logits
 

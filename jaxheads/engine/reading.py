@@ -36,15 +36,15 @@ def layout(head: Any, inside: bool = False) -> dict[Path, Observation]:
 
 
 def _layout_of_leaf(head: Any, inside: bool) -> dict[Path, Observation]:
-    found = dict(_observations(fields.unbound(head), True))
+    found = dict(_trace_observations(fields.unbound(head), True))
     if head.slices is not None:
         found[COUNT] = Count(jax.ShapeDtypeStruct((1, 1), jnp.float32))
     if inside:
         found[DIVISOR] = Total()
-    return {(key,): _in_groups(head, observation) for key, observation in found.items()}
+    return {(key,): _add_groups(head, observation) for key, observation in found.items()}
 
 
-def _in_groups(head: Any, observation: Observation) -> Observation:
+def _add_groups(head: Any, observation: Observation) -> Observation:
     """Returns the observation kept once for each group and replica, if the head has groups or replicas."""
     if head.slices is None and head.bootstrap is None:
         return observation
@@ -53,7 +53,7 @@ def _in_groups(head: Any, observation: Observation) -> Observation:
 
 
 @functools.lru_cache(maxsize=1024)
-def _observations(head: Any, extra: bool) -> tuple[tuple[str, Observation], ...]:
+def _trace_observations(head: Any, extra: bool) -> tuple[tuple[str, Observation], ...]:
     """Returns the observations of a head without heads inside, as shapes: hooks run abstractly, without data.
 
     Without `extra`, only the head's own observations: those kept for `with_metrics` are read by its metrics alone.
@@ -97,7 +97,7 @@ def read(head: Any, seen: Mapping[Path, Any]) -> dict[tuple[str, str | None], An
     """Returns all metrics from views of the observations, by key and the name that is appended to it."""
     if not (inner := head.parts()):
         return _read_leaf(head, {path[0]: view for path, view in seen.items()})
-    views = {name: _below(seen, name) for name in inner}
+    views = {name: _select_below(seen, name) for name in inner}
     out: dict[tuple[str, str | None], Any] = {
         (LOSS, name): read_loss(part, views[name]) for name, part in inner.items() if name
     }
@@ -117,31 +117,31 @@ def _directions(head: Any, seen: Mapping[Path, Any]) -> dict[tuple[str, str | No
     if inner := head.parts():
         found: dict[tuple[str, str | None], bool | None] = {(LOSS, name): False for name in inner if name}
         for name, part in inner.items():
-            found |= _directions(part, _below(seen, name))
+            found |= _directions(part, _select_below(seen, name))
         return found
     views = {path[0]: view for path, view in seen.items()}
     each: dict[str, bool | None] = {AVERAGE_LOSS: False}
     # A metric of one class or one threshold has the direction of the whole metric: "auc/sun" that of "auc".
     declared = head.higher_is_better.items()
-    for key in head.summarize(_own(head, views)):
+    for key in head.summarize(_select_own(head, views)):
         each[key] = next((higher for whole, higher in declared if is_part_of(key, whole)), None)
     for metric in head.extra_metrics:
         each |= {key: metric.direction(key) for key in metric.summarize(views)}
     return {(key, head.suffix): higher for key, higher in each.items()}
 
 
-def _own(head: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
+def _select_own(head: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the head's own observations, without those kept for metrics of `with_metrics`."""
-    return {key: seen[key] for key, _ in _observations(fields.unbound(head), False)}
+    return {key: seen[key] for key, _ in _trace_observations(fields.unbound(head), False)}
 
 
-def _below(seen: Mapping[Path, Any], name: str) -> dict[Path, Any]:
+def _select_below(seen: Mapping[Path, Any], name: str) -> dict[Path, Any]:
     """Returns the views of one of the heads inside."""
     return {path[1:]: view for path, view in seen.items() if path[0] == name} if name else dict(seen)
 
 
 def _read_leaf(head: Any, seen: Mapping[str, Any]) -> dict[tuple[str, str | None], Any]:
-    values = {AVERAGE_LOSS: seen[AVERAGE_LOSS].mean, **head.summarize(_own(head, seen))}
+    values = {AVERAGE_LOSS: seen[AVERAGE_LOSS].mean, **head.summarize(_select_own(head, seen))}
     for metric in head.extra_metrics:
         for key, value in metric.summarize(seen).items():
             if key in values or key in RESERVED:
@@ -161,7 +161,7 @@ def read_loss(head: Any, seen: Mapping[Path, Any]) -> Any:
         return head.read_loss(views, views[DIVISOR].total)
     view, losses, shares = next(iter(seen.values())), {}, {}
     for name, part in inner.items():
-        below = _below(seen, name)
+        below = _select_below(seen, name)
         there, loss = was_seen(part, below), read_loss(part, below)
         # A head that counts for nothing gives 0 even where its loss is NaN.
         losses[name] = view.xp.where(there & (name not in head.silent), loss, view.xp.zeros_like(loss))
@@ -174,7 +174,7 @@ def was_seen(head: Any, seen: Mapping[Path, Any]) -> Any:
     """Tells whether any head that counts has seen data."""
     if not (inner := head.parts()):
         return seen[DIVISOR,].total > 0
-    found = (was_seen(part, _below(seen, name)) for name, part in inner.items() if name not in head.silent)
+    found = (was_seen(part, _select_below(seen, name)) for name, part in inner.items() if name not in head.silent)
     return functools.reduce(operator.or_, found, False)
 
 

@@ -39,10 +39,10 @@ def sample_logits(head: AbstractHead, rng: np.random.Generator, lead: tuple[int,
         if "" in inside:
             return sample_logits(inside[""], rng, lead, scale)
         return {name: sample_logits(inner, rng, lead, scale) for name, inner in inside.items()}
-    return _normal(head.logits_spec, rng, lead, scale)
+    return _draw_normal(head.logits_spec, rng, lead, scale)
 
 
-def _normal(spec: Any, rng: np.random.Generator, lead: tuple[int, ...], scale: float) -> Any:
+def _draw_normal(spec: Any, rng: np.random.Generator, lead: tuple[int, ...], scale: float) -> Any:
     if isinstance(spec, Mapping):
-        return {key: _normal(inner, rng, lead, scale) for key, inner in spec.items()}
+        return {key: _draw_normal(inner, rng, lead, scale) for key, inner in spec.items()}
     return (scale * rng.standard_normal((*lead, *(n or ANY for n in event_of(spec))))).astype(np.float32)

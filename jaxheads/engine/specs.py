@@ -58,29 +58,29 @@ def create(head: Any, mode: Any, call: Call, training: Training) -> EstimatorSpe
     """Returns the spec of a head in one of the three modes."""
     features = call.given.features
     if mode == PREDICT:
-        bound, logits, _ = _network(head, call, training.variables)
+        bound, logits, _ = _run_network(head, call, training.variables)
         predictions = predicting.predict(bound, Given(logits=logits, features=features, key=call.given.key))
         outputs = dict(bound.signatures(predictions))
         return EstimatorSpec(PREDICT, bound.served(predictions, features), export_outputs=outputs)
     if mode not in (TRAIN, EVAL):
         raise ValueError(f"mode={mode} unrecognized. Expected one of {(TRAIN, EVAL, PREDICT)}.")
     if mode == EVAL:
-        loss, forward = _forward(head, call, training.variables)
+        loss, forward = _run_forward(head, call, training.variables)
         forward = forward._replace(found=evaluating.without_gradient(forward.found))
-        return EstimatorSpec(EVAL, _predictions(forward, call), loss, _metrics(forward, call.axis_name))
-    return _train(head, call, training)
+        return EstimatorSpec(EVAL, _make_predictions(forward, call), loss, _make_metrics(forward, call.axis_name))
+    return _run_training(head, call, training)
 
 
-def _train(head: Any, call: Call, training: Training) -> EstimatorSpec:
+def _run_training(head: Any, call: Call, training: Training) -> EstimatorSpec:
     _check_training(head, call, training)
     axis_name = call.axis_name
     if not training.wants_gradients:
-        loss, forward = _forward(head, call, training.variables)
+        loss, forward = _run_forward(head, call, training.variables)
         train_op = training.train_op_fn(loss)
     else:
 
         def loss_of(variables: Any) -> tuple[jax.Array, Forward]:
-            return _forward(head, call, variables)
+            return _run_forward(head, call, variables)
 
         (loss, forward), grads = jax.value_and_grad(loss_of, has_aux=True)(training.variables)
         grads = meshes.mean_of_gradients(grads, axis_name)
@@ -98,16 +98,16 @@ def _train(head: Any, call: Call, training: Training) -> EstimatorSpec:
     if isinstance(train_op, TrainOp):
         train_op = TrainOp(train_op.params, train_op.opt_state, *states)
     summaries = evaluating.summaries_of(forward.head, found, loss)
-    predictions, metrics = _predictions(forward, call), _metrics(forward, axis_name)
+    predictions, metrics = _make_predictions(forward, call), _make_metrics(forward, axis_name)
     return EstimatorSpec(TRAIN, predictions, loss, metrics, train_op, update_ops, None, summaries, *states)
 
 
-def _predictions(forward: Forward, call: Call) -> Any:
+def _make_predictions(forward: Forward, call: Call) -> Any:
     given = Given(logits=forward.logits, features=call.given.features, key=call.given.key)
     return predicting.predict(forward.head, given)
 
 
-def _metrics(forward: Forward, axis_name: Any) -> Any:
+def _make_metrics(forward: Forward, axis_name: Any) -> Any:
     metrics = evaluating.metrics_of(forward.head, forward.found, axis_name)
     return metrics if axis_name is None else metrics.psum(axis_name)
 
@@ -150,10 +150,10 @@ def _needs(function: Any, name: str) -> bool:
     return found is not None and found.default is found.empty
 
 
-def _network(head: Any, call: Call, variables: Any) -> tuple[Any, Any, Any]:
+def _run_network(head: Any, call: Call, variables: Any) -> tuple[Any, Any, Any]:
     """Returns the head with its parameters, the logits, and the state of the model."""
-    params = _at(call.params, variables, "params")
-    logits = _at(call.given.logits, variables, "logits")
+    params = _evaluate_at(call.params, variables, "params")
+    logits = _evaluate_at(call.given.logits, variables, "logits")
     pair = callable(call.given.logits) and isinstance(logits, tuple)
     if pair and len(logits) != 2:
         raise ValueError(
@@ -163,17 +163,17 @@ def _network(head: Any, call: Call, variables: Any) -> tuple[Any, Any, Any]:
     return ready(head, params), logits, model_state
 
 
-def _forward(head: Any, call: Call, variables: Any) -> tuple[jax.Array, Forward]:
-    bound, logits, model_state = _network(head, call, variables)
+def _run_forward(head: Any, call: Call, variables: Any) -> tuple[jax.Array, Forward]:
+    bound, logits, model_state = _run_network(head, call, variables)
     batch = gather(bound, call.given.replace(logits=logits, with_slices=True))
     losses = call.regularization_losses
     if isinstance(losses, (list, tuple)):
-        losses = [_at(loss, variables, "regularization_losses") for loss in losses]
+        losses = [_evaluate_at(loss, variables, "regularization_losses") for loss in losses]
     loss, found = evaluating.evaluate(bound, batch, inputs.as_scalars(losses), call.axis_name)
     return loss, Forward(bound, logits, model_state, found)
 
 
-def _at(value: Any, variables: Any, what: str) -> Any:
+def _evaluate_at(value: Any, variables: Any, what: str) -> Any:
     """Returns `value`, or its result at the variables if it is a function."""
     if not callable(value):
         return value

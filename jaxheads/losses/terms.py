@@ -59,7 +59,7 @@ class LossSums(NamedTuple):
 
 def loss_sums(term: Term, elements: Elements, how: Reduction) -> LossSums:
     """Returns the sums of a term's losses."""
-    elements = _fitting(elements, term)
+    elements = _fit_elements(elements, term)
     # By multiplication: `where(bad, nan, loss)` would have gradient 0.
     values = term.values * masking.keep(~elements.bad, masking.ones_like(elements.weights), np.nan)
     total = masking.total(masking.weighted(values, elements.weights))
@@ -69,7 +69,7 @@ def loss_sums(term: Term, elements: Elements, how: Reduction) -> LossSums:
 
 def divisor(term: Term, elements: Elements, how: Reduction) -> jax.Array:
     """By what the weighted sum is divided (under `SUM`, unused, the number of elements)."""
-    elements = _fitting(elements, term)
+    elements = _fit_elements(elements, term)
     multiplicity = {
         Reduction.SUM: lambda: elements.rows.exists.astype(jnp.float32),
         Reduction.SUM_OVER_BATCH_SIZE: lambda: elements.rows.exists.astype(jnp.float32),
@@ -81,7 +81,7 @@ def divisor(term: Term, elements: Elements, how: Reduction) -> jax.Array:
     return masking.total(multiplicity if term.count is None else masking.weighted(term.count, multiplicity))
 
 
-def _fitting(elements: Elements, term: Term) -> Elements:
+def _fit_elements(elements: Elements, term: Term) -> Elements:
     """The elements with one weight a row, where there is one loss a row."""
     return elements.of_whole_rows() if term.values.shape[-1] == 1 else elements
 

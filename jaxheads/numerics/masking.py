@@ -46,7 +46,7 @@ def choose(mask: Any, x: Any, other: Any) -> jax.Array:
 
 
 def is_not_zero(x: jax.Array) -> jax.Array:
-    """`x != 0`."""
+    """Tells which entries are not 0."""
     return jax.lax.ne(x, jax.lax.full_like(x, 0))
 
 
@@ -93,12 +93,12 @@ def column_totals(x: jax.Array, kept: int = 1) -> jax.Array:
         x = x.astype(jnp.float32)
     axes = x.shape[: x.ndim - kept]
     exact_in_one_step = 2 if kept == 0 else 1
-    if len(axes) > exact_in_one_step and math.prod(map(_fit_in_block, axes)) > _IN_A_ROW:
+    if len(axes) > exact_in_one_step and math.prod(map(_count_in_block, axes)) > _IN_A_ROW:
         for axis in reversed(range(1, len(axes))):
             x = jax.lax.optimization_barrier(jax.lax.reduce_sum(x, (axis,)))
     return jax.lax.reduce_sum(x, tuple(range(x.ndim - kept)))
 
 
-def _fit_in_block(size: Any) -> int:
-    """How many numbers of an axis are in a block; of a size that is a symbol, in export, as many as there can be."""
+def _count_in_block(size: Any) -> int:
+    """Returns how many numbers of an axis a block holds. In export a size may be a symbol: then the most it can hold."""
     return min(size, 32) if isinstance(size, int) else 32

@@ -60,7 +60,7 @@ def psum(tree: Any, axis_name: Any) -> Any:
 
 
 def all_rows(x: jax.Array, axis_name: Any) -> jax.Array:
-    """`x [..., d]` as rows `[n, d]`, whole on every device: of all devices of a mapped axis, of a mesh."""
+    """Returns `x [..., d]` as rows `[n, d]`, whole on every device: the rows of all devices of a mapped axis or mesh."""
     x = replicated(x)
     x = x.reshape(-1, x.shape[-1])
     if axis_name is None or axis_name == ():
@@ -70,10 +70,11 @@ def all_rows(x: jax.Array, axis_name: Any) -> jax.Array:
 
 
 def varying(tree: Any, axis_name: Any) -> Any:
-    """The same values, typed as differing over a mapped axis (inside `shard_map`; elsewhere nothing is typed).
+    """Returns the same values, typed as differing over a mapped axis (inside `shard_map`; elsewhere types do not tell).
 
-    What a formula broadcasts to the rows before it meets them would, in the backward pass under the default check, be
-    added up over devices in the shape of the rows. Of what is typed so first, it is in its own shape, and once.
+    A formula may broadcast a parameter to the shape of the rows before it combines the two. Under the default check,
+    the backward pass would then add up its gradient over devices in the shape of the rows. The gradient of a value with
+    this type is added up once, in the shape of the parameter.
     """
     if axis_name is None:
         return tree
@@ -115,18 +116,21 @@ def varies(x: Any, axis_name: Any) -> bool:
 
 
 def _is_typed(axis_name: Any) -> bool:
-    """Whether types tell here over which devices a value varies: then what varies cannot be made to vary again."""
+    """Tells whether types say here over which devices a value varies: then no value can be made to vary twice."""
     return any(_make_varying(_make_varying(jnp.float32(0), name), name) is None for name in _select_manual(axis_name))
 
 
 def _select_manual(axis_name: Any) -> list[Any]:
-    """Which of one or several axes are of `shard_map` or `pmap`; that of a `vmap` is not."""
+    """Returns those of one or several axes that belong to `shard_map` or `pmap`; the axis of a `vmap` does not."""
     names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
     return [name for name in names if name in jax.sharding.get_abstract_mesh().manual_axes]
 
 
 def _make_varying(x: Any, name: Any) -> Any:
-    """`x` typed as varying; None where it is that already: the type's attribute that tells has changed its name."""
+    """Returns `x` typed as varying; None if it has this type already.
+
+    JAX has renamed the attribute of types that tells this, so the function tries it.
+    """
     try:
         return jax.lax.pcast(x, name, to="varying")
     except ValueError:

@@ -118,7 +118,7 @@ def check_head(
         except Skipped as reason:
             skipped = str(reason)
         except Exception as error:  # any error of the head is reported as a fault under this law
-            broken = _smallest(law, made, error)
+            broken = _find_smallest(law, made, error)
         findings.append(Finding(name, broken, skipped, time.perf_counter() - start))
     report = Report(head, tuple(findings))
     if raises and report.broken:
@@ -126,7 +126,7 @@ def check_head(
     return report
 
 
-def _smallest(law: Callable[[Case], None], made: dict[int, Case], error: Exception) -> str:
+def _find_smallest(law: Callable[[Case], None], made: dict[int, Case], error: Exception) -> str:
     """Returns the fault at the smallest size that shows one."""
     for size in SIZES[:-1]:
         try:
@@ -134,10 +134,10 @@ def _smallest(law: Callable[[Case], None], made: dict[int, Case], error: Excepti
         except Skipped:
             continue
         except Exception as smaller:
-            return _told(smaller, made[size])
-    return _told(error, made[SIZES[-1]])
+            return _tell(smaller, made[size])
+    return _tell(error, made[SIZES[-1]])
 
 
-def _told(error: Exception, case: Case) -> str:
+def _tell(error: Exception, case: Case) -> str:
     words = [line for line in str(error).splitlines() if line.strip()][:12]
     return "\n".join([*words, f"labels = {case.labels!r}", f"logits = {case.logits!r}"])

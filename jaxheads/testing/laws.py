@@ -235,7 +235,7 @@ def extremes_are_harmless(case: Case) -> None:
 
 def bad_input_is_visible(case: Case) -> None:
     """Checks that an illegal label is refused on the host, and gives a NaN loss and gradient in a compiled step."""
-    labels = _with_illegal(case)
+    labels = _make_illegal(case)
     try:
         case.head.loss(labels, case.logits, case.features, params=case.params, key=case.key)
     except ValueError:
@@ -250,13 +250,13 @@ def bad_input_is_visible(case: Case) -> None:
         raise AssertionError("An illegal label in a compiled step gives a gradient without NaN.")
 
 
-def _with_illegal(case: Case) -> Any:
+def _make_illegal(case: Case) -> Any:
     """Returns labels whose first value is illegal."""
     (head,) = case.leaves if len(case.leaves) == 1 else (None,)
     specs = None if head is None else head.label_spec
     by_name = {None: specs} if isinstance(specs, LabelSpec) else dict(specs or {})
     for name, spec in by_name.items():
-        if not isinstance(spec, LabelSpec) or (worst := _illegal(spec)) is None:
+        if not isinstance(spec, LabelSpec) or (worst := _find_illegal(spec)) is None:
             continue
         given = case.labels if name is None else case.labels[name]
         labels = np.array(given, np.float32 if np.isnan(worst) else None)
@@ -265,7 +265,7 @@ def _with_illegal(case: Case) -> Any:
     raise Skipped("it has several heads inside" if head is None else "all labels of their dtype are legal")
 
 
-def _illegal(spec: LabelSpec) -> float | None:
+def _find_illegal(spec: LabelSpec) -> float | None:
     """Returns an illegal label; None where all labels are legal."""
     if spec.kind == "float":
         return np.nan
