@@ -100,5 +100,5 @@ def column_totals(x: jax.Array, kept: int = 1) -> jax.Array:
 
 
 def _count_in_block(size: Any) -> int:
-    """Returns how many numbers of an axis a block holds. In export a size may be a symbol: then the most it can hold."""
+    """Returns how many numbers of an axis a block holds; if the size is a symbol, in export, the most it can hold."""
     return min(size, 32) if isinstance(size, int) else 32

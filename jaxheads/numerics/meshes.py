@@ -60,7 +60,7 @@ def psum(tree: Any, axis_name: Any) -> Any:
 
 
 def all_rows(x: jax.Array, axis_name: Any) -> jax.Array:
-    """Returns `x [..., d]` as rows `[n, d]`, whole on every device: the rows of all devices of a mapped axis or mesh."""
+    """Returns `x [..., d]` as rows `[n, d]`, whole on every device: rows of all devices of a mapped axis or a mesh."""
     x = replicated(x)
     x = x.reshape(-1, x.shape[-1])
     if axis_name is None or axis_name == ():
