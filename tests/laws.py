@@ -1,5 +1,6 @@
 """Shared by the laws: batches, garbage for hidden rows, expected values, and the one program that most laws run."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 from typing import Any
@@ -100,7 +101,9 @@ def step(head: jh.Head):
 
 def reduced(head: jh.Head):
     """The loss under each reduction. They share all but the divisor, and one compiled program."""
-    return _reduced_of_parts(head) if head.parts() else lambda *given: values_of(head, *given).losses
+    if "loss_reduction" in {field.name for field in dataclasses.fields(head)}:
+        return lambda *given: values_of(head, *given).losses
+    return _reduced_inside(head)
 
 
 def values_of(head: jh.Head, labels: Any, logits: Any, weights: Any, where: Any, params: Any) -> Values:
@@ -109,7 +112,7 @@ def values_of(head: jh.Head, labels: Any, logits: Any, weights: Any, where: Any,
 
 
 @functools.cache
-def _reduced_of_parts(head: jh.Head):
+def _reduced_inside(head: jh.Head):
     """The heads inside have the reductions, so each reduction needs other heads."""
 
     def run(labels, logits, weights, where, params):

@@ -121,7 +121,8 @@ def test_loss_is_the_oracles_under_every_reduction(entry):
     where = (np.arange(N) % 3 != 1)[:, None]
     for rows in ((ONES, ALL), (weights, where)):
         got = reduced(entry.head)(labels, logits, *rows, entry.params())
-        expected = {key: entry.expected_loss(labels, logits, *rows, reduction=key) for key in got}
+        names = [reduction.value for reduction in jh.Reduction]
+        expected = {name: entry.expected_loss(labels, logits, *rows, reduction=name) for name in names}
         chex.assert_shape(list(got.values()), ())
         chex.assert_type(list(got.values()), jnp.float32)
         chex.assert_trees_all_close(got, expected, rtol=2e-6, atol=2e-6)

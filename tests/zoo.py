@@ -272,6 +272,7 @@ class SurvivalHead(jh.Head):
     """Exponential survival from time and event: proof of structured labels and of a count of their own (events)."""
 
     logits_dimension = 1
+    signed = True  # a density may be above 1
 
     @property
     def label_spec(self):

@@ -84,7 +84,7 @@ def _is_few(buckets: jax.Array) -> bool:
 
 
 def _flatten(buckets: jax.Array, n: int, columns: Sequence[int] | None) -> tuple[int, int, jax.Array]:
-    """Returns the number of rows of sums, how many entries of a last axis one sum gets at most, and each entry's sum."""
+    """Returns how many rows of sums there are, how many entries of a last axis one sum gets at most, and their sums."""
     if columns is None:
         return 1, buckets.shape[-1], buckets
     first = np.asarray(columns, np.int32) * n
