@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +151,20 @@ class LenientHead(jh.Head):
         return jax.lax.stop_gradient((labels - logits) ** 2)
 
 
+class UnequalHead(jh.Head):
+    """A field that is another function whenever the head is built."""
+
+    scale: Any = None
+    logits_dimension = 1
+    coupling = "row"
+
+    def validate(self):
+        object.__setattr__(self, "scale", lambda x: x)
+
+    def losses(self, labels, logits):
+        return self.scale(labels - logits) ** 2
+
+
 class UnsignedHead(jh.Head):
     """A loss that may be negative."""
 
@@ -199,6 +214,7 @@ class MaskForgettingHead(jh.Head):
             {"labels": lambda rng, lead: rng.integers(0, 2, (*lead, 1))},
             marks=pytest.mark.slow,
         ),
+        pytest.param(UnequalHead(), {"one trace, and eager equals jit"}, {}, marks=pytest.mark.slow),
         pytest.param(UnsignedHead(), {"losses below 0 are declared"}, {}, marks=pytest.mark.slow),
         pytest.param(OverflowingMeanHead(), {EXTREMES}, {}, marks=pytest.mark.slow),
         (MaskForgettingHead(), {ABSENCE, WEIGHTS}, {}),
