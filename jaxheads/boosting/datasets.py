@@ -1,5 +1,6 @@
 """Labels and weights of a booster's dataset, as arrays that a head takes."""
 
+import functools
 import weakref
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.boosting.attaching import Attached, Dataset, Holder
+from jaxheads.boosting.attaching import Attached, Dataset, have_same_values, read_labels, read_weights
 from jaxheads.contract import Given
 from jaxheads.engine import trees
 from jaxheads.engine.gathering import gather
@@ -76,7 +77,7 @@ def as_logits(head: Head, predicted: Any) -> np.ndarray:
     if margins.ndim not in (1, 2) or logits.shape[1] != head.logits_dimension:
         raise ValueError(
             f"The booster must give {head.logits_dimension} margins a row for {type(head).__name__}. Given shape "
-            f"{margins.shape}. Pass num_class={head.logits_dimension} (XGBoost: or num_target) to the booster, and an "
+            f"{margins.shape}. Pass num_target= (XGBoost) or num_class= (LightGBM) to the booster, and an "
             "objective of jh.boosting: a built-in one may hand over predicted classes."
         )
     return logits
@@ -98,7 +99,7 @@ class _Kept(NamedTuple):
 
     def are_of(self, labels: Any, weights: Any) -> bool:
         """Tells whether labels and weights have the same values still."""
-        return _are_same(labels, self.labels) and _are_same(weights, self.weights)
+        return have_same_values(labels, self.labels) and have_same_values(weights, self.weights)
 
 
 class RowsCache:
@@ -112,6 +113,7 @@ class RowsCache:
     def __init__(self):
         self._of_datasets: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
         self._of_arrays: list[_Kept] = []
+        self.calls = 0
 
     def __reduce__(self) -> Any:
         return RowsCache, ()
@@ -138,9 +140,7 @@ class RowsCache:
         return rows, logits
 
     def _find_rows(self, head: Head, dataset: Dataset) -> Rows:
-        labels = dataset.jaxheads_labels if isinstance(dataset, Holder) else dataset.get_label()
-        weights = dataset.get_weight()
-        weights = None if weights is None or np.size(weights) == 0 else np.asarray(weights)
+        labels, weights = read_labels(dataset), read_weights(dataset)
         kept = self._of_datasets.get(dataset)
         if kept is None or not kept.are_of(labels, weights):
             kept = self._of_datasets[dataset] = _Kept.of(head, labels, weights)
@@ -153,20 +153,11 @@ class RowsCache:
         return kept.rows
 
 
-def _are_same(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)) or a.dtype != b.dtype:
-        return False
-    # A comparison that allows NaN takes three times as long, and NaN is rare.
-    return np.array_equal(a, b) or (a.dtype.kind == "f" and np.array_equal(a, b, equal_nan=True))
-
-
 def prepare(head: Head, labels: Any, weights: Any) -> Rows:
     """Checks and encodes the labels and weights of a dataset."""
     where = None
     if isinstance(labels, Attached):
-        labels, where = labels
+        labels, where = labels.labels, labels.where
     else:
         labels = _read_column(head, labels)
     batch = gather(head, Given(labels, weights=weights, where=where, check=True))
@@ -175,6 +166,40 @@ def prepare(head: Head, labels: Any, weights: Any) -> Rows:
         leaf = next(iter(leaf.parts.values()))
     # Copies, on the device: boosters may hand out a view of memory that they free.
     return Rows(len(jax.tree.leaves(leaf.labels)[0]), jax.tree.map(jnp.array, batch))
+
+
+def find_live(head: Head, batch: Batch) -> np.ndarray:
+    """Tells which elements count, of a batch on the host: their label exists, and their weight is not 0.
+
+    Returns:
+        bool `[n, 1]` or `[n, d]`; for a head with heads inside `[n, 1]`, whether any of them keeps the row. A head
+        that counts for nothing keeps none.
+    """
+    if batch.parts is not None:
+        parts = {name: part for name, part in trees.parts_of(head, batch).items() if name not in head.silent}
+        kept = [live.any(-1, keepdims=True) for live in trees.each(head, find_live, parts).values()]
+        return functools.reduce(np.logical_or, kept, np.zeros((1, 1), bool))
+    live: Any = np.ones((len(jax.tree.leaves(batch.labels)[0]), 1), bool)
+    for factor in (*batch.where, batch.weights, batch.scale):
+        if factor is not None:
+            live = live & (np.asarray(factor) != 0)
+    return live
+
+
+def list_seen(labels: Any, live: np.ndarray) -> list[np.ndarray]:
+    """Lists the labels that count, of one array of labels on the host, column by column."""
+    columns = np.asarray(labels).reshape(len(live), -1)
+    live = live if live.shape[-1] in (1, columns.shape[-1]) else np.any(live, -1, keepdims=True)
+    live = np.broadcast_to(live, columns.shape)
+    return [columns[live[:, i], i] for i in range(columns.shape[-1])]
+
+
+def have_variety(head: Head, batch: Batch) -> bool:
+    """Tells whether any label differs between two rows that count, of a batch on the host."""
+    if batch.parts is not None:
+        return any(trees.each(head, have_variety, trees.parts_of(head, batch)).values())
+    live = find_live(head, batch)
+    return any((x != x[:1]).any() for labels in jax.tree.leaves(batch.labels) for x in list_seen(labels, live))
 
 
 def _read_column(head: Head, labels: Any) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxheads.boosting.attaching import Attached, with_labels
+from jaxheads.boosting.attaching import Attached, take_rows, with_labels
 from jaxheads.boosting.datasets import Rows, prepare
 from jaxheads.boosting.evaluation import Evaluation
 from jaxheads.boosting.objectives import Objective
@@ -34,6 +34,14 @@ class Part(NamedTuple):
     def prepare(self, head: Head) -> Rows:
         """Checks and encodes labels and weights."""
         return prepare(head, Attached(self.labels, self.where), self.weights)
+
+    def keep(self, kept: np.ndarray) -> "Part":
+        """Returns the rows that are kept, bool `[n]`."""
+        if kept.all():
+            return self
+        rows = np.flatnonzero(kept)
+        labels, where, weights = (take_rows(x, rows) for x in self[1:])
+        return Part(_take_rows_of_table(self.x, rows), labels, where, weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +138,10 @@ class XGBoost:
         names = booster.feature_names or [f"f{i}" for i in range(booster.num_features())]
         return np.array([np.sum(found.get(name, 0.0)) for name in names])
 
+    def has_splits(self, booster: Any) -> bool:
+        """Tells whether any tree has a split."""
+        return bool(booster.get_score(importance_type="weight"))
+
 
 class LightGBM:
     """LightGBM's native interface."""
@@ -194,6 +206,17 @@ class LightGBM:
     def sum_gains(self, booster: Any) -> np.ndarray:
         """Returns the gain of each feature in all splits, `gain`."""
         return np.asarray(booster.feature_importance(importance_type="gain"))
+
+    def has_splits(self, booster: Any) -> bool:
+        """Tells whether any tree has a split."""
+        return bool(booster.feature_importance(importance_type="split").any())
+
+
+def _take_rows_of_table(x: Any, rows: np.ndarray) -> Any:
+    """Takes some rows of an array, a sparse matrix, or a frame of any library."""
+    if hasattr(x, "iloc"):  # pandas
+        return x.iloc[rows]
+    return x.take(rows) if is_frame(x) and hasattr(x, "take") else x[rows]  # pyarrow; polars and arrays
 
 
 def _number_columns(named: Mapping[str, Any], x: Any) -> list[int]:

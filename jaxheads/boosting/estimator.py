@@ -1,5 +1,6 @@
 """A head on gradient boosted trees, as a scikit-learn estimator."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, cast
 
@@ -12,14 +13,14 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, v
 
 from jaxheads.boosting import targets
 from jaxheads.boosting.conventions import Hessian, Options
-from jaxheads.boosting.datasets import Rows, check_boosted
+from jaxheads.boosting.datasets import check_boosted, find_live, have_variety
 from jaxheads.boosting.engines import ENGINES, LightGBM, Part, Plan, XGBoost
 from jaxheads.boosting.evaluation import Evaluation, list_numbers, measure_rows
 from jaxheads.boosting.objectives import Objective
 from jaxheads.boosting.parameters import check_params
+from jaxheads.boosting.starts import find_constants
 from jaxheads.boosting.stopping import Monitor
-from jaxheads.contract import NoClosedForm
-from jaxheads.engine import predicting, trees
+from jaxheads.engine import trees
 from jaxheads.engine.reading import directions
 from jaxheads.head import Head, check_unbound
 from jaxheads.heads import BinaryClassHead, MultiLabelHead, PoissonRegressionHead
@@ -40,6 +41,10 @@ def _is_classifier(estimator: Any) -> bool:
 class BoostedHead(BaseEstimator):
     """Gradient boosted trees under any head: XGBoost or LightGBM trains them natively on the head's own loss.
 
+    Rows that do not count for any head (`where` is False, or the weight is 0) do not reach the booster. The model is
+    that of the other rows. A row that counts for one head of a `MultiHead` takes part in the trees of all heads, with
+    gradient and Hessian 0 in those of the others: in the bins, in LightGBM's leaf counts, in samples of rows.
+
     A classifier, a regressor, or neither, as the head is. Labels of classifiers may be of any kind: ids 0 ... n - 1,
     names of the head's `label_vocabulary`, or others, which the head then has sorted; predictions are of the kind that
     was given to `fit`. Frames keep their categories, which the booster splits on (columns of arrays that hold codes are
@@ -52,8 +57,9 @@ class BoostedHead(BaseEstimator):
         n_estimators: rounds of boosting. Heads with several logits grow a tree for each in every round, XGBoost with
             `multi_strategy="multi_output_tree"` one for all.
         hessian: as for `jh.boosting.derivatives`.
-        init_score: the logits before the first tree: None for `head.constant_logits` (zeros for a head that has none);
-            or a number, or one for each logit.
+        init_score: the logits before the first tree: a number, or one for each logit; or None for the best constant,
+            by `head.constant_logits`, or by a search where there is no formula (a `loss_fn`). The search takes one
+            logit, or several with a loss each; zeros for other heads.
         early_stopping_rounds: for how many rounds `monitor` may fail to improve on the last of `eval_set`; predictions
             then use the best round.
         monitor: a metric of the head; its average loss by default.
@@ -76,7 +82,7 @@ class BoostedHead(BaseEstimator):
         ValueError: when fitted: an unknown booster or metric, parameters that the head decides (`objective`,
             `num_class`) or that would do nothing here (`scale_pos_weight`: give `sample_weight`), early stopping
             without an `eval_set` or by a metric that is undefined on it, shared trees, random forests and early
-            stopping of DART on LightGBM, labels that the head refuses.
+            stopping of DART on LightGBM, labels that the head refuses, no row that counts.
 
     >>> import numpy as np
     >>> import jaxheads as jh
@@ -158,14 +164,14 @@ class BoostedHead(BaseEstimator):
         callbacks: Sequence[Any] = (),
         verbose: bool = False,
     ) -> Self:
-        """Trains.
+        """Trains. Warns if no tree has a split although labels differ.
 
         Args:
             X: `[n, features]`, an array, a sparse matrix or a frame.
             y: labels; for a `MultiHead` a dict by head.
             sample_weight: multiplicities, `[n]`.
             where: which labels exist; for a `MultiHead` one mask for all heads, or a dict by head. It must be False for
-                a label that is NaN, also if the row has weight 0.
+                a label that is NaN, also if the row has weight 0. Rows that no head keeps are left out before training.
             eval_set: a list of pairs `(X, y)` that are measured after every round.
             eval_sample_weight, eval_where: weights and masks of `eval_set`, one each (or None).
             callbacks: the booster's own. Callbacks that stop early are refused.
@@ -183,7 +189,15 @@ class BoostedHead(BaseEstimator):
         x = self._validate_table(X, reset=True)
         classes = targets.Classes.of(self.head, y, self._read_mask(x, y, where))
         train = self._encode(x, y, sample_weight, where, classes)
-        start = self._find_start(train.prepare(self.head))
+        batch = jax.tree.map(np.asarray, train.prepare(self.head).batch)
+        kept = np.any(find_live(self.head, batch), axis=-1)
+        if not kept.any():
+            raise ValueError(
+                f"A BoostedHead learns from rows with a label and a weight. Given {x.shape[0]} rows, and "
+                f"{type(self.head).__name__} keeps none: where is False, or the weight of the row or the head is zero. "
+                "Look at where and sample_weight."
+            )
+        start, train = self._find_start(batch), train.keep(kept)
         evaluated = self._encode_pairs(eval_set, eval_sample_weight, eval_where, classes)
         keys = list_numbers(self.head)
         monitor = self._choose_monitor(keys, bool(evaluated))
@@ -202,6 +216,15 @@ class BoostedHead(BaseEstimator):
         vars(self).pop("classes_", None)  # another head's
         if classes is not None:
             self.classes_ = classes.sort(self.head)
+        if not engine.has_splits(self.booster_) and have_variety(self.head, batch):
+            limits = {"xgboost": "min_child_weight", "lightgbm": "min_data_in_leaf or min_sum_hessian_in_leaf"}
+            warnings.warn(
+                f"No tree of the model has a split: it predicts the same for every row. It starts from "
+                f"{start.tolist()}. If the features should matter, the loss may be too flat there, or the rows may be "
+                f'too few. Try hessian="unit", another init_score, or a lower {limits[self.booster]}, or scale the '
+                "labels.",
+                stacklevel=2,
+            )
         return self
 
     def predict_logits(self, X: Any) -> np.ndarray:
@@ -297,11 +320,11 @@ class BoostedHead(BaseEstimator):
             raise ValueError(f"sample_weight must be one number a row, shape {(n,)}. Given shape {weights.shape}.")
         return Part(x, labels, where, weights)
 
-    def _find_start(self, rows: Rows) -> np.ndarray:
+    def _find_start(self, batch: Batch) -> np.ndarray:
         """Returns the logits before the first tree."""
         dimension = self.head.logits_dimension
         if self.init_score is None:
-            return np.asarray(_find_constants(self.head, jax.tree.map(np.asarray, rows.batch)), np.float32)
+            return np.asarray(find_constants(self.head, batch), np.float32)
         try:
             given = np.broadcast_to(np.asarray(self.init_score, np.float32), (dimension,)).copy()
         except ValueError as error:
@@ -361,13 +384,3 @@ def _check_count(name: str, value: Any, also: str) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1{also}. Given {value!r}.")
     return int(value)
-
-
-def _find_constants(head: Head, batch: Batch) -> np.ndarray:
-    """Returns the best constant logits of each head inside; zeros where there is no formula for them."""
-    if batch.parts is not None:
-        return np.concatenate(list(trees.each(head, _find_constants, batch.parts).values()))
-    try:
-        return predicting.constants(head, batch)
-    except NoClosedForm:
-        return np.zeros(head.logits_dimension)

@@ -17,10 +17,13 @@ from jaxheads.engine.reading import directions
 from jaxheads.head import Head
 from jaxheads.heads import BinaryClassHead, LogisticRegressionHead, MultiClassHead, MultiLabelHead
 from jaxheads.metrics import Metrics
-from jaxheads.metrics.state import metric_names
+from jaxheads.metrics.base import join_names
+from jaxheads.metrics.curves import Interval
+from jaxheads.metrics.state import read_nothing
 from jaxheads.numerics import pairs
 
 CHUNK = 65_536
+FIRST = 20
 
 
 def measure_rows(head: Head, params: Any, rows: Rows, logits: np.ndarray) -> Metrics:
@@ -78,7 +81,10 @@ class Evaluation:
 
     def _measure(self, rows: Rows, logits: np.ndarray) -> dict[str, float]:
         found = measure_rows(self.head, self.params, rows, logits)
-        values = (_add_workers(found) if self.library == "xgboost" else found).compute()
+        self._cache.calls += 1
+        # The margins of the first rounds always lie close together: that bins are too coarse says nothing yet.
+        late = self._cache.calls > FIRST
+        values = (_add_workers(found) if self.library == "xgboost" else found).compute(warn=late)
         return {key: float(values[key]) for key in self.keys}
 
     def entries(self, values: Mapping[str, float]) -> list[tuple[Any, ...]]:
@@ -202,7 +208,9 @@ def _make_evaluation(head: Head, keys: str | Sequence[str] | None, params: Any, 
 
 def list_numbers(head: Head) -> tuple[str, ...]:
     """Returns the names of the metrics that are single numbers."""
-    # Read from zeros on the host: nothing is compiled.
-    with np.errstate(all="ignore"):
-        zero = Metrics.merge([head.metrics()]).compute()
-    return tuple(name for name in metric_names(head) if np.ndim(zero[name]) == 0)
+
+    def read(views: Any) -> tuple[str, ...]:
+        values = {join_names(*key): x.value if isinstance(x, Interval) else x for key, x in head.read(views).items()}
+        return tuple(name for name, value in values.items() if np.ndim(value) == 0)
+
+    return read_nothing(head, read)

@@ -76,9 +76,15 @@ def xgboost_objective(
 ) -> Objective:
     """A head's loss as the `obj` of `xgboost.train`, or the `objective` of XGBoost's scikit-learn estimators.
 
-    It reads labels and weights from the `DMatrix`; labels from `with_labels`, if there are any, replace its own. It
-    runs on every worker of Dask or Spark, because it pickles if the head does (a `loss_fn` that is a lambda does not
-    pickle; write a function in a module). Parameters of XGBoost's own objectives (`scale_pos_weight`) do nothing.
+    It reads labels and weights from the `DMatrix`; labels from `with_labels`, if there are any, replace its own. Rows
+    that are masked or have weight 0 get gradient and Hessian 0, but stay in the dataset: `with_labels` says what they
+    do there. It runs on every worker of Dask or Spark, because it pickles if the head does (a `loss_fn` that is a
+    lambda does not pickle; write a function in a module). Parameters of XGBoost's own objectives (`scale_pos_weight`)
+    do nothing.
+
+    A head with several logits needs `num_target=head.logits_dimension` among the parameters: `Booster.predict` then
+    gives logits. With `num_class=` it gives class ids, and logits only by `predict(..., output_margin=True)`; training
+    is the same.
 
     XGBoost starts a custom objective from a margin of `base_score=0.5`; pass `base_score=0` and `base_margin`, rows of
     `head.constant_logits(labels)`. Its `XGBClassifier` alone keeps the logistic link of two classes: there 0.5, its
@@ -122,7 +128,8 @@ def lightgbm_objective(
 ) -> Objective:
     """A head's loss as the `objective` in the parameters of `lightgbm.train`, or of its scikit-learn estimators.
 
-    As `xgboost_objective`, with LightGBM's conventions. LightGBM starts a custom objective from 0: pass `init_score`,
+    As `xgboost_objective`, with LightGBM's conventions. Rows of gradient and Hessian 0 count in its bins and leaves
+    (`with_labels`). LightGBM starts a custom objective from 0: pass `init_score`,
     rows of `head.constant_logits(labels)`, and add them to what it predicts. Heads with several logits need
     `num_class=head.logits_dimension`, and grow a tree for each. `LGBMClassifier` predicts margins under any custom
     objective, not classes or probabilities: `jh.boosting.BoostedHead` predicts all of them.
