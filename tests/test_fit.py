@@ -1,5 +1,6 @@
 """The loops: which epoch is best, when to stop, what is written, and going on where a process was killed."""
 
+import builtins
 import importlib.util
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from typing import Any
 
 import jax
@@ -15,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import pandas as pd
+import programs
 import pytest
 from sklearn.metrics import roc_auc_score
 
@@ -100,7 +104,7 @@ def test_epochs_are_those_by_hand(capsys):
     np.testing.assert_allclose(np.ravel(worst.best.params["w"]), after[int(np.argmax(losses))], rtol=1e-4)
     assert best != int(np.argmax(losses))
     printed = capsys.readouterr().out
-    assert printed.count("validation/average_loss") == 8
+    assert [printed.count(key) for key in ("train/loss", "validation/loss", "average_loss")] == [8, 8, 0]
 
 
 def test_training_stops_when_nothing_gets_better():
@@ -240,7 +244,7 @@ w = [fitted.state.params["w"].ravel().tolist(), fitted.best.params["w"].ravel().
 def test_a_killed_process_goes_on(tmp_path):
     """SIGKILL, in the middle of an epoch and between two checkpoints."""
     here = pathlib.Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    environment = {**os.environ, **programs.environment(), "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
     results = {}
     for name, slow in (("whole", False), ("killed", True)):
         folder = tmp_path / name
@@ -360,6 +364,175 @@ def test_a_lost_loss_is_in_no_checkpoint(tmp_path):
         else:
             ended = jh.fit(start(), STEP, bad, directory=tmp_path, checkpoint_every=2, progress=False)
             np.testing.assert_allclose(np.ravel(ended.state.params["w"]), by_hand(1)[0], rtol=1e-4)
+
+
+def test_the_losses_and_the_monitored_metric_are_printed(capsys):
+    jh.fit(start(), STEP, batches, eval_step=EVALUATE, validation=VALIDATION, monitor="auc")
+    words = capsys.readouterr().out.split()
+    assert words[2::2] == ["train/loss", "validation/loss", "validation/auc"]
+
+
+def test_results_are_short_as_text():
+    fitted = jh.fit(start(), STEP, batches, epochs=2, eval_step=EVALUATE, validation=VALIDATION, progress=False)
+    text = repr(fitted)
+    assert text.startswith("Fitted: 2 epochs, step 16, best at step ")
+    assert f"validation/auc                   {fitted.history[-1]['validation/auc']:.5g}" in text
+    assert max(map(len, text.splitlines())) < 80
+    params: dict[str, Any] = {"w": np.arange(9, dtype=np.float32).reshape(3, 3), "b": np.array([0.5, 1.25], np.float32)}
+    given: dict[str, Any] = {"optimizer": optax.sgd(RATE), "head": HEAD, "key": jax.random.key(0)}
+    state = jh.TrainState.create(params=params, **given)
+    assert "step=0, params={'b': [0.5, 1.25], 'w': <float32[3, 3]>}, head_params={}" in repr(state)
+    many = jh.TrainState.create(params={str(i): params for i in range(10)}, **given)
+    assert "params=<20 arrays, 110 numbers>" in repr(many)
+    # Tracers and donated arrays have no values.
+    shown = []
+    jax.eval_shape(lambda state: shown.append(repr(state)), state)
+    jax.jit(lambda state: state, donate_argnums=0)(state)
+    assert "'b': <float32[2]>" in shown[0]
+    assert "'b': <float32[2], deleted>" in repr(state)
+
+
+STATE = start()
+ONE = VALIDATION[0]
+ILLEGAL = {**ONE, "labels": ONE["labels"] + 2}
+NAMED = jh.BinaryClassHead(label_vocabulary=("no", "yes"))
+NAMES = {**ONE, "labels": np.array(NAMED.label_vocabulary)[ONE["labels"]]}
+
+
+class Empty:
+    def __iter__(self):
+        return iter(())
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ([], "validation must hold batches. Given an empty list"),
+        (Empty(), "validation must hold batches. Given an empty Empty"),
+        (ONE, r"validation must be a list of batches(.|\n)*one dict with the keys \['features'(.|\n)*\[batch\]"),
+        (lambda: VALIDATION, "validation must be a list of batches(.|\n)*Given a function"),
+        (3, "validation must be a list of batches(.|\n)*Given a int"),
+        ([None], "A batch must be a dict(.|\n)*NoneType"),
+        ([ILLEGAL], r"first batch of validation: labels must be numbers in \[0, 1\]. Given [23] at index \(0, 0\)"),
+        ([NAMES], r"first batch of validation: labels(.|\n)*of strings(.|\n)*head.encode_labels"),
+    ],
+)
+def test_validation_that_is_none(given, match):
+    with pytest.raises(ValueError, match=match):
+        jh.fit(STATE, STEP, batches, eval_step=EVALUATE, validation=given, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        (ONE, "batches must be a list of batches(.|\n)*one dict"),
+        (lambda epoch: ONE, "batches must be a list of batches(.|\n)*one dict"),
+        (lambda: [ONE], r"called with the epoch(.|\n)*Given one with the arguments \(\)"),
+        (pd.DataFrame({"x": [1.0]}), "batches must be a list of batches(.|\n)*a data frame"),
+        (3, "batches must be a list of batches(.|\n)*Given a int"),
+        ([ILLEGAL], r"first batch of epoch 1: labels must be numbers(.|\n)*Given [23] at index \(0, 0\)"),
+        ([{**ONE, "weights": -np.ones(16)}], "first batch of epoch 1: weights must be finite and not negative"),
+        ([NAMES], r"first batch of epoch 1: labels(.|\n)*a ndarray of strings(.|\n)*head.encode_labels"),
+        ([{**NAMES, "labels": NAMES["labels"].tolist()}], "labels(.|\n)*a list of strings(.|\n)*head.encode_labels"),
+        ([{**ONE, "labels": pd.Series(ONE["labels"])}], "labels(.|\n)*a Series(.|\n)*head.encode_labels"),
+        ([{**ONE, "features": {"x": X[:16], "who": NAMES["labels"]}}], r"features\['who'\](.|\n)*leave them out"),
+        ([{**ONE, "where": [True] * 16}], r"where must be an array of numbers(.|\n)*a list(.|\n)*np.asarray"),
+    ],
+)
+def test_batches_that_are_none(given, match):
+    with pytest.raises(ValueError, match=match):
+        jh.fit(STATE, STEP, given, progress=False)
+    if not callable(given):
+        with pytest.raises(ValueError, match=match.replace(" of epoch 1", "")):
+            jh.evaluate(STATE, EVALUATE, given)
+
+
+def test_a_look_at_a_batch_refuses_nothing_that_a_step_takes():
+    """Hidden rows, arrays of the device, shapes that are known with the logits, mapped and compiled steps."""
+    hidden = {**ILLEGAL, "labels": np.where(np.arange(16) < 8, ONE["labels"], 7), "where": np.arange(16) < 8}
+    assert np.isfinite(jh.fit(STATE, jax.jit(STEP), [hidden], progress=False).history[0]["train/loss"])
+    on_device = [{**ILLEGAL, "labels": jnp.asarray(ILLEGAL["labels"])}]
+    with pytest.raises(ValueError, match="The loss of epoch 1 is nan"):
+        jh.fit(STATE, STEP, on_device, progress=False)
+    mapped = jax.pmap(jh.make_train_step(HEAD, apply, OPTIMIZER, axis_name="d"), "d", in_axes=(None, 0), out_axes=None)
+    stacked = [jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), ILLEGAL)]
+    with pytest.raises(ValueError, match=r"first batch of epoch 1: labels(.|\n)*at index \(0, 0, 0\)"):
+        jh.fit(STATE, mapped, stacked, progress=False)
+    # One step of a sequence: the labels alone could be one column.
+    head = jh.SequentialHeadWrapper(HEAD, sequence_length_mask="mask")
+    step = jh.make_train_step(head, lambda params, features: features["x"] @ params["w"], OPTIMIZER)
+    features = {"x": X[:4, None], "mask": np.ones((4, 1), bool)}
+    batch = {"features": features, "labels": LABELS[:4, None]}
+    state = jh.TrainState.create(params={"w": np.zeros((3, 1))}, optimizer=OPTIMIZER, head=head, key=jax.random.key(0))
+    assert len(jh.fit(state, step, [batch], progress=False).history) == 1
+    # A function of the user's own may take batches of any kind.
+    own = jax.jit(lambda state, x: STEP(state, {"features": {"x": x}, "labels": jnp.zeros(len(x))}))
+    rows: Any = [X[:4]]
+    assert jh.fit(STATE, own, rows, progress=False).state.step == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"monitor": "auc"}, "monitor='auc', higher_is_better=None without eval_step and validation"),
+        ({"monitor": "validation/loss"}, "without eval_step and validation"),
+        ({"higher_is_better": True}, "higher_is_better=True without eval_step and validation"),
+        ({"monitor": "confusion_matrix"}, "must be one number, and that metric is an array"),
+    ],
+)
+def test_a_monitor_needs_validation_and_is_one_number(given, match):
+    head = jh.MultiClassHead(3).with_metrics(jh.metrics.ConfusionMatrix())
+    step, evaluate = jh.make_train_step(head, apply, OPTIMIZER), jh.make_eval_step(head, apply)
+    params = {"w": np.zeros((3, 3), np.float32)}
+    state = jh.TrainState.create(params=params, optimizer=OPTIMIZER, head=head, key=jax.random.key(0))
+    if given.get("monitor") == "confusion_matrix":
+        given = {**given, "eval_step": evaluate, "validation": VALIDATION, "higher_is_better": True}
+    seen = []
+
+    def noted(epoch):
+        seen.append(epoch)
+        return batches(epoch)
+
+    with pytest.raises(ValueError, match=match):
+        jh.fit(state, step, noted, progress=False, **given)
+    assert not seen
+
+
+class ZMQInteractiveShell:
+    """The name by which IPython's kernel is known."""
+
+
+class Colab(ZMQInteractiveShell):
+    """Colab derives its own."""
+
+
+@pytest.mark.parametrize(("shell", "bars"), [(ZMQInteractiveShell, 2), (Colab, 2), (object, 0), (None, 0)])
+@pytest.mark.parametrize("by_module", [True, False])
+def test_notebooks_show_bars_and_logs_do_not(shell, bars, by_module, monkeypatch, capfd):
+    if shell is not None and by_module:
+        monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell()))
+    elif shell is not None:
+        monkeypatch.setattr(builtins, "get_ipython", lambda: shell(), raising=False)
+    made = []
+
+    def bar(batches, title, **options):
+        made.append((title, options["disable"]))
+        return batches
+
+    monkeypatch.setitem(sys.modules, "tqdm.auto", types.SimpleNamespace(tqdm=bar))
+    jh.fit(STATE, STEP, batches, eval_step=EVALUATE, validation=VALIDATION)
+    assert [title for title, _ in made] == ["epoch 1/1", "validation"]
+    assert [disable is False for _, disable in made].count(True) == bars
+    assert all(disable is None for _, disable in made) == (bars == 0)
+
+
+def test_a_bar_of_text_in_a_kernel_without_widgets(monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=ZMQInteractiveShell))
+    jh.evaluate(STATE, EVALUATE, VALIDATION, progress=True)
+    assert "evaluate" in capfd.readouterr().err
+    monkeypatch.delitem(sys.modules, "IPython")
+    jh.evaluate(STATE, EVALUATE, VALIDATION, progress=True)
+    assert not capfd.readouterr().err
 
 
 def test_without_tqdm_there_is_no_bar(monkeypatch):

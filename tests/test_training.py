@@ -340,6 +340,182 @@ def test_optimizers_get_what_they_want():
     np.testing.assert_allclose(state.opt_state["grad"]["w"], GRADIENT, rtol=1e-6)
 
 
+SEARCHES = {
+    "lbfgs": optax.lbfgs(),
+    "backtracking": optax.chain(
+        optax.sgd(1.0), optax.scale_by_backtracking_linesearch(max_backtracking_steps=15, store_grad=True)
+    ),
+    "alone": optax.scale_by_backtracking_linesearch(max_backtracking_steps=15, increase_factor=4.0),
+}
+SEARCH_HEAD = jh.BinaryClassHead(loss_reduction="mean")
+
+
+def search_data() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Uneven masks and weights; no row of the first of four parts exists."""
+    batch, params = draw(next(entry for entry in ZOO if entry.name == "binary"), 32)
+    return batch, params
+
+
+def noisy_linear(params: Any, features: Any, *, rngs: Any) -> Any:
+    """Noise that is another one for another key: a search that drew its own would see another loss."""
+    noise = jax.random.normal(rngs["dropout"], (INPUTS, 1))
+    return features["x"] @ (params["w"] + 0.3 * noise)
+
+
+def search_by_hand(optimizer: Any, noise: Any, steps: int = 3) -> tuple[list[float], np.ndarray]:
+    """Without the library: the loss written out, optax' own recipe."""
+    batch, params = search_data()
+    x, labels = batch["features"]["x"], jnp.asarray(batch["labels"], jnp.float32).reshape(-1)
+    weights = jnp.asarray(batch["weights"] * batch["where"], jnp.float32)
+
+    @jax.jit
+    def step(params, opt_state, noise):
+        def loss(params):
+            z = (x @ (params["w"] + 0.3 * noise))[:, 0]
+            return jnp.sum(weights * (jnp.logaddexp(0.0, z) - labels * z)) / jnp.sum(weights)
+
+        value, grad = jax.value_and_grad(loss)(params)
+        updates, opt_state = optimizer.update(grad, opt_state, params, value=value, grad=grad, value_fn=loss)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    params, losses = jax.tree.map(jnp.asarray, params), []
+    opt_state = optimizer.init(params)
+    for i in range(steps):
+        params, opt_state, value = step(params, opt_state, noise(i))
+        losses.append(float(value))
+    return losses, np.asarray(params["w"])
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_line_searches_are_those_by_hand(name):
+    """Also with dropout: the loss of the search is that of the step."""
+    optimizer = SEARCHES[name]
+    batch, params = search_data()
+    key = jax.random.split(KEY)[1]
+
+    def noise(i: int) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, i), 0), (INPUTS, 1))
+
+    with mixed_dtypes():
+        losses, w = search_by_hand(optimizer, noise)
+        step = jax.jit(jh.make_train_step(SEARCH_HEAD, noisy_linear, optimizer, with_metrics=False))
+        state = created(SEARCH_HEAD, params, optimizer)
+        for loss in losses:
+            state, out = step(state, batch)
+            np.testing.assert_allclose(out.loss, loss, rtol=1e-5)
+    np.testing.assert_allclose(state.params["w"], w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how", ["unchecked", *(pytest.param(how, marks=pytest.mark.slow) for how in ("jit", "shard_map", "pmap"))]
+)
+@pytest.mark.parametrize("name", ["lbfgs", pytest.param("backtracking", marks=pytest.mark.slow)])
+def test_line_searches_over_devices(name, how, micro_batches):
+    """Each device has other rows, with other masks. All must search on the same loss, with the same gradient."""
+    optimizer = SEARCHES[name]
+    batch, params = search_data()
+    axis_name = None if how == "jit" else "d"
+    step: Any = jh.make_train_step(
+        SEARCH_HEAD, linear, optimizer, axis_name=axis_name, micro_batches=micro_batches, with_metrics=False
+    )
+    mesh, specs = jax.make_mesh((8,), ("d",)), PartitionSpec()
+    with mixed_dtypes():
+        losses, w = search_by_hand(optimizer, lambda i: jnp.zeros((INPUTS, 1)), 2)
+        state = created(SEARCH_HEAD, params, optimizer)
+        if how == "pmap":
+            batch = jax.tree.map(lambda x: x.reshape(8, 4, *x.shape[1:]), batch)
+            step = jax.pmap(step, "d", in_axes=(None, 0), out_axes=None)
+        else:
+            batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("d")))
+            state = jax.device_put(state, NamedSharding(mesh, specs))
+            if how != "jit":
+                checked = how == "shard_map"
+                in_specs = (specs, PartitionSpec("d"))
+                step = jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=specs, check_vma=checked)
+            step = jax.jit(step)
+        for loss in losses:
+            state, out = step(state, batch)
+            np.testing.assert_allclose(out.loss, loss, rtol=1e-5)
+    np.testing.assert_allclose(state.params["w"], w, rtol=1e-4, atol=1e-5)
+
+
+def test_a_line_search_over_micro_batches():
+    batch, params = search_data()
+    optimizer, after = SEARCHES["lbfgs"], []
+    with mixed_dtypes():
+        for micro_batches in (1, 4):
+            made = jh.make_train_step(SEARCH_HEAD, linear, optimizer, micro_batches=micro_batches, with_metrics=False)
+            step, state = jax.jit(made), created(SEARCH_HEAD, params, optimizer)
+            state, _ = step(state, batch)
+            state, out = step(state, batch)
+            after.append((out.loss, state.params["w"]))
+    chex.assert_trees_all_close(after[1], after[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_line_search_in_create_estimator_spec():
+    batch, params = search_data()
+    optimizer = SEARCHES["lbfgs"]
+
+    @jax.jit
+    def step(params, opt_state):
+        spec = SEARCH_HEAD.create_estimator_spec(
+            **{key: batch[key] for key in ("features", "labels", "weights", "where")},
+            mode="train",
+            logits=lambda params: linear(params, batch["features"]),
+            optimizer=optimizer,
+            trainable_variables=params,
+            opt_state=opt_state,
+        )
+        return spec.train_op.params, spec.train_op.opt_state, spec.loss
+
+    with mixed_dtypes():
+        losses, w = search_by_hand(optimizer, lambda i: jnp.zeros((INPUTS, 1)), 2)
+        opt_state = optimizer.init(params)
+        for loss in losses:
+            params, opt_state, value = step(params, opt_state)
+            np.testing.assert_allclose(value, loss, rtol=1e-5)
+    np.testing.assert_allclose(params["w"], w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "match"),
+    [
+        (optax.MultiSteps(optax.lbfgs(), 2), r"cannot be inside optax.MultiSteps(.|\n)*micro_batches=n"),
+        (optax.masked(optax.lbfgs(), {"w": True, "b": False}), "must move all parameters(.|\n)*optax.masked"),
+        (
+            optax.partition({"search": optax.lbfgs(), "sgd": optax.sgd(RATE)}, {"w": "search", "b": "sgd"}),
+            "must move all parameters(.|\n)*optax.partition",
+        ),
+    ],
+)
+def test_line_searches_that_see_another_loss_are_refused(optimizer, match):
+    batch, params = search_data()
+    step = jh.make_train_step(SEARCH_HEAD, lambda p, features: linear(p, features) + p["b"], optimizer)
+    with mixed_dtypes(), pytest.raises(ValueError, match=match):
+        jax.eval_shape(step, created(SEARCH_HEAD, {**params, "b": np.zeros((1, 1), np.float32)}, optimizer), batch)
+
+
+def test_a_line_search_over_spread_parameters_is_refused():
+    mesh, optimizer = jax.make_mesh((8,), ("d",)), SEARCHES["alone"]
+    batch, _ = search_data()
+    state = created(SEARCH_HEAD, {"w": np.zeros((8, 1), np.float32)}, optimizer)
+
+    def apply(params, features):
+        return features["x"] @ jax.lax.all_gather(params["w"], "d", tiled=True)[:INPUTS]
+
+    step = jh.make_train_step(SEARCH_HEAD, apply, optimizer, axis_name="d", with_metrics=False)
+    spread = dataclasses.replace(jax.tree.map(lambda _: PartitionSpec(), state), params={"w": PartitionSpec("d")})
+    in_specs = (spread, PartitionSpec("d"))
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=(spread, PartitionSpec()))
+    with mixed_dtypes(), pytest.raises(ValueError, match="parameters that are spread over axis_name='d'"):
+        jax.eval_shape(
+            mapped,
+            jax.device_put(state, jax.tree.map(lambda s: NamedSharding(mesh, s), spread)),
+            jax.device_put(batch, NamedSharding(mesh, PartitionSpec("d"))),
+        )
+
+
 def test_regularization_is_added_once():
     for micro_batches in (1, 3):
         given = {"micro_batches": micro_batches, "regularization_fn": lambda p: 0.1 * jnp.sum(p["w"] ** 2)}
@@ -479,6 +655,103 @@ def test_padding_keeps_masks_and_refuses_what_does_not_fit():
         jh.pad_batch({**batch, "weights": np.ones(3)}, 4)
     with pytest.raises(ValueError, match="Given 0 rows"):
         jh.pad_batch({"features": np.zeros((0, 2)), "labels": np.zeros(0)}, 4)
+
+
+def nullable(values: Any, dtype: str) -> Any:
+    return pd.Series(values, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (nullable([True, None, False], "boolean"), [True, True, False, False]),
+        (nullable([1, None, 0], "Int64"), [1, 1, 0, 0]),
+        (nullable([None, 1, 0], "Int8"), [1, 1, 0, 0]),
+        ([1, None, 0], [1, 1, 0, 0]),
+        (np.array([1, pd.NA, 0], object), [1, 1, 0, 0]),
+    ],
+)
+@pytest.mark.parametrize("masked", ["where", "nullable where", "weights"])
+def test_padding_of_missing_labels_that_are_hidden(labels, expected, masked):
+    """They have the dtype of the others, and the loss of a step is that of the rows that exist."""
+    missing = np.array([x is None or x is pd.NA for x in labels])
+    hidden = {"weights": np.float32(~missing)} if masked == "weights" else {"where": ~missing}
+    if masked == "nullable where":
+        hidden["where"] = nullable(hidden["where"].tolist(), "boolean")
+    batch = {"features": {"x": np.arange(9, dtype=np.float32).reshape(3, 3) / 8}, "labels": labels, **hidden}
+    padded = jh.pad_batch(batch, 4)
+    assert padded["labels"].tolist() == expected
+    assert padded["labels"].dtype.kind == ("b" if expected[0] is True else "i")
+    assert padded["where"].dtype == np.bool_
+    step = jax.jit(jh.make_eval_step(jh.BinaryClassHead(loss_reduction="mean"), linear))
+    w = np.array([[1.0], [-0.5], [0.25]], np.float32)
+    out = step(created(jh.BinaryClassHead(), {"w": w}, optax.sgd(RATE)), padded)
+    z = (batch["features"]["x"].astype(np.float64) @ w)[~missing, 0]
+    np.testing.assert_allclose(out.loss, np.mean(np.logaddexp(0, z) - np.array([1, 0]) * z), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"labels must not be missing(.|\n)*row [01], 1 in all(.|\n)*notna"):
+        jh.pad_batch({**batch, "where": None, "weights": np.ones(3)}, 4)
+
+
+def test_padding_of_missing_values_elsewhere():
+    x = {"count": nullable([1, None, 3], "Int64"), "flag": nullable([None, True, False], "boolean")}
+    by_head = {"a": nullable([None, 1, 0], "Int64"), "b": nullable([1, None, 0], "boolean")}
+    where = {"a": np.array([False, True, True]), "b": np.array([True, False, True])}
+    padded = jh.pad_batch({"features": pd.DataFrame(x), "labels": by_head, "where": where}, 4)
+    assert padded["labels"]["a"].tolist() == [1, 1, 0, 0]
+    assert padded["labels"]["b"].tolist() == [True, True, False, False]
+    # Each row exists for a head, so what features lack is NaN.
+    np.testing.assert_array_equal(padded["features"]["count"], [1, np.nan, 3, 3])
+    np.testing.assert_array_equal(padded["features"]["flag"], [np.nan, 1, 0, 0])
+    entries = np.array([[1, None], [0, 1], [None, 0]], object)
+    there = np.array([[True, False], [True, True], [False, True]])
+    padded = jh.pad_batch({"features": np.zeros((3, 1)), "labels": entries, "where": there}, 3)
+    assert padded["labels"][there].tolist() == [1, 0, 1, 0]
+    with pytest.raises(ValueError, match=r"labels\['a'\] must not be missing"):
+        jh.pad_batch({"features": x, "labels": by_head, "where": {"b": where["b"]}}, 4)
+    with pytest.raises(ValueError, match=r"where must not be missing(.|\n)*where.fillna\(False\)"):
+        jh.pad_batch({"features": x, "labels": np.zeros(3), "where": nullable([True, None, True], "boolean")}, 4)
+
+
+def test_padding_and_placing_of_random_keys():
+    keys = jax.random.split(jax.random.key(3, impl="rbg"), 3)
+    padded = jh.pad_batch({"features": {"noise": keys}, "labels": np.zeros(3)}, 8)
+    noise = padded["features"]["noise"]
+    assert noise.dtype == keys.dtype
+    expected = np.asarray(jax.random.key_data(keys))
+    np.testing.assert_array_equal(jax.random.key_data(noise), expected[[0, 1, 2, 2, 2, 2, 2, 2]])
+    (again,) = jh.training.lockstep([{"features": {"noise": keys}, "labels": np.zeros(3)}], 8)
+    np.testing.assert_array_equal(jax.random.key_data(again["features"]["noise"]), jax.random.key_data(noise))
+    there = jh.training.shard_batch(padded, jax.make_mesh((8,), ("d",)))["features"]["noise"]
+    assert len(there.sharding.device_set) == 8
+    np.testing.assert_array_equal(jax.random.key_data(there), jax.random.key_data(noise))
+
+
+@pytest.mark.parametrize(
+    ("head", "labels", "refused"),
+    [
+        (jh.BinaryClassHead(), nullable([True, None, False], "boolean"), "Given nan"),
+        (jh.BinaryClassHead(label_vocabulary=("no", "yes")), nullable([1, None, 0], "Int64"), "Given nan"),
+        (jh.MultiClassHead(3), nullable([2, None, 0], "Int64"), "Given a missing value"),
+        (jh.MultiClassHead(3), [2, None, 0], "Given a missing value"),
+        (jh.RegressionHead(), nullable([1, None, -4], "Int64"), "Given nan"),
+        (jh.RegressionHead(), nullable([1.5, None, -4], "Float64"), "Given nan"),
+        (jh.RegressionHead(), pd.DataFrame({"y": nullable([1, None, -4], "Int64")}), "Given nan"),
+    ],
+)
+def test_missing_labels_where_masked(head, labels, refused):
+    logits = np.linspace(-1, 2, 3 * head.logits_dimension, dtype=np.float32).reshape(3, -1)
+    where = np.array([True, False, True])
+    values = np.asarray(
+        [x for x in np.ravel(np.asarray(labels, object)) if isinstance(x, (bool, int, float)) and x == x]
+    )
+    expected = head.loss(values, logits[where])
+    np.testing.assert_allclose(head.loss(labels, logits, where=where), expected, rtol=1e-6)
+    encoded = head.encode_labels(labels, where)
+    loss = jax.jit(lambda labels, where: head.loss(labels, logits, where=where))
+    np.testing.assert_allclose(loss(encoded, where), expected, rtol=1e-6)
+    assert np.isnan(loss(encoded, np.ones(3, bool)))
+    with pytest.raises(ValueError, match=refused):
+        head.loss(labels, logits)
 
 
 def test_what_does_not_fit_is_refused():

@@ -1,12 +1,13 @@
 """One step of an optax optimizer, with checks. Both training steps use it."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxheads.numerics import duals
+from jaxheads.numerics import duals, meshes
 
 
 def is_optimizer(value: Any) -> bool:
@@ -24,8 +25,23 @@ def averaged(model_state: Any, axis_name: Any) -> Any:
     return structure.unflatten(means)
 
 
-def updated(optimizer: Any, grads: Any, opt_state: Any, variables: Any, loss: jax.Array) -> tuple[Any, Any]:
-    """Returns the next variables and optimizer state. Optimizers that take the loss and gradients by name get them."""
+def updated(
+    optimizer: Any,
+    grads: Any,
+    opt_state: Any,
+    variables: Any,
+    loss: jax.Array,
+    evaluate: Callable[[Any], tuple[jax.Array, Any]],
+    axis_name: Any = None,
+) -> tuple[Any, Any]:
+    """Returns the next variables and optimizer state.
+
+    Optimizers that take `value`, `grad` or `value_fn` by name get them: the loss, the gradients, and the loss of the
+    same batch as a function of the variables.
+
+    Args:
+        evaluate: `variables -> (loss, gradients)` of the same batch, both over all devices of `axis_name`.
+    """
     import optax
 
     declared = inspect.signature(optimizer.update).parameters
@@ -36,8 +52,85 @@ def updated(optimizer: Any, grads: Any, opt_state: Any, variables: Any, loss: ja
     else:
         check_opt_state(optimizer, opt_state, variables)
     duals.check_ascends(opt_state, variables)
-    updates, opt_state = optimizer.update(grads, opt_state, variables, **extra)
+    value_fn = _make_value_fn(evaluate, variables, opt_state, axis_name)
+
+    def update(**more: Any) -> tuple[Any, Any]:
+        return optimizer.update(grads, opt_state, variables, **extra, **more)
+
+    _check_line_search(opt_state)
+    if "value_fn" in declared:
+        updates, opt_state = update(value_fn=value_fn)
+    else:
+        try:
+            updates, opt_state = update()
+        except TypeError as error:
+            # A chain does not declare the arguments of its parts. A part that needs the function fails without it.
+            if not takes_all or "value_fn" not in str(error):
+                raise
+            updates, opt_state = update(value_fn=value_fn)
     return optax.apply_updates(variables, updates), opt_state
+
+
+def _make_value_fn(
+    evaluate: Callable[[Any], tuple[jax.Array, Any]], variables: Any, opt_state: Any, axis_name: Any
+) -> Callable[[Any], jax.Array]:
+    """Returns the loss as a function of the variables, for a line search.
+
+    Its gradient is that of `evaluate`. JAX's own would be that of one device, without the default check of `shard_map`,
+    and would keep the intermediate values of all micro-batches.
+    """
+
+    def look(moved: Any) -> tuple[jax.Array, Any]:
+        if _holds(opt_state, ("MultiStepsState",)):
+            raise ValueError(
+                "A line search cannot be inside optax.MultiSteps: gradients are those of several batches, and the "
+                "loss is that of the last. Given an optimizer with both. Cut one large batch into parts instead: "
+                "make_train_step(..., micro_batches=n)."
+            )
+        if axis_name is not None and any(meshes.varies(x, axis_name) for x in jax.tree.leaves(variables)):
+            raise ValueError(
+                "A line search needs all parameters on every device. Given parameters that are spread over "
+                f"axis_name={axis_name!r}. Pass them with in_specs=P(), or use plain jit over a mesh without axis_name."
+            )
+        if jax.tree.structure(moved) != jax.tree.structure(variables):
+            raise ValueError(_WHOLE)
+        return evaluate(moved)
+
+    @jax.custom_vjp
+    def value_fn(moved: Any) -> jax.Array:
+        return look(moved)[0]
+
+    def backward(grads: Any, cotangent: jax.Array) -> tuple[Any]:
+        return (jax.tree.map(lambda x: (x * cotangent).astype(x.dtype), grads),)
+
+    value_fn.defvjp(look, backward)
+    return value_fn
+
+
+_WHOLE = (
+    "A line search must move all parameters. Given one that sees a part of them: it is inside optax.masked, "
+    "optax.partition or primal_dual. Give it all parameters, or take another optimizer."
+)
+
+
+def _check_line_search(opt_state: Any) -> None:
+    """Refuses a line search that sees a part of the parameters."""
+
+    def is_masked(x: Any) -> bool:
+        return type(x).__name__ == "MaskedState"
+
+    masked = [x for x in jax.tree.leaves(opt_state, is_leaf=is_masked) if is_masked(x)]
+    if _holds(masked, ("ScaleByZoomLinesearchState", "ScaleByBacktrackingLinesearchState")):
+        raise ValueError(_WHOLE)
+
+
+def _holds(tree: Any, names: tuple[str, ...]) -> bool:
+    """Tells whether a pytree holds a node of a class with one of the names."""
+
+    def is_one(x: Any) -> bool:
+        return type(x).__name__ in names
+
+    return any(map(is_one, jax.tree.leaves(tree, is_leaf=is_one)))
 
 
 def _list_shapes(tree: Any) -> dict[str, str]:

@@ -82,13 +82,20 @@ def _run_training(head: Any, call: Call, training: Training) -> EstimatorSpec:
         def loss_of(variables: Any) -> tuple[jax.Array, Forward]:
             return _run_forward(head, call, variables)
 
-        (loss, forward), grads = jax.value_and_grad(loss_of, has_aux=True)(training.variables)
-        grads = meshes.mean_of_gradients(grads, axis_name)
+        def evaluate(variables: Any) -> tuple[tuple[jax.Array, Forward], Any]:
+            found, grads = jax.value_and_grad(loss_of, has_aux=True)(variables)
+            return found, meshes.mean_of_gradients(grads, axis_name)
+
+        def look(variables: Any) -> tuple[jax.Array, Any]:
+            (loss, _), grads = evaluate(variables)
+            return loss, grads
+
+        (loss, forward), grads = evaluate(training.variables)
         if training.optimizer is None:
             train_op = training.train_op_fn(loss, grads=grads)
         else:
-            params, opt_state = updated(training.optimizer, grads, training.opt_state, training.variables, loss)
-            train_op = TrainOp(params, opt_state)
+            given = training.opt_state, training.variables, loss, look
+            train_op = TrainOp(*updated(training.optimizer, grads, *given, axis_name))
     if train_op is None:
         raise ValueError("Missing train_op. Given a train_op_fn that returned None: let it return what it made.")
     update_ops = jax.tree.map(lambda op: op() if callable(op) else op, training.update_ops)

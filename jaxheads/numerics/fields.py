@@ -5,6 +5,7 @@ The class decorator is applied by `Head.__init_subclass__`, so that writing a he
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -43,10 +44,29 @@ def subheads(**kwargs: Any) -> Any:
 
 
 def _make_field(kind: str, initializer: Callable[..., Any]) -> Any:
+    names = {LEARNED: ("head", "key"), RUNNING: ("head",)}[kind]
     if not callable(initializer):
         raise ValueError(f"{kind}() takes a function that makes the first value. Given {initializer!r}.")
+    if (given := _list_arguments(initializer, len(names))) is not None:
+        raise ValueError(
+            f"{kind}() takes a function of {' and '.join(names)}. Given one with the arguments {given}. Write "
+            f"{kind}(lambda {', '.join(names)}: jnp.zeros(3))."
+        )
     # By keyword in the constructor after all, so that dataclasses.replace of a bound head keeps its parameters.
     return dataclasses.field(default=None, kw_only=True, metadata={_KIND: (kind, initializer)})
+
+
+def _list_arguments(function: Callable[..., Any], n: int) -> str | None:
+    """Returns the arguments of a function that cannot be called with `n` values; None if it can, or nobody knows."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(*range(n))
+    except TypeError:
+        return str(signature)
+    return None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -95,9 +115,27 @@ def freeze(name: str, value: Any) -> Any:
     return value
 
 
+class Frozen(dataclasses.FrozenInstanceError, ValueError):
+    """Raised by an assignment to a field of a head."""
+
+
 def register(cls: type) -> None:
     """Makes a frozen dataclass of `cls` and registers it as a pytree."""
-    dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+
+    def refuse(self: Any, name: str, value: Any = None) -> None:
+        raise Frozen(
+            f"A {cls.__name__} is frozen. Given a new value for {name!r}. To change a field, make a copy: "
+            f"dataclasses.replace(head, {name}=...). In a class, compute it in a property instead."
+        )
+
+    if "__init__" in vars(cls):
+        raise ValueError(
+            f"{cls.__name__} must not have its own __init__: a head is frozen, and its constructor is made from its "
+            "fields. Given one. Declare the arguments as fields, such as `margin: float = 1.0` in the class; check "
+            "them in `def validate(self)`; compute other values in a property, or in a function that builds the head."
+        )
+    made: Any = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    made.__setattr__ = made.__delattr__ = refuse
     data = tuple(f.name for f in of_kind(cls, LEARNED, RUNNING, HEADS))
     static = tuple(f.name for f in of_kind(cls, STATIC))
 
@@ -163,23 +201,33 @@ def init(node: Any, key: jax.Array) -> dict[str, Any]:
     """The first values of the learned fields, nested by the names of the heads inside."""
     learned_fields = of_kind(type(node), LEARNED)
     made = {f.name: initializer(f)(node, jax.random.fold_in(key, i)) for i, f in enumerate(learned_fields)}
-    values: dict[str, Any] = {name: _strip_weak_type(value) for name, value in made.items() if value is not None}
+    values = _as_arrays(node, made)
     for i, (name, child) in enumerate(children(node).items(), start=len(learned_fields)):
         if inner := init(child, jax.random.fold_in(key, i)):
             values[name] = inner
     return values
 
 
-def _strip_weak_type(value: Any) -> jax.Array:
-    """An array without JAX's weak type, which the first update would take away: a second compilation."""
-    value = jnp.asarray(value)
-    return jax.lax.convert_element_type(value, value.dtype)
+def _as_arrays(node: Any, made: Mapping[str, Any]) -> dict[str, Any]:
+    """First values as arrays without JAX's weak type, which the first update would take away: a second compilation."""
+    values = {}
+    for name, value in made.items():
+        if value is None:
+            continue
+        try:
+            array = jnp.asarray(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{type(node).__name__}.{name} must start as an array, or as None for no value. Given a "
+                f"{type(value).__name__}. A field with a tree of arrays is not possible: declare one field for each."
+            ) from error
+        values[name] = jax.lax.convert_element_type(array, array.dtype)
+    return values
 
 
 def init_state(node: Any) -> dict[str, Any]:
     """The first values of the running fields, nested likewise."""
-    made = {f.name: initializer(f)(node) for f in of_kind(type(node), RUNNING)}
-    values: dict[str, Any] = {name: _strip_weak_type(value) for name, value in made.items() if value is not None}
+    values = _as_arrays(node, {f.name: initializer(f)(node) for f in of_kind(type(node), RUNNING)})
     for name, child in children(node).items():
         if inner := init_state(child):
             values[name] = inner

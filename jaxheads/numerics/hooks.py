@@ -39,7 +39,17 @@ def takes(cls: type, hook: str, name: str) -> bool:
 def call(head: Any, hook: str, *arguments: Any, rows: Any) -> Any:
     """Calls `head.hook(*arguments)`, with the parts of the rows that the hook asks for."""
     extra = {argument: _select_part(rows, name) for argument, name in asked(type(head), hook).items()}
-    return getattr(head, hook)(*arguments, **extra)
+    try:
+        return getattr(head, hook)(*arguments, **extra)
+    except NameError as error:
+        if "unbound axis name" not in str(error):
+            raise
+        raise ValueError(
+            f"{type(head).__name__}.{hook} uses a mapped axis, and there is none in this call ({error}). A head also "
+            'works where nothing is mapped. Declare coupling = "batch" in the class, give the hook an argument rows, '
+            "and take rows.devices.all(x) in place of all_gather, rows.devices.sum(x) in place of psum. They know the "
+            "axis_name of the call."
+        ) from error
 
 
 def _select_part(rows: Any, name: str) -> Any:

@@ -1,14 +1,16 @@
 """Batches of one size, so that a step compiles once: on one device, on several devices, on several hosts."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxheads.numerics import columns, inputs
+from jaxheads.numerics import columns, inputs, missing
 
 
 def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -16,7 +18,10 @@ def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
 
     The added rows are copies of the last row, so they are legal for the network and as labels. `where` is False there:
     loss, gradient and metrics do not change (only batch norm, in training, sees every row). It runs on the host, in
-    NumPy. The result always has a `where`, so that every batch has the same structure.
+    NumPy; random keys stay keys. The result always has a `where`, so that every batch has the same structure.
+
+    Columns of a data frame may have missing values (`pandas.NA`, None) in rows that `where` or a weight of 0 hides:
+    there they become a value of another row. Elsewhere they are NaN in features, and refused in all else.
 
     Args:
         batch: `features`, `labels`, and perhaps `weights` and `where`: pytrees of arrays, or data frames, with one row
@@ -24,7 +29,8 @@ def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
         size: the number of rows of the result.
 
     Raises:
-        ValueError: no rows, more than `size`, or arrays with different numbers of rows.
+        ValueError: no rows, more than `size`, or arrays with different numbers of rows; missing labels or weights in
+            rows that exist.
 
     >>> import numpy as np
     >>> import jaxheads as jh
@@ -36,11 +42,15 @@ def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
         raise ValueError(f"size must be an integer of at least 1. Given {size!r}.")
     if not isinstance(batch, Mapping):
         raise ValueError(f"A batch must be a dict of features, labels, weights, where. Given {type(batch).__name__}.")
-    arrays, n = _read(batch, np.asarray)
+    arrays, n = _read(batch, _to_host)
     if not 0 < n <= size:
         raise ValueError(f"A batch of 1 to {size} rows can be filled up to size={size}. Given {n} rows.")
 
-    def fill(array: np.ndarray) -> np.ndarray:
+    def fill(array: Any) -> Any:
+        if is_key(array):
+            return jax.random.wrap_key_data(
+                fill(np.asarray(jax.random.key_data(array))), impl=jax.random.key_impl(array)
+            )
         return np.concatenate([array, np.repeat(array[-1:], size - n, axis=0)])
 
     def exists(where: Any, labels: Any) -> Any:
@@ -49,11 +59,70 @@ def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
                 there = sorted(labels) if isinstance(labels, Mapping) else "all, not by head"
                 raise ValueError(f"where is given for {sorted(where)}. Given labels for {there}.")
             return {name: exists(where.get(name), inner) for name, inner in labels.items()}
-        there = np.ones(n, bool) if where is None else where
+        there = np.ones(n, bool) if where is None else _fill_all(where, (), "where")
         return np.concatenate([there, np.zeros((size - n, *there.shape[1:]), there.dtype)])
 
     where = arrays.pop("where", None)
+    masks = where, arrays.get("weights")
+    arrays = {key: _fill_all(value, masks, key) for key, value in arrays.items()}
     return {**jax.tree.map(fill, arrays), "where": exists(where, arrays.get("labels"))}
+
+
+def _fill_all(value: Any, masks: tuple[Any, ...], what: str) -> Any:
+    """Returns an entry of a batch without missing values. `masks` are `where` and `weights`, each one or by head."""
+    if isinstance(value, Mapping):
+        by_head = not what.startswith("features")
+
+        def inner(key: Any) -> tuple[Any, ...]:
+            return tuple(mask.get(key) if by_head and isinstance(mask, Mapping) else mask for mask in masks)
+
+        return {key: _fill_all(x, inner(key), f"{what}[{key!r}]") for key, x in value.items()}
+    if not isinstance(value, np.ma.MaskedArray):
+        return value
+    lost = np.ma.getmaskarray(value)
+    # A row of features exists where it does for any head.
+    found = lost
+    for mask in masks:
+        if mask is not None:
+            found = found & functools.reduce(np.logical_or, (_spread(x, value.shape) for x in jax.tree.leaves(mask)))
+    if found.any():
+        if what.startswith("features"):
+            return missing.as_floats(value)
+        row, n = int(np.argwhere(found)[0][0]), int(found.sum())
+        fix = "Fill it, where.fillna(False)." if what == "where" else "Leave the rows out, where=labels.notna()."
+        raise ValueError(
+            f"{what} must not be missing in rows that exist. Given a missing value in row {row}, {n} in all. {fix}"
+        )
+    kept = value.data[~lost]
+    return np.where(lost, kept[0] if kept.size else np.zeros((), value.dtype), value.data)
+
+
+def _spread(mask: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns where a mask, or weights, let a column exist, in a shape that broadcasts to the column."""
+    there = np.ma.filled(mask, 0) != 0
+    while there.ndim > len(shape):
+        there = there.any(-1)
+    there = there.reshape(*there.shape, *[1] * (len(shape) - there.ndim))
+    if any(m not in (1, n) for m, n in zip(there.shape, shape, strict=True)):
+        there = there.any(tuple(range(1, there.ndim)), keepdims=True)
+    return there
+
+
+def _to_host(x: Any) -> Any:
+    """Returns an array of the host; random keys as they are, and a mask where values of a column are missing."""
+    if is_key(x):
+        return x
+    column = missing.read(np.asarray(x, object) if isinstance(x, (list, tuple)) and _has_none(x) else x)
+    return np.asarray(x) if column is None else column
+
+
+def _has_none(x: Any) -> bool:
+    return any(map(_has_none, x)) if isinstance(x, (list, tuple)) else x is None
+
+
+def is_key(x: Any) -> bool:
+    """Tells whether a value is an array of random keys, as `jax.random.key` makes them."""
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _to_array(x: Any) -> Any:
@@ -108,7 +177,7 @@ def shard_batch(batch: Any, mesh: Mesh, axis_name: str | tuple[str, ...] | None 
         )
     # A process may also have its own mesh. Then it is the only process.
     processes = len({device.process_index for device in mesh.devices.flat})
-    arrays, rows = _read(batch, np.asarray if processes > 1 else _to_array)
+    arrays, rows = _read(batch, (lambda x: x if is_key(x) else np.asarray(x)) if processes > 1 else _to_array)
     sharding = NamedSharding(mesh, PartitionSpec(names))
     parts = _count_parts(sharding, math.prod(mesh.shape[name] for name in names))
     refused = None
@@ -123,7 +192,13 @@ def shard_batch(batch: Any, mesh: Mesh, axis_name: str | tuple[str, ...] | None 
         raise refused
     if processes == 1:
         return jax.device_put(arrays, sharding)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), arrays)
+
+    def place(x: Any) -> jax.Array:
+        if is_key(x):
+            return jax.random.wrap_key_data(place(np.asarray(jax.random.key_data(x))), impl=jax.random.key_impl(x))
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(place, arrays)
 
 
 def _count_parts(sharding: NamedSharding, devices: int) -> int:

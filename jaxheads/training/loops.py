@@ -7,9 +7,11 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxheads.metrics import Metrics
 from jaxheads.metrics.base import LOSS, join_names
+from jaxheads.training.checking import check_batch, check_batches, check_function_of_epochs, looked_at
 from jaxheads.training.progress import (
     TRAIN,
     VALIDATION,
@@ -19,8 +21,12 @@ from jaxheads.training.progress import (
     mean_loss_and_metrics,
 )
 from jaxheads.training.state import TrainState
+from jaxheads.training.text import describe
 
 Batches = Iterable[Mapping[str, Any]]
+
+# How many numbers of its history a result shows.
+MOST_SHOWN = 24
 
 
 class Fitted(NamedTuple):
@@ -37,6 +43,18 @@ class Fitted(NamedTuple):
     best: TrainState
     history: list[dict[str, float]]
 
+    def __repr__(self) -> str:
+        """The last epoch in a few lines; the states are in `state` and `best`."""
+        last = self.history[-1] if self.history else {}
+        numbers = {key: value for key, value in last.items() if key not in ("epoch", "step")}
+        shown = dict(list(numbers.items())[:MOST_SHOWN])
+        width = max(map(len, shown), default=0)
+        lines = [f"  {key:<{width}}  {value:.5g}" for key, value in shown.items()]
+        lines += [f"  and {len(numbers) - len(shown)} more in history[-1]"] if len(shown) < len(numbers) else []
+        epochs = f"{len(self.history)} epoch{'' if len(self.history) == 1 else 's'}"
+        steps = f"step {describe(self.state.step)}, best at step {describe(self.best.step)}"
+        return "\n".join([f"Fitted: {epochs}, {steps}", *lines])
+
 
 def evaluate(
     state: TrainState, eval_step: Callable[..., Any], batches: Batches, *, key: Any = None, progress: bool = False
@@ -49,8 +67,14 @@ def evaluate(
         batches: the batches.
         key: a random key, for a head with a `bootstrap`.
         progress: whether to show a bar (if tqdm is installed).
+
+    Raises:
+        ValueError: one batch in place of a list of them; no batches; in the first batch, values that are no arrays of
+            numbers, or illegal labels in host arrays.
     """
-    return mean_loss_and_metrics(state, _compile(eval_step), bar_of(batches, "evaluate", progress), key)[1]
+    bar = bar_of(check_batches(batches, "batches"), "evaluate", progress)
+    bar = looked_at(bar, eval_step, "The first batch")
+    return mean_loss_and_metrics(state, _compile(eval_step), bar, key)[1]
 
 
 def fit(
@@ -80,7 +104,8 @@ def fit(
         epochs: the number of epochs in all, with those before a resume.
         eval_step: the step that `make_eval_step` returned.
         validation: the batches for `eval_step`.
-        monitor: the validation metric that compares epochs; `"loss"` is the mean loss over the batches.
+        monitor: the validation metric that compares epochs; `"loss"` is the mean loss over the batches. Another metric
+            needs validation.
         higher_is_better: whether a higher value of the monitor is better; by default, the metric decides. Some metrics
             have no direction, for example a mean of predictions: they need this argument.
         patience: training stops after this many epochs in a row without a better value.
@@ -88,12 +113,14 @@ def fit(
             numbers if `batches` returns the same for the same epoch. Use a new directory for a new run.
         checkpoint_every: the number of batches between checkpoints; by default there is one after each epoch.
         writer: an object with `add_scalar(tag, value, step)`, like a `tensorboardX.SummaryWriter`; it gets the history.
-        progress: whether to print a line for each epoch and show a bar (if tqdm is installed).
+        progress: whether to print a line for each epoch, and to show a bar in terminals and notebooks (if tqdm is
+            installed).
 
     Raises:
-        ValueError: `eval_step` or `validation` alone; an unknown `monitor`; `patience` without validation, or
-            `checkpoint_every` without a directory; epochs without batches; a loss that is not finite; a checkpoint of
-            another head.
+        ValueError: `eval_step` or `validation` alone; an unknown `monitor`; `patience` or a `monitor` without
+            validation, or `checkpoint_every` without a directory; one batch in place of a list of them; epochs without
+            batches; in the first batch of an epoch, values that are no arrays of numbers, or illegal labels in host
+            arrays; a loss that is not finite; a checkpoint of another head.
     """
     if (eval_step is None) != (validation is None) or (patience is not None and validation is None):
         raise ValueError("eval_step and validation belong together, and patience needs them: pass both, or none.")
@@ -102,8 +129,19 @@ def fit(
             raise ValueError(f"{name} must be an integer of at least 1. Given {number!r}.")
     if checkpoint_every is not None and directory is None:
         raise ValueError(f"checkpoint_every needs a directory. Given checkpoint_every={checkpoint_every}.")
+    if callable(batches):
+        check_function_of_epochs(batches)
+    else:
+        check_batches(batches, "batches")
     if eval_step is not None and validation is not None:
+        check_batches(validation, "validation")
         monitor, higher_is_better = check_monitor(monitor, higher_is_better, state, eval_step, validation)
+    elif monitor != LOSS or higher_is_better is not None:
+        raise ValueError(
+            "monitor and higher_is_better compare epochs by validation. Given "
+            f"monitor={monitor!r}, higher_is_better={higher_is_better!r} without eval_step and validation. Pass both, "
+            "or leave these two out."
+        )
     step, folders = _compile(train_step, donate_argnums=0), ("latest", "best")
     latest, kept = (Checkpoints(None if directory is None else pathlib.Path(directory) / x) for x in folders)
     state, at = latest.restore(jax.tree.map(jnp.copy, state))
@@ -113,9 +151,12 @@ def fit(
     while at.epoch < epochs and (patience is None or at.stale < patience):
         metrics, skipped = None, at.batch
         given: Any = batches(at.epoch) if callable(batches) else batches
+        check_batches(given, "batches")
         for i, batch in enumerate(bar_of(given, f"epoch {at.epoch + 1}/{epochs}", progress)):
             if i < skipped:
                 continue
+            if i == skipped:
+                check_batch(batch, train_step, f"The first batch of epoch {at.epoch + 1}")
             # Checkpoints are written before a batch, not after it: a resumed epoch then has at least one batch left.
             if checkpoint_every is not None and i > skipped and i % checkpoint_every == 0:
                 at.check()
@@ -129,9 +170,9 @@ def fit(
         metrics = None if metrics is None else dataclasses.replace(metrics, state=at.sums[1:])
         values = _flatten(TRAIN, float(at.sums[0].sum()) / at.batch, metrics)
         if eval_step is not None and validation is not None:
-            bar = bar_of(validation, VALIDATION, progress)
+            bar = looked_at(bar_of(validation, VALIDATION, progress), eval_step, "The first batch of validation")
             values |= _flatten(VALIDATION, *mean_loss_and_metrics(state, _compile(eval_step), bar))
-        _report(at.epoch + 1, int(state.step), values, writer, progress)
+        _report(at.epoch + 1, int(state.step), values, writer, monitor if progress else None)
         at.end_epoch({"epoch": at.epoch + 1, "step": int(state.step), **values})
         if validation is not None and at.improved(monitor, bool(higher_is_better)):
             best = jax.tree.map(jnp.copy, state)
@@ -156,14 +197,15 @@ def _flatten(half: str, loss: float, metrics: Metrics | None) -> dict[str, float
     """Returns the mean loss and the metrics of one half of the history, by key."""
     found = {} if metrics is None else metrics.compute()
     # Arrays, such as a confusion matrix, are left out.
-    numbers = {key: float(value) for key, value in found.items() if value.ndim == 0}
+    numbers = {key: float(value) for key, value in found.items() if np.ndim(value) == 0}
     return {join_names(half, key): value for key, value in {LOSS: loss, **numbers}.items()}
 
 
-def _report(epoch: int, step: int, values: Mapping[str, float], writer: Any, progress: bool) -> None:
-    """Gives the values of an epoch to the writer, and prints the losses among them."""
+def _report(epoch: int, step: int, values: Mapping[str, float], writer: Any, monitor: str | None) -> None:
+    """Gives the values of an epoch to the writer, and prints the two losses and the monitored metric, if any."""
     if writer is not None:
         for key, value in values.items():
             writer.add_scalar(key, value, step)
-    if progress:
-        print(f"epoch {epoch}  " + "  ".join(f"{key} {value:.5g}" for key, value in values.items() if LOSS in key))
+    if monitor is not None:
+        keys = dict.fromkeys((join_names(TRAIN, LOSS), join_names(VALIDATION, LOSS), monitor))
+        print(f"epoch {epoch}  " + "  ".join(f"{key} {values[key]:.5g}" for key in keys if key in values))

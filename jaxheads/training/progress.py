@@ -1,10 +1,13 @@
 """The progress of `fit`, and its checkpoints with orbax, for which `TrainState` and `Metrics` are plain pytrees."""
 
 import base64
+import builtins
 import dataclasses
 import importlib.util
 import math
 import pathlib
+import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,11 +18,16 @@ import numpy as np
 from jaxheads.engine.reading import directions
 from jaxheads.metrics import Metrics
 from jaxheads.metrics.base import LOSS, join_names
-from jaxheads.metrics.state import metric_names
+from jaxheads.metrics.curves import Interval
+from jaxheads.metrics.state import metric_names, read_nothing
 from jaxheads.numerics import pairs
+from jaxheads.training.checking import check_batch
 
 # The first parts of the keys in a history, such as `train/loss` and `validation/auc`.
 TRAIN, VALIDATION = "train", "validation"
+
+# The class of IPython's shell in the kernel of a notebook.
+NOTEBOOK = "ZMQInteractiveShell"
 
 
 @dataclasses.dataclass
@@ -111,8 +119,11 @@ def mean_loss_and_metrics(state: Any, step: Any, batches: Iterable[Any], key: An
         at.add(out)
         metrics = out.metrics
     if metrics is None:
-        raise ValueError("evaluate() was given no batches. An iterator that was used up before? Pass a list.")
+        raise ValueError("There are no batches. Given an empty iterable, or an iterator that was used up: pass a list.")
     return float(at.sums[0].sum()) / at.batch, dataclasses.replace(metrics, state=at.sums[1:])
+
+
+_NONE = object()
 
 
 def check_monitor(monitor: str, higher: bool | None, state: Any, eval_step: Any, validation: Any) -> tuple[str, bool]:
@@ -122,16 +133,37 @@ def check_monitor(monitor: str, higher: bool | None, state: Any, eval_step: Any,
     """
     if iter(validation) is validation:
         raise ValueError("validation is gone through after every epoch. Given an iterator: pass a list.")
-    metrics = jax.eval_shape(eval_step, state, next(iter(validation))).metrics
+    first = next(iter(validation), _NONE)
+    if first is _NONE:
+        raise ValueError(
+            f"validation must hold batches. Given an empty {type(validation).__name__}. Leave out validation and "
+            "eval_step if there is no validation data."
+        )
+    check_batch(first, eval_step, "The first batch of validation")
+    metrics = jax.eval_shape(eval_step, state, first).metrics
     known = [LOSS, *metric_names(metrics.head)]
     # The monitor is a key of the history, or of the metrics.
     keys = {name: key for key in known for name in (key, join_names(VALIDATION, key))}
     if monitor not in keys:
         raise ValueError(f"monitor={monitor!r} is no metric of {metrics.head!r}. Expected one of {known}.")
     key = keys[monitor]
+    if key != LOSS and _list_ranks(metrics.head)[key]:
+        raise ValueError(
+            f"monitor={monitor!r} must be one number, and that metric is an array. Expected one of {known}."
+        )
     if higher is None and (higher := {LOSS: False, **directions(metrics.head)}[key]) is None:
         raise ValueError(f"Whether {key!r} is better when high, the metric does not say. Pass higher_is_better=.")
     return join_names(VALIDATION, key), higher
+
+
+def _list_ranks(head: Any) -> dict[str, int]:
+    """Returns the number of axes of each metric."""
+
+    def read(views: Any) -> dict[str, int]:
+        values = {join_names(*key): value for key, value in head.read(views).items()}
+        return {key: jnp.ndim(x.value if isinstance(x, Interval) else x) for key, x in values.items()}
+
+    return read_nothing(head, read)
 
 
 class Checkpoints:
@@ -179,7 +211,16 @@ def bar_of(batches: Iterable[Any], title: str, progress: bool) -> Iterator[Any]:
     """Returns the batches, with a progress bar if it is wanted and tqdm is installed."""
     if not progress or importlib.util.find_spec("tqdm") is None:
         return iter(batches)
-    from tqdm import tqdm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are no widgets: the bar is then of text
+        from tqdm.auto import tqdm
 
-    # disable=None: a bar on a terminal, silence in a log.
-    return iter(tqdm(batches, title, leave=False, disable=None, mininterval=0.5))
+    # disable=None: a bar on a terminal, silence in a log. The kernel of a notebook has no terminal, and shows bars.
+    disable = False if _is_notebook() else None
+    return iter(tqdm(batches, title, leave=False, disable=disable, mininterval=0.5))
+
+
+def _is_notebook() -> bool:
+    """Tells whether this process is the kernel of a notebook. It does not import IPython."""
+    get_shell = getattr(sys.modules.get("IPython"), "get_ipython", None) or getattr(builtins, "get_ipython", None)
+    return get_shell is not None and any(base.__name__ == NOTEBOOK for base in type(get_shell()).__mro__)

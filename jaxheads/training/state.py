@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jaxheads.engine.optimizing import check_optimizer
 from jaxheads.head import Head, check_unbound
 from jaxheads.numerics import duals, fields
+from jaxheads.training.text import describe
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TrainState:
     """A pytree of all arrays that a step changes. The class is small, so that you can fork it.
 
@@ -69,6 +70,11 @@ class TrainState:
     def trainable(self) -> Any:
         """The tree for the optimizer: `params`; if the head learns, `{"params": params, "head": head_params}`."""
         return join_params(self.params, self.head_params)
+
+    def __repr__(self) -> str:
+        """The fields in a few words: shapes and dtypes, and the values of small arrays."""
+        fields_ = ", ".join(f"{name}={describe(value)}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({fields_})"
 
     @property
     def bound(self) -> dict[str, Any]:

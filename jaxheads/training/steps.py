@@ -19,9 +19,9 @@ from jaxheads.engine.optimizing import averaged, check_opt_state, check_optimize
 from jaxheads.engine.readiness import check_parts_add_up, ready
 from jaxheads.head import Head, check_unbound
 from jaxheads.numerics import fields, inputs, meshes, pairs
+from jaxheads.training.checking import KEYS, attach_head
 from jaxheads.training.state import TrainState, split_params
 
-KEYS = ("features", "labels", "weights", "where")
 PASSED = ("train", "model_state", "rngs")
 REPLICAS = 2**31 - 1  # folded into the keys of bootstrap replicas; no micro-batch has this number
 
@@ -61,7 +61,9 @@ def make_train_step(
         apply_fn: `apply_fn(params, features, *, train, model_state, rngs)` returns logits, as the head takes them, or
             the pair `(logits, model_state)`. It gets only the keywords that it declares. A function with `**kwargs`
             gets all three; flax's own `apply` is such a function, so wrap it.
-        optimizer: the optax `GradientTransformation` of the state. It gets `value` and `grad` if it declares them.
+        optimizer: the optax `GradientTransformation` of the state. It gets `value`, `grad` and `value_fn` if it takes
+            them: the loss, its gradient, and the loss of the same batch as a function of the parameters. So line
+            searches, such as `optax.lbfgs()`, work as they are; give them all parameters, and large batches.
         axis_name: the mapped axis of `shard_map` or `pmap` over which batches are spread. Loss and metrics describe the
             global batch, gradients and floating-point `model_state` are averaged, dropout differs by device. The state
             must be the same on all devices, `in_specs=P()`. Parameters may be spread over the axis and gathered in
@@ -105,7 +107,7 @@ def make_train_step(
     def rngs_of(key: jax.Array) -> dict[str, jax.Array]:
         return {name: jax.random.fold_in(key, i) for i, name in enumerate(names)}
 
-    def part(state: TrainState, batch: dict[str, Any], key: jax.Array, carried: Any, divisor: Any):
+    def part(state: TrainState, batch: dict[str, Any], key: jax.Array, carried: Any, divisor: Any, with_metrics: bool):
         """Returns loss, gradients and metrics of a batch or a part, and the next states of the model and the head."""
         model_state, head_state = carried
         keys, draws = rngs_of(key), jax.random.fold_in(key, REPLICAS) if draws_keys else None
@@ -137,21 +139,29 @@ def make_train_step(
             meshes.check_axis(axis_name)
             _check_shared(state, axis_name)
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        carried = state.model_state, state.head_state
-        if micro_batches == 1:
-            loss, grads, metrics, carried = part(state, given, key, carried, None)
-        else:
-            loss, grads, metrics, carried = in_parts(state, given, key, carried)
-        grads = meshes.mean_of_gradients(grads, axis_name)
+
+        def evaluate(state: TrainState, with_metrics: bool) -> tuple[jax.Array, Any, Any, Any]:
+            carried = state.model_state, state.head_state
+            if micro_batches == 1:
+                loss, grads, metrics, carried = part(state, given, key, carried, None, with_metrics)
+            else:
+                loss, grads, metrics, carried = in_parts(state, given, key, carried, with_metrics)
+            return loss, meshes.mean_of_gradients(grads, axis_name), metrics, carried
+
+        def look(trainable: Any) -> tuple[jax.Array, Any]:
+            params, head_params = split_params(trainable, bool(state.head_params))
+            return evaluate(dataclasses.replace(state, params=params, head_params=head_params), False)[:2]
+
+        loss, grads, metrics, carried = evaluate(state, with_metrics)
         if axis_name is not None:
             metrics = None if metrics is None else metrics.psum(axis_name)
-        trainable, opt_state = updated(optimizer, grads, state.opt_state, state.trainable, loss)
+        trainable, opt_state = updated(optimizer, grads, state.opt_state, state.trainable, loss, look, axis_name)
         params, head_params = split_params(trainable, bool(state.head_params))
         model_state, head_state = carried
         new = TrainState(state.step + 1, params, head_params, opt_state, model_state, head_state, state.key)
         return new, StepOutput(loss, metrics)
 
-    def in_parts(state: TrainState, batch: dict[str, Any], key: jax.Array, carried: Any):
+    def in_parts(state: TrainState, batch: dict[str, Any], key: jax.Array, carried: Any, with_metrics: bool):
         """Returns the sums of `part` over the micro-batches. All have the divisor of the whole batch's loss."""
         bound = ready(head, state.bound)
         logits = _make_zero_logits(functools.partial(call, rngs=rngs_of(key)), state, batch["features"])
@@ -162,7 +172,8 @@ def make_train_step(
         def body(carry: Any, xs: Any):
             total, carried = carry
             i, micro = xs
-            loss, grads, metrics, carried = part(state, micro, jax.random.fold_in(key, i), carried, divisor)
+            key_of_part = jax.random.fold_in(key, i)
+            loss, grads, metrics, carried = part(state, micro, key_of_part, carried, divisor, with_metrics)
             total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, grads)
             return (total, carried), (loss, metrics)
 
@@ -175,7 +186,7 @@ def make_train_step(
             metrics = dataclasses.replace(metrics, state=pairs.fold(exact, pairs.add))
         return jnp.sum(losses), grads, metrics, carried
 
-    return train_step
+    return attach_head(train_step, head)
 
 
 def make_eval_step(
@@ -205,7 +216,7 @@ def make_eval_step(
         metrics = evaluating.metrics_of(bound, evaluating.without_gradient(found), axis_name)
         return StepOutput(loss, metrics if axis_name is None else metrics.psum(axis_name))
 
-    return eval_step
+    return attach_head(eval_step, head)
 
 
 def make_predict_step(
