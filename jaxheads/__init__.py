@@ -10,7 +10,7 @@ A head computes loss, predictions and metrics from logits. It is frozen configur
 >>> metrics = head.metrics()
 >>> metrics = head.update_metrics(metrics, features=None, logits=logits, labels=labels)
 >>> metrics.compute()["auc"]
-np.float32(1.0)
+1.0
 """
 
 import importlib as _importlib
@@ -29,18 +29,22 @@ from jaxheads.heads import MultiClassHead as MultiClassHead
 from jaxheads.heads import MultiLabelHead as MultiLabelHead
 from jaxheads.heads import PoissonRegressionHead as PoissonRegressionHead
 from jaxheads.heads import RegressionHead as RegressionHead
-from jaxheads.metrics import BadInputWarning as BadInputWarning
 from jaxheads.metrics import Bootstrap as Bootstrap
 from jaxheads.metrics import ColumnMeans as ColumnMeans
+from jaxheads.metrics import GrowingGrid as GrowingGrid
 from jaxheads.metrics import LogitGrid as LogitGrid
 from jaxheads.metrics import Mean as Mean
 from jaxheads.metrics import Metrics as Metrics
-from jaxheads.metrics import RoundingWarning as RoundingWarning
 from jaxheads.metrics import Scores as Scores
 from jaxheads.metrics import Slices as Slices
 from jaxheads.metrics import ThresholdGrid as ThresholdGrid
 from jaxheads.numerics.linear import LinearLogits as LinearLogits
 from jaxheads.numerics.reduction import Reduction as Reduction
+from jaxheads.numerics.warned import BadInputWarning as BadInputWarning
+from jaxheads.numerics.warned import GridWarning as GridWarning
+from jaxheads.numerics.warned import MaskWarning as MaskWarning
+from jaxheads.numerics.warned import RoundingWarning as RoundingWarning
+from jaxheads.numerics.warned import StackedWarning as StackedWarning
 
 if _typing.TYPE_CHECKING:
     from jaxheads import boosting as boosting

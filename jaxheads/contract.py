@@ -31,12 +31,14 @@ The arguments and the results of hooks:
   fill=0)`. The kind is "float", "int" or "bool"; hooks get float32, int32 or bool. The limits are legal values. Masked
   rows get `fill`. A dict where `label_spec` is a dict; None where it is `{}`: users then pass `labels=None`.
 * `logits`: float32 `[..., logits_dimension]`, 0 in masked rows. `logits_spec` may ask for another shape, or a dict.
+  If the head has learned fields, masked rows of labels and logits are copies of a live row: a formula with an infinite
+  slope at the fill would otherwise send NaN to those fields. (If `coupling` is "batch", logits are 0 all the same.)
 * `rows`: any method with `@hook` may have this argument too; the engine passes it by name. `rows.exists`, bool, and
   `rows.weights`, float32, are `[..., 1]`; a row of weight 0 exists. `rows.devices.all(x)` gathers the rows of all
   devices as `[n, d]`, with their gradient, also on one device; `rows.devices.sum(x)` adds up `x` over devices.
 * Losses: one for each element, `[..., 1]` or `[..., d]`; or `jh.Term(values, count)`: the mean is then the sum of
   `weight * value` by the sum of `weight * count`, and 0 if no element counts. The engine applies an element's own mask
-  and weight after the hook. At masked rows, and at all finite logits, the gradient must not be NaN.
+  and weight after the hook. At all finite logits, 0 among them, the gradient must not be NaN.
 * Observations: `jh.Mean(values[, count])`, `jh.ColumnMeans(values, columns)` or `jh.Scores(labels, logits, grid)`,
   with one value for each element; its own mask and weight are applied after the hook.
 * Predictions, under names of your choice: arrays whose leading axes are those of the logits.

@@ -25,6 +25,11 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_collection_modifyitems(items):
     programs.in_groups(items)
+    for item in items:
+        # Batches of tests are small, often in few bins, or stacked. Doctests must show no warning that users would see.
+        if not isinstance(item, pytest.DoctestItem):
+            for name in ("GridWarning", "MaskWarning", "StackedWarning"):
+                item.add_marker(pytest.mark.filterwarnings(f"ignore::jaxheads.{name}"), append=False)
 
 
 @pytest.hookimpl(wrapper=True)

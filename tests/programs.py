@@ -50,6 +50,10 @@ LONG += ("test_metrics_classes.py", "test_global_objectives.py", "test_group_con
 counts: collections.Counter[tuple[str, bool]] = collections.Counter()
 _compiled = 0
 
+# The folder of kept programs, and the settings that make JAX keep programs of any size.
+_folder: str | None = None
+KEPT = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+
 
 def _listen(event: str, duration_secs: float, **_: str | int) -> None:
     global _compiled
@@ -72,27 +76,29 @@ def start(devices: int) -> None:
             os.environ["XLA_FLAGS"] = given
 
 
-def environment() -> dict[str, str]:
-    """Environment variables that make another process of the tests compile fast."""
-    if AS_USERS:
-        return {}
+def environment(all_passes: bool = False) -> dict[str, str]:
+    """Environment variables that make another process of the tests compile fast, and share the cache of programs."""
+    kept = {} if _folder is None else {"JAX_COMPILATION_CACHE_DIR": _folder, **KEPT}
+    if AS_USERS or all_passes:
+        return kept
     known = (
         {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"} if jaxlib.version.__version_info__ < (0, 11) else {}
     )
-    return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **known}
+    return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **known, **kept}
 
 
 def keep(config: pytest.Config) -> None:
     """Stores compiled programs of any size in pytest's cache of the checkout, if that can be written."""
     if (cache := getattr(config, "cache", None)) is None:
         return
+    global _folder
     try:
-        folder = cache.mkdir("programs")
+        _folder = str(cache.mkdir("programs"))
     except OSError:  # the checkout is read-only: each run compiles everything
         return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_compilation_cache_dir", _folder)
+    for name, value in KEPT.items():
+        jax.config.update(name.lower(), int(value))
     # A run that was stopped may leave a truncated file. JAX then compiles that program again in each run, until
     # `--cache-clear`.
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache:UserWarning")

@@ -70,7 +70,7 @@ def test_the_one_network_is_smaller_and_learns_its_weights(multi_task):
 def run_example(name, out, *arguments, all_passes=False):
     """What an example printed, and its `metrics.json`, in a process of its own."""
     command = [sys.executable, str(EXAMPLES / name), *arguments, "--out", str(out)]
-    environment = {**os.environ, **({} if all_passes else programs.environment())}
+    environment = {**os.environ, **programs.environment(all_passes)}
     run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out, timeout=600, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
     return run.stdout, json.loads((out / "metrics.json").read_text())

@@ -236,7 +236,7 @@ def _extra_positional_only(labels, logits, x=1):
         (functools.partial(_required_keyword, 1.0), ("labels",)),
         (_positional_only, ("labels", "by keyword")),
         (_extra_positional_only, ("'x'",)),
-        (optax.squared_error, ("labels", "predictions", "lambda labels, logits")),
+        (optax.losses.kl_divergence, ("labels", "log_predictions", "lambda labels, logits")),
         (lambda *args, **kwargs: 0, ("labels",)),
         (max, ("builtin", "lambda labels, logits")),
         (operator.itemgetter(0), ("labels",)),

@@ -52,10 +52,10 @@ class SequentialHeadWrapper(AbstractWrapperHead):
     >>> import jax.numpy as jnp
     >>> import jaxheads as jh
     >>> head = jh.SequentialHeadWrapper(jh.BinaryClassHead(), sequence_lengths="lengths")
-    >>> labels, logits = jnp.array([[1, 0, 9], [1, 9, 9]]), jnp.zeros((2, 3, 1))
+    >>> labels, logits = jnp.array([[1, 0, 9], [1, 9, 9]]), jnp.array([[[1.0], [-1.0], [0.0]], [[2.0], [0.0], [0.0]]])
     >>> features = {"lengths": jnp.array([2, 1])}
     >>> head.measure(labels=labels, logits=logits, features=features).compute()["label/mean"]
-    np.float32(0.6666667)
+    0.6666667
     """
 
     static_head: Head = subheads()

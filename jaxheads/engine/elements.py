@@ -32,8 +32,8 @@ class Seen(NamedTuple):
 def see(head: Any, batch: Batch, devices: Devices) -> Any:
     """Returns the elements and losses of a batch; for a head with heads inside, a dict of those of each head."""
     if batch.parts is None:
-        elements = clean(head, batch, devices)
-        return Seen(elements, term_of(head, elements))
+        elements = clean(head, batch, devices, copies=bool(jax.tree.leaves(head)))
+        return Seen(elements, term_of(_cut_from_nothing(head, elements), elements))
     return trees.each(head, lambda inner, part: see(inner, part, devices), trees.parts_of(head, batch))
 
 
@@ -45,8 +45,25 @@ def see_for_metrics(head: AbstractHead, batch: Batch, devices: Devices, inside: 
     return Seen(elements, Term(None))
 
 
-def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices) -> Elements:
-    """Returns the elements of the batch of a head without heads inside."""
+def _cut_from_nothing(head: AbstractHead, elements: Elements) -> AbstractHead:
+    """Returns the head. Its learned values get no gradient from a batch in which no row weighs anything.
+
+    Such a batch has no row to copy into masked rows, and a formula may have an infinite slope at the fill.
+    """
+    if not jax.tree.leaves(head):
+        return head
+    some = jnp.any(masking.is_not_zero(elements.weights))
+    return jax.tree.map(lambda x: jnp.where(some, x, jax.lax.stop_gradient(x)), head)
+
+
+def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices, copies: bool = False) -> Elements:
+    """Returns the elements of the batch of a head without heads inside. Formulas never see masked values.
+
+    The gradient of a logit in a masked row is cut off. That of a learned value goes through every row, and 0 times an
+    infinite slope is NaN. So for the loss of a head that has learned values, `copies` asks for masked rows that are
+    copies of a live one: the formula must have a finite slope there anyway. If a loss looks at other rows, the logits
+    of masked rows are 0 all the same: the distance of a row to its copy is 0, where a root has an infinite slope.
+    """
     specs, exists = head.label_spec, gathering.existing(batch)
     weights = masking.ones_like(exists) if batch.weights is None else jnp.asarray(batch.weights)
     live = exists & masking.is_not_zero(weights)
@@ -63,7 +80,10 @@ def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices) -> 
 
     def fill(spec: LabelSpec, labels: Any, illegal: jax.Array, _: str) -> jax.Array:
         labels = jnp.asarray(labels).astype(spec.dtype)
-        return masking.keep(mask_of(spec, labels) & ~illegal, labels, spec.fill)
+        mask = mask_of(spec, labels) & ~illegal
+        if copies:
+            return masking.copy_first(mask, labels, spec.fill, live.ndim - 1, live.shape[-1] > 1)
+        return masking.keep(mask, labels, spec.fill)
 
     labels, bad = batch.labels, live & ~((weights > 0) & jnp.isfinite(weights))
     if specs:
@@ -78,16 +98,20 @@ def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices) -> 
             bad = bad | (live & (jnp.asarray(mask) != 1))
     weights = masking.choose(bad, jnp.ones_like(weights), weights)
     weights = masking.choose(live, weights, jnp.zeros_like(weights))
-    logits = None if batch.logits is None else _mask_logits(head, batch.logits, live, row)
+    logits = None
+    if batch.logits is not None:
+        logits = _mask_logits(head, batch.logits, live, row, copies and head.coupling in ("row", None))
     elements = Elements(labels, logits, weights, bad, Rows(exists, weights))
-    return elements._replace(rows=_make_rows(head, batch, elements, row, devices))
+    return elements._replace(rows=_make_rows(head, batch, elements, row, devices, copies))
 
 
-def _make_rows(head: AbstractHead, batch: Batch, elements: Elements, row: jax.Array, devices: Devices) -> Rows:
+def _make_rows(
+    head: AbstractHead, batch: Batch, elements: Elements, row: jax.Array, devices: Devices, copies: bool
+) -> Rows:
     """Returns what hooks may know about the rows, beside labels and logits."""
     columns = batch.features
     if columns is not None:
-        columns = jax.tree.map(lambda column: masking.keep_rows(row, jnp.asarray(column), 1), columns)
+        columns = jax.tree.map(lambda column: masking.keep_rows(row, jnp.asarray(column), 1, copies), columns)
     rows = Rows(
         exists=elements.rows.exists,
         weights=elements.counted if batch.scale is None else elements.counted * batch.scale,
@@ -110,14 +134,16 @@ def _find_groups(head: AbstractHead, batch: Batch, row: jax.Array) -> jax.Array 
     return masking.keep(row, jnp.where(stray, jnp.nan, groups.indicators), 1)
 
 
-def _mask_logits(head: AbstractHead, logits: Any, live: jax.Array, row: jax.Array) -> Any:
-    """Returns logits as hooks get them: float32, 0 where masked; multiplied, unless the head takes lazy logits.
+def _mask_logits(head: AbstractHead, logits: Any, live: jax.Array, row: jax.Array, copies: bool) -> Any:
+    """Returns logits as hooks get them: float32, multiplied unless the head takes lazy logits.
+
+    Where masked they are 0, or copies of live ones.
 
     For lazy logits the rows of the hidden layer are masked, and the product is masked again. Otherwise a formula with a
     NaN gradient at the fill would send NaN through the zeros of the hidden layer to the kernel.
     """
     if isinstance(logits, Mapping):
-        return {key: _mask_logits(head, inner, row, row) for key, inner in logits.items()}
+        return {key: _mask_logits(head, inner, row, row, copies) for key, inner in logits.items()}
     if isinstance(logits, LinearLogits):
         logits = dataclasses.replace(logits, hidden=masking.keep(row, jnp.asarray(logits.hidden), 0))
         if head.takes_linear:
@@ -126,7 +152,10 @@ def _mask_logits(head: AbstractHead, logits: Any, live: jax.Array, row: jax.Arra
     logits = jnp.asarray(logits, jnp.float32)
     plain = logits.ndim == live.ndim
     mask = live if plain and live.shape[-1] == logits.shape[-1] else row
-    return masking.keep(mask if plain else masking.rows_like(mask, logits), logits, 0)
+    mask = mask if plain else masking.rows_like(mask, logits)
+    if copies:
+        return masking.copy_first(mask, logits, 0, live.ndim - 1, live.shape[-1] > 1)
+    return masking.keep(mask, logits, 0)
 
 
 # Calls of hooks, with checks.
@@ -177,7 +206,7 @@ def observations_of(head: AbstractHead, elements: Elements, extra: bool = True) 
         if key in KEPT:
             raise ValueError(f"{what} is kept by every head already. Use another key.")
         observation.check(what, lead)
-    return observations
+    return {key: observation for key, observation in observations.items() if observation.told_by not in observations}
 
 
 def debug_check(head: AbstractHead, elements: Elements) -> None:

@@ -4,6 +4,7 @@ It runs in Python at every call, and selects the arrays that enter compiled code
 """
 
 import functools
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from jaxheads.numerics import labels as rules
 from jaxheads.numerics.batch import ABSENT, Batch, Given, Masks
 from jaxheads.numerics.labels import LabelSpec
 from jaxheads.numerics.linear import LinearLogits
+from jaxheads.numerics.reduction import SMALLEST_SUM, Reduction
+from jaxheads.numerics.warned import MaskWarning
 
 
 def gather(head: AbstractHead, given: Given) -> Batch:
@@ -49,6 +52,8 @@ def gather(head: AbstractHead, given: Given) -> Batch:
     live = _live_on_host(where, weights, given.check)
     if weights is not None and live is not None:
         _check_weight_values(np.asarray(weights), live, weights_name)
+        if given.divides and head.loss_reduction is Reduction.SUM_OVER_BATCH_SIZE:
+            _warn_of_mask(np.asarray(weights), _live_on_host(where, None, given.check), weights_name)
     batch = Batch(
         labels=_gather_labels(head, given, lead, where, weights, live),
         logits=logits,
@@ -249,6 +254,31 @@ def _check_weight_values(weights: np.ndarray, live: np.ndarray, what: str) -> No
         raise ValueError(
             f"{what} must be finite and not negative. Given {np.broadcast_to(weights, bad.shape)[position]!s} at index "
             f"{position}. Use 0 to hide an element, where=False to leave it out."
+        )
+    if 0 < (largest := np.max(np.where(live, weights, 0), initial=0)) < SMALLEST_SUM:
+        raise ValueError(
+            f"{what} must not all be tiny: float32 loses a part of their sum. Given at most {largest:.3g}, expected at "
+            f"least one of {SMALLEST_SUM:g} or more. Multiply all by one number, such as weights / weights.max()."
+        )
+
+
+_told_of_mask: list[bool] = []
+
+
+def _warn_of_mask(weights: np.ndarray, exists: np.ndarray | None, what: str) -> None:
+    """Tells once that weights of 0 and 1 are no mask: the loss is divided by the number of all elements."""
+    if _told_of_mask or exists is None or not weights.size:
+        return
+    hidden = (weights == 0) & exists
+    if hidden.any() and bool(np.all((weights == 0) | (weights == 1))):
+        _told_of_mask.append(True)
+        warnings.warn(
+            f"{what} are 0 and 1, {int(hidden.sum())} of {weights.size} are 0, and the loss is divided by the number "
+            "of all elements, as in tf.estimator. If they are a mask, pass where= in their place, or build the head "
+            'with loss_reduction="mean". This is told once. To silence it: '
+            'warnings.filterwarnings("ignore", category=jh.MaskWarning).',
+            MaskWarning,
+            stacklevel=4,
         )
 
 

@@ -55,6 +55,9 @@ def value(head: Any, batch: Batch, sums: Any) -> jax.Array:
     normalizer = batch.normalizer
     if normalizer is None or isinstance(normalizer, Divisor):
         by = sums.divisor if normalizer is None else normalizer.value
+        if head.loss_reduction is Reduction.MEAN:
+            # NaN, as for an illegal weight.
+            by = jnp.where((by > 0) & (by < reduction.SMALLEST_SUM), jnp.nan, by)
         return sums.total if head.loss_reduction is Reduction.SUM else reduction.divide(sums.total, by)
     return reduction.divide(sums.total, jnp.asarray(normalizer, jnp.float32))
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxheads.contract import AVERAGE_LOSS, AbstractHead
 from jaxheads.engine import gathering
@@ -17,7 +16,7 @@ from jaxheads.metrics import Count, Grouped, Mean, Observation
 from jaxheads.metrics.base import COUNT, DIVISOR, LOSS, RESERVED, Path, is_part_of, join_names
 from jaxheads.metrics.mean import Total
 from jaxheads.metrics.reading import slots
-from jaxheads.metrics.state import views_of_nothing
+from jaxheads.metrics.state import read_nothing
 from jaxheads.numerics import fields, hooks
 from jaxheads.numerics import labels as rules
 from jaxheads.numerics.batch import Elements, Rows
@@ -109,8 +108,8 @@ def read(head: Any, seen: Mapping[Path, Any]) -> dict[tuple[str, str | None], An
 @functools.lru_cache(maxsize=1024)
 def directions(head: Any) -> dict[str, bool | None]:
     """Tells, by a metric's full name, whether a higher value is better; None where neither is better, or unknown."""
-    with np.errstate(all="ignore"):
-        return {join_names(*key): higher for key, higher in _directions(head, views_of_nothing(head)).items()}
+    found = read_nothing(head, lambda views: _directions(head, views))
+    return {join_names(*key): higher for key, higher in found.items()}
 
 
 def _directions(head: Any, seen: Mapping[Path, Any]) -> dict[tuple[str, str | None], bool | None]:

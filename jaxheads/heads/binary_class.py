@@ -11,7 +11,7 @@ import numpy as np
 from jaxheads import losses, spec
 from jaxheads.contract import LabelSpec, WeightColumn
 from jaxheads.heads import constants, loss_functions, scoring
-from jaxheads.metrics import LogitGrid, Mean, Observation, Scores
+from jaxheads.metrics import GrowingGrid, Mean, Observation, Scores
 from jaxheads.metrics.base import SCORES
 from jaxheads.metrics.grids import AbstractGrid
 from jaxheads.numerics import stable, vocabulary
@@ -45,7 +45,7 @@ class BinaryClassHead(loss_functions.AbstractLossFnHead):
         loss_fn: `loss_fn(labels, logits[, features])` returns one loss for each element, `[..., 1]`. Other arguments
             must be keyword-only with a default, or bound by `functools.partial`.
         name: is appended to the metric keys.
-        bins: `LogitGrid(...)` (default), or `ThresholdGrid(200)` for TensorFlow's numbers.
+        bins: `GrowingGrid()` (default), `LogitGrid(low, high, n)`, or `ThresholdGrid(200)` for TensorFlow's numbers.
 
     Raises:
         ValueError: thresholds outside (0, 1), or two that print alike; a vocabulary that is not two names; a `loss_fn`
@@ -62,7 +62,7 @@ class BinaryClassHead(loss_functions.AbstractLossFnHead):
     0.5970...
     >>> values = head.measure(labels=labels, logits=logits).compute()
     >>> values["auc"], values["recall/positive_threshold_0.3"]
-    (np.float32(0.75), np.float32(1.0))
+    (0.75, 1.0)
 
     The original's documented example:
 
@@ -79,7 +79,7 @@ class BinaryClassHead(loss_functions.AbstractLossFnHead):
     _: dataclasses.KW_ONLY
     thresholds: Sequence[float] | None = None
     label_vocabulary: Sequence[str] | None = None
-    bins: AbstractGrid = LogitGrid()
+    bins: AbstractGrid = GrowingGrid()
 
     logits_dimension = 1
     higher_is_better = scoring.HIGHER_IS_BETTER

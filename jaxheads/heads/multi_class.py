@@ -53,7 +53,7 @@ class MultiClassHead(loss_functions.AbstractLossFnHead):
     >>> head = jh.MultiClassHead(3, label_vocabulary=("ant", "bee", "cat"))
     >>> logits = jnp.array([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]])
     >>> head.measure(labels=["bee", "cat"], logits=logits).compute()["accuracy"]
-    np.float32(0.5)
+    0.5
     >>> head.decode_predictions(head.predictions(logits, "class_ids"))["classes"].tolist()
     [['bee'], ['ant']]
 
@@ -110,10 +110,10 @@ class MultiClassHead(loss_functions.AbstractLossFnHead):
 
         def scores() -> Scores:
             one_hot = meshes.columns(logits, labels.dtype) == labels
-            return Scores(one_hot, stable.log_odds_of_each(logits), None, names=names)
+            return Scores(one_hot, stable.log_odds_of_each(logits), None, names=names, exclusive=True)
 
         return {
-            CONFUSION: lambda: metrics.ConfusionTable.of(labels, stable.first_argmax(logits), names),
+            CONFUSION: lambda: metrics.ConfusionTable(labels, stable.first_argmax(logits), names),
             RANKS: lambda: metrics.Ranks(stable.rank(logits, labels), n),
             SCORES: scores,
         }

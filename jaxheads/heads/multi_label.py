@@ -11,7 +11,7 @@ import numpy as np
 from jaxheads import losses, spec
 from jaxheads.contract import LabelSpec, Rows, Term
 from jaxheads.heads import constants, loss_functions, scoring
-from jaxheads.metrics import ColumnMeans, LogitGrid, Observation, Scores
+from jaxheads.metrics import ColumnMeans, GrowingGrid, Observation, Scores
 from jaxheads.metrics.base import SCORES, join_names
 from jaxheads.metrics.grids import AbstractGrid
 from jaxheads.numerics import inputs, masking, vocabulary
@@ -52,7 +52,7 @@ class MultiLabelHead(loss_functions.AbstractLossFnHead):
             float32. Other arguments must be keyword-only with a default, or bound by `functools.partial`.
         classes_for_class_based_metrics: class ids, or names of the vocabulary.
         name: is appended to the metric keys.
-        bins: `LogitGrid(...)` (default), or `ThresholdGrid(200)` for TensorFlow's numbers.
+        bins: `GrowingGrid()` (default), `LogitGrid(low, high, n)`, or `ThresholdGrid(200)` for TensorFlow's numbers.
 
     Raises:
         ValueError: `n_classes` below 2; thresholds outside (0, 1), or two that print alike; a vocabulary of another
@@ -89,7 +89,7 @@ class MultiLabelHead(loss_functions.AbstractLossFnHead):
     thresholds: Sequence[float] | None = None
     label_vocabulary: Sequence[str] | None = None
     classes_for_class_based_metrics: Sequence[int | str] | None = None
-    bins: AbstractGrid = LogitGrid()
+    bins: AbstractGrid = GrowingGrid()
 
     higher_is_better = scoring.HIGHER_IS_BETTER
 

@@ -36,7 +36,7 @@ def check_thresholds(thresholds: Any) -> None:
 def check_bins(bins: Any) -> None:
     """Refuses every value that is not a grid."""
     if not isinstance(bins, AbstractGrid):
-        raise ValueError(f"bins must be jh.LogitGrid(...) or jh.ThresholdGrid(n). Given {bins!r}.")
+        raise ValueError(f"bins must be jh.GrowingGrid(), jh.LogitGrid(...) or jh.ThresholdGrid(n). Given {bins!r}.")
 
 
 def class_names(label_vocabulary: Any, n: int) -> tuple[str, ...]:

@@ -6,18 +6,20 @@ histogram. One rule each holds for all of them:
 * **The undefined.** A metric whose denominator is 0 was not measured: it is the `undefined` of `compute`, NaN by
   default. So are areas and operating points without positives, and those of ROC curves without negatives.
 * **Absent classes.** `average="macro"` is the mean over the classes for which the metric is defined, `"weighted"` the
-  same by their support, the weight of their positives (scikit-learn's `zero_division=nan`); `undefined` if there are
-  none. `"micro"`, the default, takes all entries for examples of one class; None gives each class its `KEY/CLASS`.
-  Means have keys of their own: `auc_macro`, `precision_weighted/positive_threshold_0.3`.
+  same by their support, the weight of their positives (scikit-learn's `zero_division=nan`). With another `undefined`
+  than NaN, a class without a value counts as that: `compute(undefined=0.0)` is scikit-learn's default. `"micro"`, the
+  default, takes all entries for examples of one class; None gives each class its `KEY/CLASS`. Means have keys of their
+  own: `auc_macro`, `precision_weighted/positive_threshold_0.3`.
 * **Ties.** Positive means a score above the threshold, not one that equals it. The user's thresholds and z = 0 are
   edges of the bins, so what is decided there is exact. Elsewhere scores in one bin are taken for equal, of which a pair
   counts half; what their order may change spans the interval `KEY/lower`, `KEY/upper` of `compute(bounds=True)`, which
   holds the value of the same scores without bins.
 
-`MultiClassHead` has scores too, the log odds of each class against all others, and beside them a confusion matrix
-(which metrics of decisions read where no threshold is given) and the rank of the label. What is predicted is the first
-of the largest logits; a row with a NaN is predicted nothing and wrong, and makes scores NaN. Heads of regression have
-the moments of labels and predictions, after the inverse link.
+`MultiClassHead` has scores too, the log odds of each class against all others, and beside them a confusion matrix and
+the rank of the label. Metrics of decisions without a threshold keep three sums a class of that matrix, for any number
+of classes; only `ConfusionMatrix` and a `CohenKappa` with weights keep all pairs, for up to 4,096 classes. What is
+predicted is the first of the largest logits; a row with a NaN is predicted nothing and wrong, and makes scores NaN.
+Heads of regression have the moments of labels and predictions, after the inverse link.
 """
 
 import importlib as _importlib
@@ -29,6 +31,7 @@ from jaxheads.metrics.base import Observation as Observation
 from jaxheads.metrics.base import View as View
 from jaxheads.metrics.curves import Interval as Interval
 from jaxheads.metrics.curves import ScoresView as ScoresView
+from jaxheads.metrics.grids import GrowingGrid as GrowingGrid
 from jaxheads.metrics.grids import LogitGrid as LogitGrid
 from jaxheads.metrics.grids import ThresholdGrid as ThresholdGrid
 from jaxheads.metrics.groups import Bootstrap as Bootstrap
@@ -43,9 +46,7 @@ from jaxheads.metrics.mean import Mean as Mean
 from jaxheads.metrics.mean import MeanView as MeanView
 from jaxheads.metrics.mean import Total as Total
 from jaxheads.metrics.scores import Scores as Scores
-from jaxheads.metrics.state import BadInputWarning as BadInputWarning
 from jaxheads.metrics.state import Metrics as Metrics
-from jaxheads.metrics.state import RoundingWarning as RoundingWarning
 
 if _typing.TYPE_CHECKING:
     from jaxheads.metrics.areas import AveragePrecision as AveragePrecision
@@ -60,6 +61,8 @@ if _typing.TYPE_CHECKING:
     from jaxheads.metrics.classes import MeanIoU as MeanIoU
     from jaxheads.metrics.classes import OneVsRestAuc as OneVsRestAuc
     from jaxheads.metrics.classes import Perplexity as Perplexity
+    from jaxheads.metrics.confusion import ClassCounts as ClassCounts
+    from jaxheads.metrics.confusion import ClassesView as ClassesView
     from jaxheads.metrics.confusion import ConfusionTable as ConfusionTable
     from jaxheads.metrics.confusion import ConfusionView as ConfusionView
     from jaxheads.metrics.moments import Moments as Moments
@@ -97,7 +100,7 @@ _LAZY = {
         "areas": ("AveragePrecision", "KolmogorovSmirnov", "PrAuc", "RocAuc"),
         "calibration": ("BaseRate", "BrierScore", "ExpectedCalibrationError", "LogLoss"),
         "classes": ("ConfusionMatrix", "MeanIoU", "OneVsRestAuc", "Perplexity"),
-        "confusion": ("ConfusionTable", "ConfusionView"),
+        "confusion": ("ClassCounts", "ClassesView", "ConfusionTable", "ConfusionView"),
         "moments": ("Moments", "MomentsView"),
         "operating": (
             "BestThreshold",

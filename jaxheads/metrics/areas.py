@@ -15,6 +15,7 @@ Each takes `average` and `name`; the rules for ties, for 0/0 and for absent clas
 import dataclasses
 from typing import Any
 
+from jaxheads.metrics.base import Observation
 from jaxheads.metrics.curves import Interval, ScoresView
 from jaxheads.metrics.outcomes import Outcomes
 from jaxheads.metrics.scored import AbstractScoreMetric
@@ -59,24 +60,31 @@ class AveragePrecision(AbstractScoreMetric):
     stem = "average_precision"
     higher_is_better = True
 
+    def refine(self, observation: Any) -> Observation:
+        return super().refine(dataclasses.replace(observation, ties=True))
+
     def read(self, view: ScoresView) -> Interval:
-        xp, p, worst = view.xp, view.positive, view.worst()
-
         def averaged(precision: Any) -> Any:
-            return view.zeroed().ratio((p * precision).sum(-1), view.positives)
+            return view.zeroed().ratio((view.positive * precision).sum(-1), view.positives)
 
-        # Most is reached if the positives of a bucket come first, and at once. Least, if its negatives do and then its
-        # positives in ever smaller parts: the integral of (t + x) / (t + x + FP) over x from 0 to p, where t are the
-        # positives above the bucket, and FP the negatives above and inside it.
-        apart = p - worst.false_positives * xp.log1p(
-            view.zeroed().ratio(p, worst.true_positives + worst.false_positives)
-        )
         return view.interval(
             view.positives > 0,
             averaged(view.cuts().zeroed().precision[..., :-1]),
-            lower=view.zeroed().ratio(apart.sum(-1), view.positives),
+            lower=view.zeroed().ratio(self._sum_worst(view).sum(-1), view.positives),
             upper=averaged(view.ideal().zeroed().precision),
         )
+
+    def _sum_worst(self, view: ScoresView) -> Any:
+        """For each bucket the least sum of precisions that its positives can have, in any order of its scores.
+
+        It is least if the negatives of the bucket come first. Positives that are tied come at once. Else it is least if
+        they come in ever smaller parts: the integral of (t + x) / (t + x + F) over x from 0 to p, where t are the
+        positives above the bucket, and F the negatives above and inside it.
+        """
+        xp, p, worst, ratio = view.xp, view.positive, view.worst(), view.zeroed().ratio
+        false, above = worst.false_positives, worst.true_positives
+        apart = p - false * xp.log1p(ratio(p, above + false))
+        return apart if view.tied is None else xp.where(view.tied, p * ratio(above + p, above + p + false), apart)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxheads.numerics import fields
 
@@ -26,6 +27,8 @@ SLICE, SLICE_SIZE, REGULARIZATION_LOSS = RESERVED = ("slice", "count", "regulari
 # The sources that heads of the library have: the score histogram, the confusion matrix, the rank of the label, and the
 # moments of labels and predictions. A head observes its own histogram under the same key.
 SCORES, CONFUSION, RANKS, MOMENTS = "scores", "confusion", "ranks", "moments"
+# What metrics keep of a confusion matrix that need three sums a class, and not all pairs of classes.
+COUNTS = "class_counts"
 
 
 def join_names(*parts: str | None) -> str:
@@ -43,10 +46,13 @@ def at_threshold(key: str, threshold: float) -> str:
     return f"{key}/positive_threshold_{threshold:g}"
 
 
-def calibration_key(bins: int) -> str:
-    """The key of the observation for the calibration in so many bins."""
-    return f"calibration/{bins}"
+def calibration_key(bins: int, whole: bool = False) -> str:
+    """The key of the observation for the calibration in so many bins; `whole`: of the class that is predicted."""
+    return f"calibration/{bins}{WHOLE if whole else ''}"
 
+
+# What the key of an observation ends with that is of a row, where classes exclude each other, and not of each entry.
+WHOLE = "/classes"
 
 # Where an observation stands in a state: the names of the heads around its own, then its key.
 Path: TypeAlias = tuple[str, ...]
@@ -57,6 +63,8 @@ class Observation(abc.ABC):
 
     # Whether `reduce` does nothing but add: then it reduces all groups at once.
     only_sums: ClassVar[bool] = False
+    # The key of an observation that tells all that this one does: beside it, this one is not kept.
+    told_by: ClassVar[str | None] = None
 
     @property
     @abc.abstractmethod
@@ -128,10 +136,20 @@ class View:
         """The same view, whose 0/0 is 0: what is not there adds nothing."""
         return self.with_undefined(0.0)
 
-    def mean_over(self, values: Any, defined: Any, weights: Any = None) -> Any:
-        """The mean over the last axis (classes, targets), of those alone for which there is a value.
+    def average(self, values: Any, defined: Any, weights: Any = None) -> Any:
+        """The mean over the last axis (classes, targets). An entry without a value counts as `undefined`.
 
-        What was not measured says nothing, and is no 0: an absent class neither lifts a mean nor lowers it.
+        If `undefined` is NaN, the mean is over the entries that have a value.
+        """
+        if np.isnan(self.undefined):
+            return self.mean_over(values, defined, weights)
+        every = self.xp.where(defined, values, self.xp.full_like(values, self.undefined))
+        return self.mean_over(every, self.xp.ones_like(every, dtype=bool), weights)
+
+    def mean_over(self, values: Any, defined: Any, weights: Any = None) -> Any:
+        """The mean over the last axis (classes, targets), of the entries that have a value.
+
+        An absent class was not measured: it neither lifts the mean nor lowers it.
         """
         xp = self.xp
         each = xp.where(defined, xp.ones_like(values) if weights is None else weights, xp.zeros_like(values))

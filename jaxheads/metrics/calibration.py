@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxheads.metrics.base import CONFUSION, Observation, View, calibration_key
+from jaxheads.metrics.base import CONFUSION, WHOLE, Observation, View, calibration_key
 from jaxheads.metrics.scored import AbstractScoreMetric
 from jaxheads.numerics import inputs, masking
 from jaxheads.numerics.edges import edges_of
@@ -199,7 +199,7 @@ class AbstractSumsMetric(AbstractScoreMetric):
 
     @property
     def _kept_whole(self) -> str:
-        return f"{self.kept}/classes"
+        return f"{self.kept}{WHOLE}"
 
     def summarize(self, seen: Mapping[str, Any]) -> Mapping[str, Any]:
         by_row = self.average == "micro" and self._kept_whole in seen

@@ -2,8 +2,8 @@
 
 What is told by a decision for or against each class, such as `Precision`, `Recall`, `FBeta`, `IoU`, `Support`,
 `BalancedAccuracy`, `CohenKappa` and `MatthewsCorrcoef`, is with the other metrics of decisions: without a threshold
-they read the confusion matrix here too. What is told by scores, such as `AveragePrecision`, reads the histogram of each
-class against all others.
+they read the hits and errors of the head by class. What is told by scores, such as `AveragePrecision`, reads the
+histogram of each class against all others.
 
 >>> import jax.numpy as jnp
 >>> import jaxheads as jh
@@ -25,8 +25,8 @@ from typing import Any, Literal
 
 import jax
 
-from jaxheads.metrics.base import AVERAGE_LOSS, CONFUSION, AbstractSourceMetric, Metric, Observation
-from jaxheads.metrics.confusion import ConfusionView
+from jaxheads.metrics.base import AVERAGE_LOSS, CONFUSION, COUNTS, AbstractSourceMetric, Metric, Observation
+from jaxheads.metrics.confusion import ClassCounts, ClassesView, ConfusionView
 from jaxheads.metrics.curves import Interval, ScoresView
 from jaxheads.metrics.grids import AbstractGrid
 from jaxheads.metrics.scored import AbstractScoreMetric, Average
@@ -71,9 +71,17 @@ class MeanIoU(AbstractSourceMetric):
     source = CONFUSION
     higher_is_better = True
 
-    def values(self, view: ConfusionView) -> dict[str, Any]:
-        each = dataclasses.replace(view.by_class(), undefined=float("nan")).at_zero().iou
-        return {"mean_iou": view.mean_over(each, ~view.xp.isnan(each))}
+    def observe(
+        self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]
+    ) -> Mapping[str, Observation]:
+        return {COUNTS: ClassCounts.of(self.made(sources))}
+
+    def summarize(self, seen: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self.values(ClassCounts.view(seen))
+
+    def values(self, view: ClassesView) -> dict[str, Any]:
+        each = view.by_class().with_undefined(float("nan")).at_zero().iou
+        return {"mean_iou": view.average(each, ~view.xp.isnan(each))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +93,7 @@ class OneVsRestAuc(AbstractScoreMetric):
 
     Args:
         average: `"macro"`, `"weighted"` by support, None for each class, `"micro"` for all together.
-        bins: of the log odds, by default a `LogitGrid`. They serve all metrics of the head's scores, `RocAuc` and the
+        bins: of the log odds, by default a `GrowingGrid`. They serve all metrics of the head's scores, `RocAuc` and the
             rest.
 
     Source: `sklearn.metrics.roc_auc_score(multi_class="ovr")`; Provost and Domingos (2000).
@@ -107,7 +115,9 @@ class OneVsRestAuc(AbstractScoreMetric):
     def __post_init__(self):
         super().__post_init__()
         if not isinstance(self.bins, (AbstractGrid, type(None))):
-            raise ValueError(f"OneVsRestAuc: bins must be jh.LogitGrid(...) or jh.ThresholdGrid(n): {self.bins!r}.")
+            raise ValueError(
+                f"OneVsRestAuc: bins must be jh.GrowingGrid(), jh.LogitGrid(...) or jh.ThresholdGrid(n): {self.bins!r}."
+            )
 
     def refine(self, observation: Any) -> Observation:
         return super().refine(dataclasses.replace(observation, grid=self.bins or observation.grid))
@@ -125,7 +135,7 @@ class Perplexity(Metric):
     >>> import jaxheads as jh
     >>> head = jh.MultiClassHead(4).with_metrics(jh.metrics.Perplexity())
     >>> head.measure(labels=[1], logits=[[0.0, 0.0, 0.0, 0.0]]).compute()["perplexity"]
-    np.float32(4.0)
+    4.0
     """
 
     higher_is_better = False

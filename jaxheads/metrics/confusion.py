@@ -1,17 +1,21 @@
-"""The confusion matrix: weights by class and predicted class, and what it tells."""
+"""Decisions for one of many classes: weights by label and predicted class, of all pairs or in three sums a class."""
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.metrics.base import Observation, View
+from jaxheads.metrics.base import CONFUSION, COUNTS, Observation, View
 from jaxheads.metrics.outcomes import Outcomes
 from jaxheads.numerics import masking
 from jaxheads.numerics.histograms import histogram
+
+# A table of more classes than this is refused. The state of 4,096 classes takes 134 MB.
+MOST_CLASSES = 4096
 
 
 @jax.tree_util.register_dataclass
@@ -23,23 +27,19 @@ class ConfusionTable(Observation):
     they are misses of their class, and hits of none.
 
     Args:
-        pairs: `label * (n + 1) + predicted`, int32 `[..., 1]`: one number, for in large batches each row keeps it.
-        names: of the n classes, as the keys of metrics show them.
+        labels: class ids, int32 `[..., 1]`.
+        predicted: class ids of the same shape; n where nothing is predicted.
+        names: the names of the n classes, as the keys of metrics show them.
     """
 
-    pairs: Any
+    labels: Any
+    predicted: Any
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def of(cls, labels: Any, predicted: Any, names: tuple[str, ...]) -> "ConfusionTable":
-        """From class ids, int32 `[..., 1]`; what is predicted is n for none."""
-        return cls(labels * np.int32(len(names) + 1) + predicted, names)
 
     @property
     def right(self) -> jax.Array:
         """Whether the label is predicted, bool `[..., 1]`."""
-        n = np.int32(len(self.names) + 1)
-        return self.pairs // n == self.pairs % n
+        return self.labels == self.predicted
 
     @property
     def size(self) -> int:
@@ -48,58 +48,141 @@ class ConfusionTable(Observation):
 
     @property
     def is_late(self) -> bool:
-        """Of many classes the table is larger than a tile of rows."""
+        """Tells whether the table has more sums than a tile has rows: it then costs least to fill it once."""
         return self.size >= 2**14
+
+    def check(self, what: str, lead: tuple[int, ...]) -> None:
+        """Refuses also a table of too many classes."""
+        super().check(what, lead)
+        if (n := len(self.names)) > MOST_CLASSES:
+            raise ValueError(
+                f"{what} is a table of all pairs of {n} classes: {self.size * 8 / 1e9:.1f} GB of state. The most is "
+                f"{MOST_CLASSES} classes. Leave out jh.metrics.ConfusionMatrix and a CohenKappa with weights. "
+                "Precision, Recall, FBeta, IoU, Support and their like keep three sums a class."
+            )
 
     def reduce(self, weights: jax.Array) -> jax.Array:
         """One number says the pair, so that one histogram counts them."""
-        return histogram(self.pairs, (jnp.asarray(weights, jnp.float32),), self.size).ravel()
+        return histogram(self._pairs, (jnp.asarray(weights, jnp.float32),), self.size).ravel()
 
     def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
         """Where groups do not overlap, the number says the group too."""
         if groups.ids is None:
             return super().reduce_by(weights, groups)
         weights = masking.keep(groups.ids >= 0, jnp.asarray(weights, jnp.float32), 0)
-        keys = jnp.maximum(groups.ids, 0) * np.int32(self.size) + self.pairs
+        keys = jnp.maximum(groups.ids, 0) * np.int32(self.size) + self._pairs
         return histogram(keys, (weights,), groups.n * self.size).reshape(groups.n, self.size)
+
+    @property
+    def _pairs(self) -> jax.Array:
+        return self.labels * np.int32(len(self.names) + 1) + self.predicted
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "ConfusionView":
         """The matrix, with the metrics that it tells."""
         n = len(self.names)
-        return ConfusionView(xp, undefined, sums.reshape((*sums.shape[:-1], n, n + 1)), self.names)
+        table = sums.reshape((*sums.shape[:-1], n, n + 1))
+        wrong = table * _make_constant(1 - np.eye(n, n + 1), table, xp)
+        hits = table[..., np.arange(n), np.arange(n)]
+        return ConfusionView(xp, undefined, hits, wrong[..., :-1].sum(-2), wrong.sum(-1), self.names, table=table)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ClassCounts(Observation):
+    """Three weights for each class, `[3, n]`: of its hits, of rows predicted as it by mistake, and of its misses.
+
+    They tell all that a decision for or against each class tells, and take a state that is linear in n.
+
+    Args:
+        labels, predicted, names: as for `ConfusionTable`.
+    """
+
+    labels: Any
+    predicted: Any
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    told_by = CONFUSION
+
+    @classmethod
+    def of(cls, table: ConfusionTable) -> "ClassCounts":
+        """Keeps less of the same decisions."""
+        return cls(table.labels, table.predicted, table.names)
+
+    @staticmethod
+    def view(seen: Mapping[str, Any]) -> "ClassesView":
+        """The view of the counts, or of the table that is kept in their place."""
+        return seen[COUNTS if COUNTS in seen else CONFUSION]
+
+    @property
+    def size(self) -> int:
+        """Three sums a class."""
+        return 3 * len(self.names)
+
+    @property
+    def is_late(self) -> bool:
+        """Tells whether there are more sums than a tile has rows."""
+        return self.size >= 2**14
+
+    def reduce(self, weights: jax.Array) -> jax.Array:
+        """The sums of this batch."""
+        return self._count(weights, np.int32(0), 1).ravel()
+
+    def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
+        """Where groups do not overlap, all are counted at once."""
+        if groups.ids is None:
+            return super().reduce_by(weights, groups)
+        weights = masking.keep(groups.ids >= 0, jnp.asarray(weights, jnp.float32), 0)
+        first = jnp.maximum(groups.ids, 0) * np.int32(len(self.names))
+        counts = self._count(weights, first, groups.n).reshape(3, groups.n, len(self.names))
+        return jnp.moveaxis(counts, 1, 0).reshape(groups.n, self.size)
+
+    def _count(self, weights: jax.Array, first: Any, groups: int) -> jax.Array:
+        """The sums `[3, groups * n]`; the classes of a row's group begin at `first`."""
+        n, right = np.int32(len(self.names)), self.labels == self.predicted
+        weights = jnp.asarray(weights, jnp.float32)
+        hits, misses = masking.keep(right, weights, 0), masking.keep(~right, weights, 0)
+        mistaken = masking.keep(self.predicted < n, misses, 0)
+        by_label = histogram(self.labels + first, (hits, misses), groups * int(n))[:, 0]
+        by_prediction = histogram(jnp.minimum(self.predicted, n - 1) + first, (mistaken,), groups * int(n))[:, 0]
+        return jnp.stack([by_label[0], by_prediction[0], by_label[1]])
+
+    def read(self, sums: Any, xp: Any, undefined: float) -> "ClassesView":
+        """The counts, with the metrics that they tell."""
+        three = sums.reshape((*sums.shape[:-1], 3, len(self.names)))
+        hits, false_positives, false_negatives = (three[..., i, :] for i in range(3))
+        return ClassesView(xp, undefined, hits, false_positives, false_negatives, self.names)
 
 
 @dataclasses.dataclass(frozen=True)
-class ConfusionView(View):
-    """A confusion matrix that can be read.
+class ClassesView(View):
+    """Decisions for one of many classes that can be read.
 
     Attributes:
-        table: the weights `[..., n, n + 1]`, as `ConfusionTable` has them.
-        names: of the classes.
+        hits: the weight of the rows of each class that are predicted as such, `[..., n]`.
+        false_positives: the weight of other rows that are predicted as the class.
+        false_negatives: the weight of the rows of the class that are not predicted as such.
+        names: the names of the classes.
         apart: whether outcomes are of each class against all others, or of all classes together.
     """
 
-    table: Any
+    hits: Any
+    false_positives: Any
+    false_negatives: Any
     names: tuple[str, ...]
     apart: bool = False
-
-    @property
-    def matrix(self) -> Any:
-        """Weights by label (rows) and predicted class (columns), `[..., n, n]`."""
-        return self.table[..., :-1]
 
     @functools.cached_property
     def support(self) -> Any:
         """The weight of the labels of each class, `[..., n]`."""
-        return self.table.sum(-1)
+        return self.hits + self.false_negatives
 
     @property
     def total(self) -> Any:
         """The weight of all rows."""
-        return self.table.sum((-2, -1))[..., None] if self.apart else self.table.sum((-2, -1))
+        return self.support.sum(-1)[..., None] if self.apart else self.support.sum(-1)
 
-    def by_class(self) -> "ConfusionView":
-        """Of which outcomes have the classes on a last axis."""
+    def by_class(self) -> "ClassesView":
+        """The same, with outcomes that have the classes on a last axis."""
         return dataclasses.replace(self, apart=True)
 
     def at_zero(self) -> Outcomes:
@@ -116,80 +199,113 @@ class ConfusionView(View):
         True negatives are put together from parts that do not cancel: in float32 a difference of large sums would lose
         the small classes.
         """
-        n = len(self.names)
-        hits = self.table[..., np.arange(n), np.arange(n)]
-        wrong = self.table * self._make_constant(1 - np.eye(n, n + 1))
-        false_positives, false_negatives = wrong[..., :-1].sum(-2), wrong.sum(-1)
-        missed = self.xp.maximum(wrong.sum((-2, -1))[..., None] - false_positives - false_negatives, 0.0)
-        right = (hits[..., None, :] * self._make_constant(1 - np.eye(n))).sum(-1)
-        return hits, false_positives, false_negatives, right + missed
+        missed = self._sum_others(self.false_negatives) - self.false_positives
+        negatives = self._sum_others(self.hits) + self.xp.maximum(missed, 0.0)
+        return self.hits, self.false_positives, self.false_negatives, negatives
 
     def balanced_accuracy(self) -> Any:
         """The mean recall of the classes that have labels."""
-        hits, _, missed, _ = self._four
-        return self.mean_over(self.ratio(hits, hits + missed), self.support > 0)
+        return self.mean_over(self.ratio(self.hits, self.support), self.support > 0)
 
     def kappa(self, weights: str | None) -> Any:
-        """`1 - sum(w_ij O_ij) / sum(w_ij E_ij)`, with E what labels and predictions would give if independent.
+        """`1 - sum(O_ij) / sum(E_ij)` over i and j that differ; E is O if labels and predictions were independent.
 
         A row without a prediction is as wrong as can be.
         """
-        n = len(self.names)
-        steps = np.abs(np.subtract.outer(np.arange(n), np.arange(n)))
-        steps = {None: steps > 0, "linear": steps, "quadratic": steps**2}[weights]
-        cost = self._make_constant(np.concatenate([steps, np.full((n, 1), steps.max())], 1))
-        labels, predicted = self._divide_by_total(self.support), self._divide_by_total(self.table.sum(-2))
-        observed = self._divide_by_total((cost * self.table).sum((-2, -1))[..., None])[..., 0]
-        expected = (cost * (labels[..., :, None] * predicted[..., None, :])).sum((-2, -1))
+        labels, predicted = self._divide_by_total(self.support), self._share_predictions()
+        observed = self._divide_by_total(self.false_negatives).sum(-1)
+        expected = (labels * (self._sum_others(predicted[..., :-1]) + predicted[..., -1:])).sum(-1)
         return self.ratio(expected - observed, expected)
 
     def matthews_corrcoef(self) -> Any:
         """Gorodkin's R_K, the correlation of labels and predictions as one-hot vectors."""
         # sum_k (c_kk - t_k p_k) of shares is TP TN - FP FN of each class: what is common has cancelled already.
         tp, fp, fn, tn = map(self._divide_by_total, self._four)
-        covariance = (tp * tn - fp * fn).sum(-1)
-
-        def variance(shares: Any) -> Any:
-            # sum_k s_k (1 - s_k), as a sum over pairs of classes.
-            pairs = shares[..., :, None] * shares[..., None, :]
-            return (pairs * self._make_constant(1 - np.eye(shares.shape[-1]))).sum((-2, -1))
-
         root = self.xp.sqrt
-        labels, predicted = (variance(self._divide_by_total(x)) for x in (self.support, self.table.sum(-2)))
-        return self.ratio(covariance, root(labels) * root(predicted))
+        # sum_k s_k (1 - s_k) of the shares of labels, and of predictions.
+        both = (self._divide_by_total(self.support), self._share_predictions())
+        labels, predicted = ((shares * self._sum_others(shares)).sum(-1) for shares in both)
+        return self.ratio((tp * tn - fp * fn).sum(-1), root(labels) * root(predicted))
 
-    def _make_constant(self, array: np.ndarray) -> Any:
-        """A constant `[a, b]` beside the table."""
-        return self.xp.asarray(array[(None,) * (self.table.ndim - 2)], self.table.dtype)
+    def _share_predictions(self) -> Any:
+        """The share of each predicted class, and of rows without a prediction, `[..., n + 1]`."""
+        predicted = self.hits + self.false_positives
+        none = self.xp.maximum(self.support.sum(-1) - predicted.sum(-1), 0.0)
+        return self._divide_by_total(self.xp.concatenate([predicted, none[..., None]], -1))
+
+    def _sum_others(self, x: Any) -> Any:
+        """For each entry of the last axis the sum of all others, without a difference."""
+        xp = self.xp
+        zero = xp.zeros_like(x[..., :1])
+        before = xp.concatenate([zero, xp.cumsum(x[..., :-1], -1)], -1)
+        after = xp.flip(xp.concatenate([zero, xp.cumsum(xp.flip(x, -1)[..., :-1], -1)], -1), -1)
+        return before + after
 
     def _divide_by_total(self, sums: Any) -> Any:
         """Weights `[..., k]` as parts of the whole: products of weights themselves may be no float32."""
-        return dataclasses.replace(self, undefined=0.0).ratio(sums, self.by_class().total)
+        return self.zeroed().ratio(sums, self.by_class().total)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfusionView(ClassesView):
+    """A confusion matrix that can be read.
+
+    Attributes:
+        table: the weights `[..., n, n + 1]`, as `ConfusionTable` has them.
+    """
+
+    table: Any = None
+
+    @property
+    def matrix(self) -> Any:
+        """Weights by label (rows) and predicted class (columns), `[..., n, n]`."""
+        return self.table[..., :-1]
+
+    def kappa(self, weights: str | None) -> Any:
+        """`1 - sum(w_ij O_ij) / sum(w_ij E_ij)`, with E what labels and predictions would give if independent.
+
+        A row without a prediction is as wrong as can be.
+        """
+        if weights is None:
+            return super().kappa(None)
+        n = len(self.names)
+        steps = np.abs(np.subtract.outer(np.arange(n), np.arange(n)))
+        steps = {"linear": steps, "quadratic": steps**2}[weights]
+        cost = _make_constant(np.concatenate([steps, np.full((n, 1), steps.max())], 1), self.table, self.xp)
+        labels, predicted = self._divide_by_total(self.support), self._divide_by_total(self.table.sum(-2))
+        observed = self._divide_by_total((cost * self.table).sum((-2, -1))[..., None])[..., 0]
+        expected = (cost * (labels[..., :, None] * predicted[..., None, :])).sum((-2, -1))
+        return self.ratio(expected - observed, expected)
+
+
+def _make_constant(array: np.ndarray, table: Any, xp: Any) -> Any:
+    """A constant `[a, b]` beside a table."""
+    return xp.asarray(array[(None,) * (table.ndim - 2)], table.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class MultiClassOutcomes(Outcomes):
-    """The outcomes of all classes together; what is more than a ratio of them is read from the confusion matrix.
+    """The outcomes of all classes together; what is more than a ratio of them is read from the counts of each class.
 
     Their precision, recall and F are all the accuracy of the head, where every row has a prediction.
     """
 
-    confusion: ConfusionView
+    classes: ClassesView
 
     @property
     def accuracy(self) -> Any:
         """How often the label is predicted: a row counts once, not once a class."""
-        return self.ratio(self.true_positives, self.confusion.total)
+        return self.ratio(self.true_positives, self.classes.total)
 
     @property
     def balanced_accuracy(self) -> Any:
         """The mean recall of the classes that have labels."""
-        return self.confusion.balanced_accuracy()
+        return self.classes.balanced_accuracy()
 
     @property
     def matthews_corrcoef(self) -> Any:
         """Gorodkin's R_K."""
-        return self.confusion.matthews_corrcoef()
+        return self.classes.matthews_corrcoef()
 
     @property
     def cohen_kappa(self) -> Any:
@@ -198,4 +314,4 @@ class MultiClassOutcomes(Outcomes):
 
     def kappa(self, weights: str | None) -> Any:
         """Agreement beyond that of chance, where errors weigh as `weights` says."""
-        return self.confusion.kappa(weights)
+        return self.classes.kappa(weights)

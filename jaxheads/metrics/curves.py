@@ -20,9 +20,6 @@ class Interval(NamedTuple):
     lower: Any
     upper: Any
 
-    mend = None
-    """What would make it narrower, as text; None for a grid."""
-
     def is_wide(self) -> Any:
         """Whether the bins leave more than 1e-2 open."""
         return self.upper - self.lower > 1e-2
@@ -39,6 +36,8 @@ class ScoresView(View):
         names: of the entries of the logits' last axis: the classes.
         order: which of them have a histogram of their own.
         own: those histograms, in that order, on the axis before the last.
+        tied: in which buckets all positives have the same score; None where nobody asked.
+        exclusive: whether the entries are classes that exclude each other.
     """
 
     grid: AbstractGrid
@@ -48,6 +47,8 @@ class ScoresView(View):
     names: tuple[str, ...] = ()
     order: tuple[int, ...] = ()
     own: "ScoresView | None" = None
+    tied: Any = None
+    exclusive: bool = False
 
     @functools.cached_property
     def columns(self) -> "Mapping[int, ScoresView]":
@@ -66,7 +67,9 @@ class ScoresView(View):
     def _rows(self, which: int | list[int]) -> "ScoresView":
         own = cast("ScoresView", self.own)
         index = which if isinstance(which, int) else np.asarray(which, np.int32)
-        return dataclasses.replace(own, negative=own.negative[..., index, :], positive=own.positive[..., index, :])
+        negative, positive = (x[..., index, :] for x in (own.negative, own.positive))
+        tied = None if own.tied is None else own.tied[..., index, :]
+        return dataclasses.replace(own, negative=negative, positive=positive, tied=tied)
 
     @property
     def support(self) -> Any:
@@ -217,14 +220,24 @@ class ScoresView(View):
         ones = self.xp.ones_like(fp)
         fpr = self.ratio(fp, ones * self.negatives[..., None])
         tpr = self.ratio(tp, ones * self.positives[..., None])
-        return fpr[..., ::-1], tpr[..., ::-1], self._list_thresholds()[::-1]
+        kept = self._select_points(fp, tp)
+        return fpr[..., kept][..., ::-1], tpr[..., kept][..., ::-1], self._list_thresholds()[kept][::-1]
 
     def pr_curve(self) -> tuple[Any, Any, Any]:
         """`precision, recall, thresholds`, thresholds rising from 0 to 1; precision 1 where nothing is predicted."""
         fp, tp = self._take_points()
         precision = dataclasses.replace(self, undefined=1.0).ratio(tp, tp + fp)
         recall = self.ratio(tp, self.xp.ones_like(tp) * self.positives[..., None])
-        return precision, recall, self._list_thresholds()
+        kept = self._select_points(fp, tp)
+        return precision[..., kept], recall[..., kept], self._list_thresholds()[kept]
+
+    def _select_points(self, fp: Any, tp: Any) -> Any:
+        """Selects the points of a curve. Logits beyond 36 have a probability of 1: empty bins there are left out."""
+        thresholds = self._list_thresholds()
+        if self.xp is not np or fp.ndim > 1:
+            return slice(None)
+        same = [np.diff(x) == 0 for x in (thresholds, fp, tp)]
+        return np.concatenate([[True], ~np.logical_and.reduce(same)])
 
     def _list_thresholds(self) -> np.ndarray:
         return np.concatenate([[0.0], self.layout.probabilities[self.layout.curve], [1.0]])

@@ -99,7 +99,7 @@ class LogitGrid(AbstractGrid):
         return np.linspace(self.low, self.high, self.n - 1).astype(np.float32)
 
     def layout(self, thresholds: tuple[float, ...]) -> Layout:
-        return _lay_out_logits(self, thresholds)
+        return _lay_out_logits(tuple(self._space_edges().tolist()), thresholds)
 
     def buckets(self, layout: Layout, logits: jax.Array) -> jax.Array:
         extra = self._list_others(layout)
@@ -137,10 +137,35 @@ class LogitGrid(AbstractGrid):
         return f"jh.LogitGrid({low:.9g}, {high:.9g}, {n})"
 
 
+@dataclasses.dataclass(frozen=True)
+class GrowingGrid(AbstractGrid):
+    """The default: bins over logits that are 1/64 wide from -16 to 16, and grow with |z| beyond, up to 1024.
+
+    Beyond 16 there are 128 bins each time that |z| doubles, so a bin is at most 1/128 of |z| wide. The first and last
+    bins are open. A user threshold is an exact edge, as in a `LogitGrid`. If all scores lie close together, as those of
+    a rare event may, `compute` warns, and names a `LogitGrid` that fits.
+
+    >>> GrowingGrid()
+    GrowingGrid()
+    """
+
+    def layout(self, thresholds: tuple[float, ...]) -> Layout:
+        return _lay_out_logits(edges.list_growing(), thresholds)
+
+    def buckets(self, layout: Layout, logits: jax.Array) -> jax.Array:
+        extra = np.setdiff1d(layout.edges.values, np.asarray(edges.list_growing(), np.float32))
+        if len(extra) > edges.MOST_COMPARED:
+            return layout.edges.locate(logits)
+        return edges.locate_growing(logits, tuple(extra.tolist()))
+
+    def finer(self, low: float, high: float) -> str:
+        return LogitGrid().finer(low, high)
+
+
 @functools.lru_cache(maxsize=256)
-def _lay_out_logits(grid: LogitGrid, thresholds: tuple[float, ...]) -> Layout:
+def _lay_out_logits(grid: tuple[float, ...], thresholds: tuple[float, ...]) -> Layout:
     user = np.asarray([stable.log_odds(t) for t in thresholds], np.float32)
-    values = np.unique(np.concatenate([grid._space_edges(), user, np.zeros(1, np.float32)]))
+    values = np.unique(np.concatenate([np.asarray(grid, np.float32), user, np.zeros(1, np.float32)]))
     position = np.searchsorted(values, user)
     z = values.astype(np.float64)
     # The open bins are represented by their one edge: nothing is known of what lies beyond.

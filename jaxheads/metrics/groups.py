@@ -20,9 +20,10 @@ from jaxheads.numerics import columns, inputs, masking, meshes
 class Slices:
     """Groups of the data, each of which gets every metric: `jh.BinaryClassHead(slices=jh.Slices("origin", 3))`.
 
-    The ids are a column of `features`: integers `[...]` or `[..., 1]` from 0 to n - 1, and -1 for no group; or, where
-    groups overlap, a membership matrix `[..., n]` of bool or 0/1 (of one column: bool). With fewer leading axes than
-    labels have they hold for all that is inside; with as many they are ids. `metrics.by_slice()` reads them.
+    The ids are a column of `features`: integers `[...]` or `[..., 1]` from 0 to n - 1, and -1 for no group. Eager calls
+    also take the `names`, and None for no group. Where groups overlap, the column is a membership matrix `[..., n]` of
+    bool or 0/1 (of one column: bool). With fewer leading axes than labels have they hold for all that is inside; with
+    as many they are ids. `metrics.by_slice()` reads them.
 
     Args:
         column: a key of `features`, or a function `features -> ids`.
@@ -57,9 +58,30 @@ class Slices:
         """Of a batch: ids int32 `lead + [1]`, or a membership matrix `lead + [n]`; those of live rows are checked."""
         column = self.column
         found = columns.column(features, column, "of slices") if isinstance(column, str) else column(features)
-        ids = inputs.as_slices(found, lead, self.n)
+        ids = inputs.as_slices(self._number(found, live), lead, self.n)
         inputs.check_slices(ids, self.n, live, check)
         return ids
+
+    def _number(self, column: Any, live: Any) -> Any:
+        """Returns ids for names of the groups, on the host; all else unchanged. A missing name is -1, no group."""
+        array = column if isinstance(column, jax.Array) else np.asarray(column)
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "USTO":
+            return column
+        if self.names is None:
+            raise ValueError(
+                f"slices are integers from 0 to {self.n - 1}, and -1 for no group. Given dtype {array.dtype}. To give "
+                'names, build the head with them: jh.Slices("origin", 2, names=("JFK", "LGA")).'
+            )
+        number = {name: i for i, name in enumerate(self.names)}
+        values = [x.decode() if isinstance(x, bytes) else x for x in array.ravel().tolist()]
+        there = np.ones(array.size, bool) if live is None or live.size != array.size else live.ravel()
+        unknown = [x for x, seen in zip(values, there, strict=True) if seen and isinstance(x, str) and x not in number]
+        if unknown:
+            raise ValueError(
+                f"slices must be among {list(self.names)[:10]}. Given {unknown[0]!r}, {len(unknown)} unknown in all. "
+                "Add it to names, or give None for no group."
+            )
+        return np.asarray([number.get(x, -1) for x in values], np.int32).reshape(array.shape)
 
     def __repr__(self) -> str:
         parts = [repr(self.column), repr(self.n)]

@@ -1,4 +1,4 @@
-"""Weighted moments of labels, predictions and errors, for each target: what metrics of regression read."""
+"""Weighted sums of labels, predictions and errors, for each target: what metrics of regression read."""
 
 import dataclasses
 from typing import Any
@@ -8,46 +8,56 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxheads.metrics.base import Observation, View
-from jaxheads.metrics.curves import Interval
-from jaxheads.numerics import masking, meshes
+from jaxheads.numerics import exact, masking, meshes
 
-# How far float32 may have moved a sum of squares, as a part of it. That each square is rounded, and the sum of each
-# batch (which XLA adds up in a tree), was seen to move it by 2.3 * 2^-24 at most; eight times 2^-24 is allowed for.
-ROUNDING = 2.0**-21
+# The sums that are kept as digits: of 1; of y, p and e; of their squares; and of y p.
+_SUMS = 8
+# Each is a sum of up to four products of three of the values that `_find_spreads` makes, times a power of two.
+_ZERO, _ONE, _WEIGHT, _MEANS, _FIRST, _SECOND, _CROSS = 0, 1, 2, (3, 4, 5), (6, 7, 8), (9, 10, 11), 12
 
 
-class RoundedInterval(Interval):
-    """A value and the bounds that hold the value of the same numbers without rounding."""
+def _list_products() -> tuple[np.ndarray, np.ndarray]:
+    """Returns which values each product multiplies, `[8, 4, 3]`, and how often the exponents of y, p, e and 1 count.
 
-    mend = ""
+    A batch is summed about a number m of its own: `x = m + 2^k u`. From its sums of u and of u^2 follow those of x and
+    of x^2: `n m + 2^k U` and `n m^2 + 2 m 2^k U + 2^2k UU`.
+    """
+    products, exponents = np.full((_SUMS, 4, 3), _ONE), np.zeros((_SUMS, 4, 4), np.int32)
+    products[:, :, 0] = _ZERO
+    products[0, 0] = _WEIGHT, _ONE, _ONE
+    for x in range(3):
+        products[1 + x, 0], products[1 + x, 1] = (_WEIGHT, _MEANS[x], _ONE), (_FIRST[x], _ONE, _ONE)
+        exponents[1 + x, 1, x] = 1
+        products[4 + x, 0], products[4 + x, 1] = (_WEIGHT, _MEANS[x], _MEANS[x]), (_FIRST[x], _MEANS[x], _ONE)
+        products[4 + x, 2] = _SECOND[x], _ONE, _ONE
+        exponents[4 + x, 1, x], exponents[4 + x, 1, 3], exponents[4 + x, 2, x] = 1, 1, 2
+    products[7, 0], products[7, 1] = (_WEIGHT, _MEANS[0], _MEANS[1]), (_FIRST[0], _MEANS[1], _ONE)
+    products[7, 2], products[7, 3] = (_FIRST[1], _MEANS[0], _ONE), (_CROSS, _ONE, _ONE)
+    exponents[7, 1, 0], exponents[7, 2, 1], exponents[7, 3, :2] = 1, 1, 1
+    return products, exponents
 
-    @classmethod
-    def of(cls, mend: str, value: Any, lower: Any, upper: Any) -> "RoundedInterval":
-        """With what would make it narrower, as text."""
-        interval = cls(value, lower, upper)
-        interval.mend = mend
-        return interval
 
-    def is_wide(self) -> Any:
-        """Whether rounding leaves more open than 1e-2, or 1e-2 of the value where that is large."""
-        return self.upper - self.lower > 1e-2 * np.fmax(1.0, np.abs(self.value))
+_PRODUCTS, _EXPONENTS = _list_products()
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moments(Observation):
-    """Nine weighted sums for each target, `[9, d]`: of 1, y, p, y^2, p^2, y p, e, e^2 and |e|, where e = y - p.
+    """Weighted sums for each target: of 1, e^2 and |e|, where e = y - p; and, with `spreads`, what variances need.
+
+    A float32 sum of squares loses the variance of numbers far from zero: of the years about 2015, all of it. So each
+    batch is summed about a number of its own, its mean, and the sums about zero that follow from it are kept as exact
+    digits, which add up for any batches.
 
     Args:
         labels: y, `[..., d]`.
         predictions: p, `[..., d]`, on the scale of the labels.
-        shift: what is taken from y and p of each target before they are squared; None for nothing, and for what another
-            metric of the same head asks for.
+        spreads: whether the sums of variances and covariances are kept too.
     """
 
     labels: Any
     predictions: Any
-    shift: tuple[float, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    spreads: bool = dataclasses.field(default=False, metadata={"static": True})
 
     only_sums = True
 
@@ -58,120 +68,131 @@ class Moments(Observation):
 
     @property
     def size(self) -> int:
-        """Nine sums a target."""
-        return 9 * self.n_targets
+        """Three sums a target, and the digits."""
+        return (3 + (_SUMS * exact.DIGITS if self.spreads else 0)) * self.n_targets
 
     def join(self, other: Observation) -> "Moments":
-        """With the shift of the one that has one."""
-        shifts = {x.shift for x in (self, other) if isinstance(x, Moments) and x.shift is not None}
-        if not isinstance(other, Moments) or len(shifts) > 1:
-            raise ValueError(
-                f"All metrics of one head read the same moments, so their shift must be equal. Given "
-                f"{sorted(shifts) if isinstance(other, Moments) else other}. Give it to one of them: it serves all."
-            )
-        return dataclasses.replace(self, shift=next(iter(shifts), None))
+        """The sums that either keeps."""
+        if not isinstance(other, Moments):
+            raise ValueError(f"Moments and a {type(other).__name__} are observed under one key. Rename one.")
+        return dataclasses.replace(self, spreads=self.spreads or other.spreads)
 
     def reduce(self, weights: jax.Array) -> jax.Array:
         """The sums of this batch."""
         labels, predictions = (jnp.asarray(x, jnp.float32) for x in (self.labels, self.predictions))
         weights, errors = weights * masking.ones_like(predictions), labels - predictions
-        if self.shift is not None:
-            shift = jnp.expand_dims(jnp.asarray(self.shift, jnp.float32), tuple(range(predictions.ndim - 1)))
-            labels, predictions = labels - shift, predictions - shift
-        squares = (labels * labels, predictions * predictions, labels * predictions)
-        values = (labels, predictions, *squares, errors, errors * errors, jnp.abs(errors))
-        each = [weights, *(masking.weighted(x, weights) for x in values)]
-        if weights.shape[-1] == 1:
-            return jnp.stack([masking.total(x) for x in each])
-        return meshes.replicated(jnp.concatenate([masking.column_totals(x) for x in each]))
+        plain = [_sum_rows(x) for x in (weights, *(masking.weighted(x, weights) for x in (errors**2, jnp.abs(errors))))]
+        if self.spreads:
+            plain.append(_cut_spreads((labels, predictions, errors), weights).ravel())
+        return jnp.concatenate([meshes.replicated(x) for x in plain])
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "MomentsView":
         """The sums, with the metrics that they tell."""
-        each = sums.reshape((*sums.shape[:-1], 9, self.n_targets))
-        return MomentsView(xp, undefined, self.shift, *(each[..., i, :] for i in range(9)))
+        d = self.n_targets
+        plain, digits = sums[..., : 3 * d].reshape((*sums.shape[:-1], 3, d)), None
+        if self.spreads:
+            digits = sums[..., 3 * d :].reshape((*sums.shape[:-1], _SUMS, d, exact.DIGITS))
+        weight, error_square, error_size = (plain[..., i, :] for i in range(3))
+        return MomentsView(xp, undefined, weight, error_square, error_size, digits)
+
+
+def _sum_rows(x: jax.Array) -> jax.Array:
+    """The sum over all but the last axis, `[d]`."""
+    return masking.total(x)[None] if x.shape[-1] == 1 else masking.column_totals(x)
+
+
+def _cut_spreads(columns: tuple[jax.Array, ...], weights: jax.Array) -> jax.Array:
+    """The sums of a batch that variances need, as digits `[8, d, DIGITS]`."""
+    weight, rows = _sum_rows(weights), tuple(range(weights.ndim - 1))
+    live, some = masking.is_not_zero(weights), weight > 0
+    safe = jnp.where(some, weight, jnp.ones_like(weight))
+
+    def center(x: jax.Array) -> tuple[jax.Array, ...]:
+        """The mean `[d]`, the power of two of the largest distance, and distances in units of it."""
+        low, high = (how(jnp.where(live, x, end), axis=rows) for how, end in ((jnp.min, np.inf), (jnp.max, -np.inf)))
+        # Between the ends, so that numbers that are all equal have no spread at all.
+        mean = jnp.clip(_sum_rows(masking.weighted(x, weights)) / safe, low, high)
+        mean = jnp.where(some, mean, jnp.zeros_like(mean))
+        around = jnp.where(live, x - jnp.expand_dims(mean, rows), jnp.zeros_like(x))
+        # Exponents as in the bits of a float32, where 127 stands for 0.
+        exponent = jax.lax.bitcast_convert_type(jnp.max(jnp.abs(around), axis=rows), jnp.int32)
+        exponent = jnp.clip(jax.lax.shift_right_logical(exponent, np.int32(23)), 1, 253)
+        unit = jax.lax.bitcast_convert_type(jax.lax.shift_left(254 - exponent, np.int32(23)), jnp.float32)
+        return mean, exponent - np.int32(127), around * jnp.expand_dims(unit, rows)
+
+    means, exponents, scaled = zip(*map(jax.jit(center), columns), strict=True)
+    first = [_sum_rows(weights * u) for u in scaled]
+    second = [_sum_rows(weights * u * u) for u in scaled]
+    cross = _sum_rows(weights * scaled[0] * scaled[1])
+    values = [jnp.zeros_like(weight), jnp.ones_like(weight), weight, *means, *first, *second, cross]
+    powers = [*exponents, jnp.ones_like(exponents[0])]
+    values, powers = (jnp.stack([meshes.replicated(x) for x in each]) for each in (values, powers))
+    powers = jnp.sum(jnp.asarray(_EXPONENTS)[..., None] * powers[None, None], axis=2, dtype=jnp.int32)
+    factors = jnp.moveaxis(values[jnp.asarray(_PRODUCTS)], 2, -1)
+    return jnp.sum(exact.cut(factors, powers), axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class MomentsView(View):
-    """Moments that can be read, all `[..., d]`; a spread that float32 cannot tell from none is `undefined`."""
+    """Moments that can be read, all `[..., d]`.
 
-    shift: tuple[float, ...] | None
+    Attributes:
+        weight, error_square, error_size: the sums of 1, e^2 and |e|.
+        digits: the sums that variances need, `[..., 8, d, DIGITS]`; None where they are not kept.
+    """
+
     weight: Any
-    label: Any
-    prediction: Any
-    label_square: Any
-    prediction_square: Any
-    product: Any
-    error: Any
     error_square: Any
     error_size: Any
+    digits: Any
 
     def mean(self, total: Any) -> Any:
         """A sum divided by the weight."""
         return self.ratio(total, self.weight)
 
-    def is_broken(self) -> Any:
-        """Where the data hold what is no number, `[..., d]`."""
-        return ~self.xp.isfinite(self.label_square + self.prediction_square + self.error_square)
-
-    def mend(self) -> str:
-        """The shift to use, from the mean of the labels of a single state; inside `jit` nobody knows it."""
-        if self.xp is not np or self.weight.ndim != 1:
-            return ""
-        shift = dataclasses.replace(self, undefined=0.0).mean(self.label) + np.asarray(self.shift or 0.0)
-        first, *others = (float(f"{x:.3g}") for x in shift)
-        return f"shift={(first, *others) if others else first}"
-
-    def r2(self) -> Interval:
+    def r2(self) -> Any:
         """`1 - sum(e^2) / sum((y - mean(y))^2)`."""
-        return self._explain(self.error_square, ROUNDING * self.error_square)
+        spreads, squares, _, units = self._read_spreads()
+        return self._explain(squares[2], spreads[0], units)
 
-    def explained_variance(self) -> Interval:
+    def explained_variance(self) -> Any:
         """`1 - sum((e - mean(e))^2) / sum((y - mean(y))^2)`."""
-        return self._explain(*self._compute_spread(self.error, self.error_square))
+        spreads, _, _, units = self._read_spreads()
+        return self._explain(spreads[2], spreads[0], units)
 
-    def pearson(self) -> Interval:
+    def pearson(self) -> Any:
         """`cov(y, p) / sqrt(var(y) var(p))`."""
-        xp = self.xp
-        label, label_slack = self._compute_spread(self.label, self.label_square)
-        prediction, prediction_slack = self._compute_spread(self.prediction, self.prediction_square)
-        defined = (label > label_slack) & (prediction > prediction_slack)
+        spreads, _, covariance, _ = self._read_spreads()
+        value = self.ratio(covariance, self.xp.sqrt(spreads[0]) * self.xp.sqrt(spreads[1]))
+        defined = (spreads[0] != 0) & (spreads[1] != 0)
+        return self.xp.where(defined, self.xp.clip(value, -1.0, 1.0), value)
 
-        def standardized(x: Any) -> Any:
-            # Root by root: the product of two small spreads may be no float32.
-            return x / xp.sqrt(xp.where(defined, label, 1.0)) / xp.sqrt(xp.where(defined, prediction, 1.0))
+    def _explain(self, part: Any, spread: Any, units: list[Any]) -> Any:
+        """1 less a part of the spread of the labels. Errors and labels have units of their own."""
+        share = self.ratio(part, spread)
+        explained = 1 - self.xp.ldexp(share, self.xp.clip(2 * (units[2] - units[0]), -250, 250).astype(np.int32))
+        return self.xp.where(spread == 0, self.xp.full_like(explained, self.undefined), explained)
 
-        value = standardized(self.product - self.label * self.prediction / xp.where(defined, self.weight, 1.0))
-        # |y p| adds up to the geometric mean of the squares at most.
-        slack = ROUNDING * standardized(xp.sqrt(self.label_square) * xp.sqrt(self.prediction_square))
-        for part, whole in ((label_slack, label), (prediction_slack, prediction)):
-            slack = slack + xp.abs(value) * part / xp.where(defined, whole, 1.0) / 2
-        none = (self.label_square == 0) | (self.prediction_square == 0)
-        return self._bound(defined, none, label + prediction, (value, value - slack, value + slack), -1.0)
+    def _read_spreads(self) -> tuple[list[Any], list[Any], Any, list[Any]]:
+        """Spreads about the mean and sums of squares of y, p and e; the covariance of y and p, not divided; the units.
 
-    def _compute_spread(self, total: Any, squares: Any) -> tuple[Any, Any]:
-        """`sum(a (x - mean(x))^2)`, and how far rounding may have moved it."""
-        return squares - total * dataclasses.replace(self, undefined=0.0).mean(total), ROUNDING * squares
-
-    def _explain(self, part: Any, slack: Any) -> Interval:
-        """1 less a part of the spread of the labels."""
-        xp = self.xp
-        spread, spread_slack = self._compute_spread(self.label, self.label_square)
-        defined = spread > spread_slack
-        part, least = xp.maximum(part, 0.0), xp.maximum(part - slack, 0.0)
-        pairs = ((part, spread), (part + slack, spread - spread_slack), (least, spread + spread_slack))
-        values = tuple(1 - above / xp.where(defined, below, 1.0) for above, below in pairs)
-        return self._bound(defined, self.label_square == 0, spread + part, values, -np.inf)
-
-    def _bound(self, defined: Any, none: Any, seen: Any, values: tuple[Any, ...], least: float) -> Interval:
-        """A value and its bounds between `least` and 1.
-
-        Numbers that are all the shift have no spread: `undefined`. Of others that are all equal nobody can tell, after
-        rounding, whether they have one: the value is `undefined`, the bounds are as wide as can be. NaN stays NaN.
+        Each of y, p and e is counted in a unit of its own, `2^unit`, so that no square overflows.
         """
         xp = self.xp
-        value, lower, upper = (xp.where(defined, xp.clip(x, least, 1.0), np.nan) for x in values)
-        value = xp.where(defined, value, self.undefined)
-        lower, upper = xp.where(defined, lower, least), xp.where(defined, upper, 1.0)
-        out = (xp.where(none, self.undefined, x) for x in (value, lower, upper))
-        return Interval(*(xp.where(xp.isnan(seen), np.nan, x) for x in out))
+        weight, *firsts, y2, p2, e2, product = (self.digits[..., i, :, :] for i in range(_SUMS))
+        # Half of the place of the highest digit of the squares.
+        units = [exact.BITS // 2 * exact.find_top(x, xp) for x in (y2, p2, e2)]
+        n = exact.join(weight, xp.zeros_like(units[0]), xp)
+        n = xp.where(n[0] == 0, xp.ones_like(n[0]), n[0]), n[1]
+        sums = [exact.join(x, unit, xp) for x, unit in zip(firsts, units, strict=True)]
+        squares = [exact.join(x, 2 * unit, xp) for x, unit in zip((y2, p2, e2), units, strict=True)]
+        crossed = exact.join(product, units[0] + units[1], xp)
+
+        def centered(total: Any, a: Any, b: Any) -> Any:
+            return exact.subtract(total, exact.divide(exact.multiply(a, b), n))[0]
+
+        spreads = [xp.maximum(centered(x2, x, x), 0.0) for x2, x in zip(squares, sums, strict=True)]
+        # What is smaller is rounding of double words: the numbers are all equal.
+        least = 2.0**-42 if sums[0][0].dtype == np.float32 else 2.0**-90
+        spreads = [xp.where(x <= least * x2[0], xp.zeros_like(x), x) for x, x2 in zip(spreads, squares, strict=True)]
+        return spreads, [x[0] for x in squares], centered(crossed, sums[0], sums[1]), units

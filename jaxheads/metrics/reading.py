@@ -66,10 +66,15 @@ def add_quantiles(
     What has no value itself, has no interval: a NaN among the data shows, though replicas may have missed it.
     """
     for key, value in replicas.items():
-        each, whole = (x.value if isinstance(x, Interval) else x for x in (value, measured[key]))
+        each, whole = find_middle(value), find_middle(measured[key])
         for end, q in (("ci_lower", (1 - confidence) / 2), ("ci_upper", (1 + confidence) / 2)):
             found = xp.where(xp.isnan(whole), whole, _take_quantile(each, q, axis, xp))
             _add_end(out, key, end, float32(xp.where(xp.isnan(found), undefined, found), xp))
+
+
+def find_middle(value: Any) -> Any:
+    """The value itself, without the bounds of an interval."""
+    return value.value if isinstance(value, Interval) else value
 
 
 def _take_quantile(x: Any, q: float, axis: int, xp: Any) -> Any:
@@ -91,8 +96,23 @@ def hide_small(value: Any, small: Any, undefined: float, xp: Any) -> Any:
 
 
 def float32(value: Any, xp: Any) -> Any:
-    """The value in float32, outside `jit` as NumPy's."""
-    return jnp.asarray(value, jnp.float32) if xp is jnp else np.float32(value)
+    """The value in float32; outside `jit` NumPy's, of which a scalar is a `Scalar`."""
+    if xp is jnp:
+        return jnp.asarray(value, jnp.float32)
+    rounded = np.float32(value)
+    return Scalar(rounded) if rounded.ndim == 0 else rounded
+
+
+class Scalar(np.float64):
+    """A float32 number that is a Python float as well, so that `json.dumps` and loggers take it."""
+
+    dtype: Any = np.dtype(np.float32)  # pyright: ignore[reportIncompatibleMethodOverride]  # what a float32 has
+
+    def __repr__(self) -> str:
+        # The shortest number that is the same float32: 0.9, not 0.8999999761581421.
+        return str(np.float32(self))
+
+    __str__ = __repr__
 
 
 def is_addressable(state: jax.Array) -> bool:

@@ -18,8 +18,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from jaxheads.metrics.base import MOMENTS, AbstractSourceMetric
-from jaxheads.metrics.curves import Interval
-from jaxheads.metrics.moments import Moments, MomentsView, RoundedInterval
+from jaxheads.metrics.moments import Moments, MomentsView
 
 OUTPUTS = ("uniform_average", "raw_values")
 
@@ -46,7 +45,7 @@ class AbstractMomentMetric(AbstractSourceMetric):
 
     @abc.abstractmethod
     def read(self, view: MomentsView) -> Any:
-        """The value of each target, `[..., d]`; of an `Interval`, its three."""
+        """The value of each target, `[..., d]`."""
 
     def values(self, view: MomentsView) -> dict[str, Any]:
         return self._name_values(view, self.read(view), view.weight > 0)
@@ -54,7 +53,7 @@ class AbstractMomentMetric(AbstractSourceMetric):
     def _name_values(self, view: MomentsView, each: Any, defined: Any) -> dict[str, Any]:
         if self.multioutput == "raw_values":
             return {f"{self.key}/target{i}": each[..., i] for i in range(each.shape[-1])}
-        return {self.key: view.mean_over(each, defined)}
+        return {self.key: view.average(each, defined)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,17 +94,15 @@ class MeanAbsoluteError(AbstractMomentMetric):
 
 
 @dataclasses.dataclass(frozen=True)
-class AbstractShiftMetric(AbstractMomentMetric):
-    """A metric that compares with the spread of the labels, which sums of squares lose where the mean is large.
+class AbstractSpreadMetric(AbstractMomentMetric):
+    """A metric that compares with the spread of the labels. It is exact however far from zero labels lie.
 
-    A float32 knows a sum of squares to seven digits: of labels about 10,000 with a spread of 1, the spread is in the
-    ninth. Then it is undefined, the interval of `compute(bounds=True)` is all there is, and the printed metrics say so.
-    With `shift=10_000` it is exact again.
+    Labels are float32, so numbers that float32 cannot tell apart have no spread: of float64 labels that lose more than
+    a hundredth of it, a `RoundingWarning` tells when they are given.
 
     Args:
         multioutput: as for all metrics of regression.
-        shift: a number near the mean of the labels, or one a target. It is taken from labels and predictions before
-            they are squared, which changes rounding alone; all metrics of the head share it.
+        shift: changes nothing. It was the number to subtract from labels far from zero, which needs no help any more.
     """
 
     shift: float | Sequence[float] | None = None
@@ -121,31 +118,21 @@ class AbstractShiftMetric(AbstractMomentMetric):
         object.__setattr__(self, "shift", tuple(shift) if given.ndim else shift)
 
     def refine(self, observation: Moments) -> Moments:
-        if self.shift is None:
-            return observation
-        shift, n = self.shift if isinstance(self.shift, tuple) else (self.shift,), observation.n_targets
-        if len(shift) not in (1, n):
-            raise ValueError(f"{self!r} has {len(shift)} shifts. This head has {n} targets: give one, or one a target.")
-        return dataclasses.replace(observation, shift=shift * n if len(shift) < n else shift)
-
-    @abc.abstractmethod
-    def read(self, view: MomentsView) -> Interval:
-        """The value of each target, with what rounding leaves open."""
+        shifts, n = len(self.shift) if isinstance(self.shift, tuple) else 1, observation.n_targets
+        if shifts not in (1, n):
+            raise ValueError(f"{self!r} has {shifts} shifts. This head has {n} targets: give one, or one a target.")
+        return dataclasses.replace(observation, spreads=True)
 
     def values(self, view: MomentsView) -> dict[str, Any]:
         if self.multioutput == "raw_values":
-            parts = [self._name_values(view, x, None) for x in self.read(view)]
-        else:
-            # What has no value is left out; what is NaN because of the data is not.
-            nan, broken = view.xp.isnan, view.is_broken()
-            each = self.read(dataclasses.replace(view, undefined=np.nan))
-            parts = [self._name_values(view, x, ~nan(x) | broken) for x in each]
-        mend = view.mend()
-        return {key: RoundedInterval.of(mend, *(part[key] for part in parts)) for key in parts[0]}
+            return self._name_values(view, self.read(view), None)
+        # What has no value is left out; what is NaN because of the data is not.
+        each, nan = self.read(view.with_undefined(np.nan)), view.xp.isnan
+        return self._name_values(view, each, ~nan(each) | ~view.xp.isfinite(view.error_square))
 
 
 @dataclasses.dataclass(frozen=True)
-class R2Score(AbstractShiftMetric):
+class R2Score(AbstractSpreadMetric):
     """`r2_score = 1 - sum(a (y - p)^2) / sum(a (y - mean(y))^2)`; undefined where all labels are equal.
 
     Source: `sklearn.metrics.r2_score(force_finite=False)`.
@@ -154,12 +141,12 @@ class R2Score(AbstractShiftMetric):
     key = "r2_score"
     higher_is_better = True
 
-    def read(self, view: MomentsView) -> Interval:
+    def read(self, view: MomentsView) -> Any:
         return view.r2()
 
 
 @dataclasses.dataclass(frozen=True)
-class ExplainedVariance(AbstractShiftMetric):
+class ExplainedVariance(AbstractSpreadMetric):
     """`explained_variance = 1 - var(y - p) / var(y)`: R^2, were predictions right in the mean.
 
     Source: `sklearn.metrics.explained_variance_score(force_finite=False)`.
@@ -168,12 +155,12 @@ class ExplainedVariance(AbstractShiftMetric):
     key = "explained_variance"
     higher_is_better = True
 
-    def read(self, view: MomentsView) -> Interval:
+    def read(self, view: MomentsView) -> Any:
         return view.explained_variance()
 
 
 @dataclasses.dataclass(frozen=True)
-class PearsonCorrelation(AbstractShiftMetric):
+class PearsonCorrelation(AbstractSpreadMetric):
     """`pearson_correlation = cov(y, p) / sqrt(var(y) var(p))`; undefined where either is always the same.
 
     Source: `scipy.stats.pearsonr`, `keras.metrics.PearsonCorrelation`.
@@ -182,5 +169,5 @@ class PearsonCorrelation(AbstractShiftMetric):
     key = "pearson_correlation"
     higher_is_better = True
 
-    def read(self, view: MomentsView) -> Interval:
+    def read(self, view: MomentsView) -> Any:
         return view.pearson()

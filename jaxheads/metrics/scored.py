@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxheads.metrics.base import (
     CONFUSION,
+    COUNTS,
     SCORES,
     AbstractSourceMetric,
     Observation,
@@ -17,6 +18,7 @@ from jaxheads.metrics.base import (
     is_part_of,
     join_names,
 )
+from jaxheads.metrics.confusion import ClassCounts
 from jaxheads.metrics.curves import Interval, ScoresView
 from jaxheads.metrics.outcomes import Outcomes
 from jaxheads.metrics.scores import Scores
@@ -104,7 +106,7 @@ class AbstractScoreMetric(AbstractSourceMetric):
         middle = value.value if isinstance(value, Interval) else value
         defined = ~nan(middle) | nan(each.total)
         weights = each.support if self.average == "weighted" else None
-        return {stem: _map_interval(lambda x: view.mean_over(x, defined, weights), value)}
+        return {stem: _map_interval(lambda x: view.average(x, defined, weights), value)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +119,11 @@ class AbstractThresholdMetric(AbstractScoreMetric):
     """
 
     threshold: float | None = None
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether errors between some classes weigh more than others, so that the whole confusion matrix is needed."""
+        return False
 
     def __post_init__(self):
         super().__post_init__()
@@ -136,15 +143,18 @@ class AbstractThresholdMetric(AbstractScoreMetric):
     def observe(
         self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]
     ) -> Mapping[str, Observation]:
-        if self._decides_by_argmax(sources):
-            return {CONFUSION: sources[CONFUSION]()}
-        return super().observe(labels, logits, sources)
+        if not self._decides_by_argmax(sources):
+            return super().observe(labels, logits, sources)
+        table: Any = sources[CONFUSION]()
+        return {CONFUSION: table} if self.needs_pairs else {COUNTS: ClassCounts.of(table)}
 
     def summarize(self, seen: Mapping[str, Any]) -> Mapping[str, Any]:
-        return self.values(seen[CONFUSION if self._decides_by_argmax(seen) else self.source])
+        if self.threshold is not None or (COUNTS not in seen and CONFUSION not in seen):
+            return super().summarize(seen)
+        return self.values(seen[CONFUSION] if self.needs_pairs else ClassCounts.view(seen))
 
     def _decides_by_argmax(self, sources: Mapping[str, Any]) -> bool:
-        """Whether the head predicts one of many classes: without a threshold, its confusion matrix tells."""
+        """Whether the head predicts one of many classes: without a threshold, its decisions tell."""
         return self.threshold is None and CONFUSION in sources
 
     def read(self, view: ScoresView) -> Any:

@@ -9,25 +9,29 @@ import numpy as np
 
 from jaxheads.metrics.base import Observation
 from jaxheads.metrics.curves import ScoresView
-from jaxheads.metrics.grids import AbstractGrid, Layout, LogitGrid
+from jaxheads.metrics.grids import AbstractGrid, GrowingGrid, Layout
 from jaxheads.numerics import masking
-from jaxheads.numerics.histograms import by_label
+from jaxheads.numerics.histograms import by_label, histogram
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scores(Observation):
-    """A histogram of logits by label, `[2, rows, buckets]`.
+    """A histogram of logits by label, `[2, rows, buckets]`; `[4, rows, buckets]` with `ties`.
 
     A soft label y counts as weight y positive and 1 - y negative.
 
     Args:
         labels: float `[..., c]` in [0, 1].
         logits: float `[..., c]`; the entries of the last axis are examples of one histogram (micro average).
-        grid: the bins; None for a `LogitGrid`, or for those of whoever shares the histogram.
+        grid: the bins; None for a `GrowingGrid`, or for those of whoever shares the histogram.
         thresholds: probabilities that become exact edges.
         columns: which entries of the last axis have a histogram of their own as well; it costs memory alone.
         names: of the entries of the last axis, as they stand in metric keys; by default `class0`, `class1`, ...
+        ties: whether to find out in which buckets all positives have the same score. For this each score is turned
+            into a direction, by its bits, and directions are added up: equal ones alone do not weaken each other. Two
+            scores pass for one if their directions are within a tenth of a degree, which has a chance of 1 in 1,700.
+        exclusive: whether the entries of the last axis are classes that exclude each other.
     """
 
     labels: Any
@@ -36,6 +40,8 @@ class Scores(Observation):
     thresholds: tuple[float, ...] = dataclasses.field(default=(), metadata={"static": True})
     columns: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     names: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    ties: bool = dataclasses.field(default=False, metadata={"static": True})
+    exclusive: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def layout(self) -> Layout:
@@ -44,12 +50,16 @@ class Scores(Observation):
 
     @property
     def _bins(self) -> AbstractGrid:
-        return LogitGrid() if self.grid is None else self.grid
+        return GrowingGrid() if self.grid is None else self.grid
 
     @property
     def size(self) -> int:
-        """Two sums a bucket and row."""
-        return 2 * self._n_rows * self.layout.n_buckets
+        """Two sums a bucket and row, or four."""
+        return self._n_sums * self._n_rows * self.layout.n_buckets
+
+    @property
+    def _n_sums(self) -> int:
+        return 4 if self.ties else 2
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -87,11 +97,20 @@ class Scores(Observation):
             grid=next(iter(grids), None),
             thresholds=tuple(dict.fromkeys(self.thresholds + other.thresholds)),
             columns=tuple(dict.fromkeys(self.columns + other.columns)),
+            ties=self.ties or other.ties,
         )
 
     def reduce(self, weights: jax.Array) -> jax.Array:
         """One pass: the bucket of each element, then its weight, under its label."""
-        return by_label(*self._locate_entries(weights), self.layout.n_buckets, self._rows).ravel()
+        return self._sum(*self._locate_entries(weights), self.layout.n_buckets).ravel()
+
+    def _sum(self, buckets: jax.Array, labels: jax.Array, weights: jax.Array, n: int) -> jax.Array:
+        """The histograms `[2 or 4, rows, n]`."""
+        both = by_label(buckets, labels, weights, n, self._rows)
+        if not self.ties:
+            return both
+        positives, directions = weights * labels, _find_directions(self.logits)
+        return jnp.concatenate([both, histogram(buckets, [positives * x for x in directions], n, self._rows)])
 
     def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
         """Where groups do not overlap, one pass too: the group is a part of the bucket's number."""
@@ -99,9 +118,9 @@ class Scores(Observation):
             return super().reduce_by(weights, groups)
         buckets, labels, weights = self._locate_entries(weights * (groups.ids >= 0).astype(jnp.float32))
         n = self.layout.n_buckets
-        both = by_label(buckets + jnp.maximum(groups.ids, 0) * np.int32(n), labels, weights, groups.n * n, self._rows)
-        both = both.reshape(2, self._n_rows, groups.n, n)
-        return jnp.moveaxis(both, 2, 0).reshape(groups.n, self.size)
+        each = self._sum(buckets + jnp.maximum(groups.ids, 0) * np.int32(n), labels, weights, groups.n * n)
+        each = each.reshape(self._n_sums, self._n_rows, groups.n, n)
+        return jnp.moveaxis(each, 2, 0).reshape(groups.n, self.size)
 
     def _locate_entries(self, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The bucket, the label and the weight of each element."""
@@ -117,15 +136,36 @@ class Scores(Observation):
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "ScoresView":
         """The histogram, with the metrics that it tells."""
-        both = sums.reshape((*sums.shape[:-1], 2, self._n_rows, self.layout.n_buckets))
+        sums = sums.reshape((*sums.shape[:-1], self._n_sums, self._n_rows, self.layout.n_buckets))
         # The NaN of a score lies in one bucket. Whatever is read must show it, also where that bucket does not count.
-        total = both.sum((-3, -1), keepdims=True)
-        both = xp.where(xp.isnan(total), total, both)
+        total = sums.sum((-3, -1), keepdims=True)
+        sums = xp.where(xp.isnan(total), total, sums)
 
-        def view(negative: Any, positive: Any, *own: Any) -> ScoresView:
-            return ScoresView(xp, undefined, self._bins, self.layout, negative, positive, self.class_names, *own)
+        def view(sums: Any, order: tuple[int, ...] = (), own: ScoresView | None = None) -> ScoresView:
+            negative, positive, *directed = (sums[..., i, :] for i in range(self._n_sums))
+            names, exclusive = self.class_names, self.exclusive
+            tied = _are_tied(positive, cosines=directed[0], sines=directed[1], xp=xp) if directed else None
+            return ScoresView(
+                xp, undefined, self._bins, self.layout, negative, positive, names, order, own, tied, exclusive
+            )
 
         if not self.columns:
-            return view(both[..., 0, 0, :], both[..., 1, 0, :])
-        total, own = both.sum(-2), both[..., 1:, :]
-        return view(total[..., 0, :], total[..., 1, :], self.columns, view(own[..., 0, :, :], own[..., 1, :, :]))
+            return view(sums[..., 0, :])
+        return view(sums.sum(-2), self.columns, view(xp.moveaxis(sums[..., 1:, :], -2, -3)))
+
+
+def _find_directions(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two numbers in [0, 1] for each score: a point on a circle of diameter 1, at random, the same for equal scores."""
+    # -0 and 0 are equal scores.
+    bits = jax.lax.bitcast_convert_type(logits + jnp.zeros_like(logits), jnp.uint32)
+    # Multiplied by 2^32 divided by the golden ratio, the high bits depend on all bits (Knuth, 6.4).
+    mixed = jax.lax.shift_right_logical(bits * np.uint32(2654435769), np.uint32(8))
+    angle = mixed.astype(jnp.float32) * np.float32(2 * np.pi / 2**24)
+    return (1 + jnp.cos(angle)) / 2, (1 + jnp.sin(angle)) / 2
+
+
+def _are_tied(positive: Any, cosines: Any, sines: Any, xp: Any) -> Any:
+    """Tells in which buckets all positives have one direction: their sum is as long as can be, but for rounding."""
+    some = xp.where(positive > 0, positive, xp.ones_like(positive))
+    x, y = (2 * sums / some - 1 for sums in (cosines, sines))
+    return x * x + y * y >= 1 - 3e-6

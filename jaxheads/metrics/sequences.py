@@ -29,7 +29,7 @@ class ExactMatch(Metric):
     >>> logits = jnp.eye(3)[jnp.array([[0, 1, 2], [1, 1, 0]])]
     >>> labels, mask = jnp.array([[0, 1, 0], [1, 2, 0]]), jnp.array([[1, 1, 0], [1, 1, 1]])
     >>> head.measure(labels=labels, logits=logits, features={"mask": mask}).compute()["exact_match"]
-    np.float32(0.5)
+    0.5
     """
 
     higher_is_better = True

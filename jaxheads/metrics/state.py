@@ -4,8 +4,8 @@ import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxheads.metrics.base import (
+    AVERAGE_LOSS,
     COUNT,
     REGULARIZATION_LOSS,
     SCORES,
@@ -26,16 +27,18 @@ from jaxheads.metrics.base import (
 )
 from jaxheads.metrics.curves import Interval, ScoresView
 from jaxheads.metrics.groups import Bootstrap, Grouped, Slices
-from jaxheads.metrics.reading import add_quantiles, float32, hide_small, name_values, on_host, slots
+from jaxheads.metrics.reading import (
+    add_quantiles,
+    find_middle,
+    float32,
+    hide_small,
+    name_values,
+    on_host,
+    slots,
+)
 from jaxheads.numerics import inputs, meshes, pairs
-
-
-class BadInputWarning(UserWarning):
-    """Elements with an illegal label, weight or slice were left out of the metrics."""
-
-
-class RoundingWarning(UserWarning):
-    """A metric is given that rounding may have moved by more than 1e-2."""
+from jaxheads.numerics.reduction import SMALLEST_SUM
+from jaxheads.numerics.warned import BadInputWarning, GridWarning, StackedWarning
 
 
 class Reader(Protocol):
@@ -55,16 +58,31 @@ class Reader(Protocol):
     def read(self, seen: Mapping[Path, Any]) -> Mapping[tuple[str, str | None], Any]: ...
 
 
-def views_of_nothing(head: Any) -> dict[Path, Any]:
-    """What an empty state reads as: for what is asked of metrics without data, such as their names."""
-    return Metrics(np.zeros((slots(head, False)[1], 1), np.float32), head)._read_views(np.nan)[0]
+# An empty state of more sums than this is read without values: it costs tracing, but neither time nor memory.
+LARGE = 2**18
+
+ResultT = TypeVar("ResultT")
+
+
+def read_nothing(head: Any, read: Callable[[dict[Path, Any]], ResultT]) -> ResultT:
+    """Returns `read(views)` of an empty state, for questions without data: the names and the shapes of metrics."""
+    size, found = slots(head, False)[1], []
+
+    def run(state: Any) -> None:
+        found.append(read(Metrics(state, head)._read_views(np.nan)[0]))
+
+    if size > LARGE:
+        jax.eval_shape(run, jax.ShapeDtypeStruct((size, 1), jnp.float32))
+    else:
+        with np.errstate(all="ignore"):
+            run(np.zeros((size, 1), np.float32))
+    return found[0]
 
 
 @functools.lru_cache(maxsize=1024)
 def metric_names(head: Any) -> tuple[str, ...]:
     """The full names of a head's metrics."""
-    with np.errstate(all="ignore"):
-        return tuple(join_names(*key) for key in head.read(views_of_nothing(head)))
+    return read_nothing(head, lambda views: tuple(join_names(*key) for key in head.read(views)))
 
 
 _add = jax.jit(pairs.add)
@@ -91,7 +109,7 @@ class Metrics:
     >>> first = head.measure(labels=jnp.array([1.0, 2.0]), logits=jnp.array([[1.0], [4.0]]))
     >>> second = head.measure(labels=jnp.array([3.0]), logits=jnp.array([[3.0]]))
     >>> (zero + first + second).compute()["label/mean"]
-    np.float32(2.0)
+    2.0
     """
 
     state: Any
@@ -135,7 +153,7 @@ class Metrics:
         >>> head = jh.RegressionHead()
         >>> parts = [head.measure(labels=np.array([y]), logits=np.array([[0.0]], np.float32)) for y in (1.0, 2.0)]
         >>> jh.Metrics.merge(parts).compute()["average_loss"]  # (1 + 4) / 2
-        np.float32(2.5)
+        2.5
         """
         if isinstance(states, Metrics):
             raise ValueError("merge() takes several states. Given one Metrics alone; of one, pass a list, [metrics].")
@@ -235,7 +253,12 @@ class Metrics:
         return views, sums[..., 0], sums[..., 1:3] if self.regularized else None, xp
 
     def compute(
-        self, undefined: float = np.nan, bounds: bool = False, confidence: float | None = None
+        self,
+        undefined: float = np.nan,
+        bounds: bool = False,
+        confidence: float | None = None,
+        *,
+        warn: bool = True,
     ) -> dict[str, Any]:
         """The metrics by name, as float32 scalars (arrays, if the state has a leading axis).
 
@@ -245,20 +268,32 @@ class Metrics:
                 would give without bins.
             confidence: also give `auc/ci_lower`, `auc/ci_upper`, of every metric: the middle `confidence` of the
                 bootstrap replicas (the percentile interval). The head needs `bootstrap=jh.Bootstrap(200)`.
+            warn: False gives no warnings, for values that are known to be preliminary.
 
         Warns:
-            BadInputWarning: outside `jit`, if elements with an illegal label, weight or slice were left out.
-            RoundingWarning: outside `jit`, if float32 sums of squares have lost the spread of the numbers, as of labels
-                whose mean is a thousand times their spread; it tells the `shift` that mends it.
+            BadInputWarning: outside `jit`, if elements with an illegal label, weight or slice were left out, or if all
+                weights together are below 2^-120, about 7.5e-37.
+            StackedWarning: outside `jit`, if the state has a leading axis (of devices): then each value is an array.
+            GridWarning: outside `jit`, if the bins leave more than 1e-2 of a metric open; it tells the `bins` to use.
+                Bins cannot tell close scores from equal ones, so it warns of scores that are all equal too.
         """
         with jax.debug_nans(False), np.errstate(all="ignore"):
             values, bad, xp = self._read_values(undefined)
-        self._warn(values, bad, xp)
+        if warn:
+            self._warn(values, bad, xp, bins=True)
+        if warn and xp is np and self._lead:
+            warnings.warn(
+                f"These metrics are several states in one, {np.shape(self.state)[:-2]}, and each value is an array of "
+                "as many. For the metrics of all data merge them: with .psum(axis_name) inside the step, or "
+                "jh.Metrics.merge([jax.tree.map(lambda x: x[i], metrics) for i in range(n)]).",
+                StackedWarning,
+                stacklevel=2,
+            )
         out = name_values(values, bounds, xp)
         if confidence is not None:
             self._check_confidence(confidence)
             with jax.debug_nans(False), np.errstate(all="ignore"):
-                replicas, *_ = self._read_values(np.nan, (slice(1, None), 0))
+                replicas = self._read_replicas(undefined, (slice(1, None), 0))
                 measured = values if np.isnan(undefined) else self._read_values(np.nan)[0]
             add_quantiles(out, replicas, measured, confidence, undefined, xp, self._lead)
         return out
@@ -268,9 +303,9 @@ class Metrics:
     ) -> dict[str, Any]:
         """The metrics of each slice: arrays `[n]` by name, with `slice` (the names) and `count` first.
 
-        Fit for `pandas.DataFrame(metrics.by_slice())`, but for metrics that are arrays themselves (a confusion matrix,
-        `[n, classes, classes]`). Where fewer than `min_count` elements weigh anything, a slice
-        has no metrics: they are undefined. Inside `jit` there are no names.
+        Fit for `pandas.DataFrame(metrics.by_slice())`. A metric that is an array itself, such as a confusion matrix, is
+        a list of n arrays; inside `jit` it is `[n, classes, classes]`, and there are no names. Where fewer
+        than `min_count` elements weigh anything, a slice has no metrics: they are undefined.
 
         Args:
             undefined, bounds, confidence: as for `compute`.
@@ -297,13 +332,16 @@ class Metrics:
             out = name_values(shown, bounds, xp)
             if confidence is not None:
                 self._check_confidence(confidence)
-                replicas, *_ = self._read_values(np.nan, (slice(1, None), slice(1, None)))
+                replicas = self._read_replicas(undefined, (slice(1, None), slice(1, None)))
                 measured = values if np.isnan(undefined) else self._read_values(np.nan, (0, slice(1, None)))[0]
                 measured = {key: hide_small(x, too_small(key[1]), np.nan, xp) for key, x in measured.items()}
                 add_quantiles(out, replicas, measured, confidence, undefined, xp, self._lead)
-        self._warn(shown, bad, xp)
+        self._warn(shown, bad, xp, bins=False)
         names = {} if xp is jnp else {SLICE: np.asarray(slices.names or tuple(range(slices.n)))}
         sizes = {join_names(SLICE_SIZE, name): float32(count, xp) for name, count in counts.items()}
+        if xp is np and not self._lead:
+            # A column of a data frame holds objects, not arrays of three axes.
+            out = {key: list(value) if value.ndim > 1 else value for key, value in out.items()}
         return {**names, **sizes, **out}
 
     @property
@@ -332,7 +370,7 @@ class Metrics:
                 "with bootstrap=jh.Bootstrap(200), and give a key to every update."
             )
 
-    def _warn(self, values: Mapping[Any, Any], bad: Any, xp: Any) -> None:
+    def _warn(self, values: Mapping[Any, Any], bad: Any, xp: Any, bins: bool) -> None:
         if xp is not np:
             return
         if np.any(bad > 0):
@@ -342,11 +380,22 @@ class Metrics:
                 BadInputWarning,
                 stacklevel=3,
             )
-        if any(isinstance(value, Interval) and value.mend is not None for value in values.values()):
+        seen = self._read_views(np.nan)[0]
+        weights = [view.weight for path, view in seen.items() if path[-1] == AVERAGE_LOSS]
+        if any(np.any((weight > 0) & (weight < SMALLEST_SUM)) for weight in weights):
+            warnings.warn(
+                f"The weights add up to {min(float(np.min(w)) for w in weights):.3g}. Below {SMALLEST_SUM:g} float32 "
+                "loses a part of them, and the metrics are wrong. Multiply all weights by one number: no mean depends "
+                "on it.",
+                BadInputWarning,
+                stacklevel=3,
+            )
+        intervals = {key: value for key, value in values.items() if isinstance(value, Interval)}
+        if bins and any(np.any(interval.is_wide()) for interval in intervals.values()):
             from jaxheads.metrics import text
 
-            if lines := text.rounded(values):
-                warnings.warn(f"Metrics of {self.head!r}: {' '.join(lines)}", RoundingWarning, stacklevel=3)
+            line = text.describe_bins(intervals, self._read_histograms().values())
+            warnings.warn(f"Metrics of {self.head!r}: {line}", GridWarning, stacklevel=3)
 
     def _read_values(self, undefined: float, at: Any = (0, 0)) -> tuple[dict[tuple[str, str | None], Any], Any, Any]:
         """Values and intervals by key and name of the head; the bad count; the array module in use."""
@@ -356,6 +405,14 @@ class Metrics:
             mean = View(xp, undefined).ratio(regularization[..., 0], regularization[..., 1])
             values[REGULARIZATION_LOSS, self.head.suffix] = mean
         return values, bad, xp
+
+    def _read_replicas(self, undefined: float, at: Any) -> dict[tuple[str, str | None], Any]:
+        """Values of the replicas, NaN where a replica has none. In means over classes, `undefined` counts."""
+        values, _, xp = self._read_values(np.nan, at)
+        if np.isnan(undefined):
+            return values
+        counted = {key: find_middle(value) for key, value in self._read_values(undefined, at)[0].items()}
+        return {key: xp.where(xp.isnan(x := find_middle(value)), x, counted[key]) for key, value in values.items()}
 
     def curve(
         self, kind: str, key: str | None = None, *, slice: int | str | None = None
@@ -379,16 +436,29 @@ class Metrics:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`predicted, observed, weight`: mean predicted probability against observed frequency.
 
-        In `bins` equal steps; steps without data are left out. Exact if the head keeps
-        `jh.metrics.ExpectedCalibrationError(bins)` of as many; else probabilities are those of the histogram's bins
-        (their middles). The other arguments are those of `curve`.
+        In `bins` equal steps; steps without data are left out. Of a `MultiClassHead` it is the probability of the
+        predicted class against how often that is right. It is exact if the head keeps
+        `jh.metrics.ExpectedCalibrationError(bins)` of as many, which a `MultiClassHead` must; else probabilities are
+        those of the histogram's bins (their middles). The other arguments are those of `curve`.
         """
         if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
             raise ValueError(f"reliability() needs a positive integer number of bins. Given {bins!r}.")
         at = self._find_entry("reliability()", slice)
-        path, views = self._find_scores("reliability()", key, at), self._read_views(np.nan, at)[0]
-        exact = views.get((*path[:-1], calibration_key(bins))) if path[-1] == SCORES else None
-        return views[path].reliability(bins) if exact is None else exact.reliability()
+        views = self._read_views(np.nan, at)[0]
+        whole = [view for path, view in views.items() if path[-1] == calibration_key(bins, whole=True)]
+        if key is None and len(whole) == 1:
+            return whole[0].reliability()
+        exact = f"Keep its curve: head.with_metrics(jh.metrics.ExpectedCalibrationError({bins})). Given {self.head!r}."
+        if not any(isinstance(view, ScoresView) for view in views.values()):
+            raise ValueError(f"reliability() reads a score histogram, or bins of calibration. {exact}")
+        path = self._find_scores("reliability()", key, at)
+        kept = views.get((*path[:-1], calibration_key(bins))) if path[-1] == SCORES else None
+        if kept is None and views[path].exclusive:
+            raise ValueError(
+                "reliability() of one of many classes is that of the predicted class, which no histogram tells. "
+                f"{exact}"
+            )
+        return views[path].reliability(bins) if kept is None else kept.reliability()
 
     def _find_entry(self, what: str, slice: int | str | None) -> tuple[int, int]:
         """Where all data of a slice are; refused outside of one concrete state, and for a slice that is too small."""

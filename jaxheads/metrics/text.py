@@ -27,7 +27,7 @@ def kind(state: Any, size: int) -> str | None:
 
 
 def table(values: Mapping[tuple[str, str | None], Any], bad: Any, histograms: Iterable[ScoresView]) -> list[str]:
-    """Lines of keys and values, then what was left out, then what bins or rounding leave open, and its cure."""
+    """Lines of keys and values, then what was left out, then what bins leave open, and its cure."""
     width = max(len(join_names(*key)) for key in values)
     lines = []
     for key, value in values.items():
@@ -36,39 +36,21 @@ def table(values: Mapping[tuple[str, str | None], Any], bad: Any, histograms: It
         lines.append(f"  {join_names(*key):<{width}}  {shown}")
     if bad > 0:
         lines.append(f"  {int(bad)} elements had an illegal label, weight or slice and were left out.")
-    return lines + _describe_bins(values, histograms)
+    wide = describe_bins({key: value for key, value in values.items() if isinstance(value, Interval)}, histograms)
+    return [*lines, f"  {wide}"] if wide else lines
 
 
-def rounded(values: Mapping[tuple[str, str | None], Any]) -> list[str]:
-    """What is given though rounding may have moved it by more than 1e-2, with the mend; a line for each mend."""
-    wide: dict[str, list[str]] = {}
+def describe_bins(values: Mapping[tuple[str, str | None], Interval], histograms: Iterable[ScoresView]) -> str:
+    """Tells which metrics the bins leave open, and the grid that mends it; empty if none is open by more than 1e-2."""
+    binned = []
     for key, value in values.items():
-        if isinstance(value, Interval) and value.mend is not None:
-            lower, upper = np.asarray(value.lower), np.asarray(value.upper)
-            # As wide as can be they are of numbers that may all be equal: those have no value, or are in no mean.
-            told = np.isfinite(lower) & ~((lower == -1) & (upper == 1))
-            if np.any(value.is_wide() & told & ~np.isnan(value.value)):
-                wide.setdefault(value.mend, []).append(join_names(*key))
-    return [_describe_rounding(names, mend) for mend, names in wide.items()]
-
-
-def _describe_rounding(metrics: list[str], mend: str) -> str:
+        if np.any(value.is_wide()):
+            bounds = f" in [{value.lower:.4g}, {value.upper:.4g}]" if np.ndim(value.value) == 0 else ""
+            binned.append(f"{join_names(*key)}{bounds}")
+    if not binned:
+        return ""
+    advice = next((view.advice() for view in histograms if view.total.ndim == 0 and view.is_coarse()), "a finer grid")
     return (
-        f"The spread of these numbers is lost in float32 sums of their squares: {', '.join(metrics)}. "
-        f"Mend it with {mend or 'shift='}, about the mean of the labels; where all are equal there is none."
+        f"The grid is too coarse for these scores: {', '.join(binned)}. "
+        f"Mend it with bins={advice}; scores that are equal no grid can tell apart."
     )
-
-
-def _describe_bins(values: Mapping[tuple[str, str | None], Any], histograms: Iterable[ScoresView]) -> list[str]:
-    wide: dict[str | None, list[str]] = {}
-    for key, value in values.items():
-        if isinstance(value, Interval) and np.ndim(value.value) == 0 and value.is_wide():
-            wide.setdefault(value.mend, []).append(f"{join_names(*key)} in [{value.lower:.4g}, {value.upper:.4g}]")
-    lines = []
-    if binned := wide.pop(None, None):
-        advice = next((view.advice() for view in histograms if view.is_coarse()), "a finer grid")
-        lines.append(
-            f"  The grid is too coarse for these scores: {', '.join(binned)}. "
-            f"Mend it with bins={advice}; scores that are equal no grid can tell apart."
-        )
-    return lines + [f"  {_describe_rounding(metrics, mend or '')}" for mend, metrics in wide.items()]

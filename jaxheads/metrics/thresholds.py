@@ -10,7 +10,7 @@ rules for 0/0 and for absent classes, is told in `jaxheads.metrics`.
 >>> labels, logits = jnp.array([1, 1, 0, 0]), jnp.array([[2.0], [-0.5], [-1.0], [0.5]])
 >>> values = head.measure(labels=labels, logits=logits).compute()
 >>> values["f1/positive_threshold_0.3"], values["specificity"]
-(np.float32(0.8), np.float32(0.5))
+(0.8, 0.5)
 """
 
 import dataclasses
@@ -176,6 +176,10 @@ class CohenKappa(AbstractThresholdMetric):
     @property
     def key(self) -> str:
         return f"{self.stem}_{self.weights}" if self.weights else self.stem
+
+    @property
+    def needs_pairs(self) -> bool:
+        return self.weights is not None
 
     def decided(self, outcomes: Outcomes) -> Any:
         return outcomes.kappa(self.weights)

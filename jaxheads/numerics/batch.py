@@ -48,6 +48,7 @@ class Given:
         keys: the keys of the predictions that are asked for.
         columns: the features in which slices are looked up, where `features` holds only a part of them.
         with_slices: whether slices are looked up.
+        divides: whether the loss is divided by the number of elements, for which weights are no mask.
         key: a random key, for replicas and for heads that sample.
         check: as for `head.loss`.
     """
@@ -61,6 +62,7 @@ class Given:
     keys: Any = None
     columns: Any = None
     with_slices: bool = False
+    divides: bool = False
     key: Any = None
     check: bool | None = None
 

@@ -109,6 +109,42 @@ def locate_uniform(x: jax.Array, first: int, count: int, scale: float, extra: tu
     return below
 
 
+# Edges at multiples of 1/64 up to 16 on both sides of 0; beyond, 128 each time that the size doubles, up to 1024.
+_MULTIPLES, _DOUBLINGS, _BITS = 1024, 6, 7
+
+
+@functools.cache
+def list_growing() -> tuple[float, ...]:
+    """The edges of `locate_growing`, sorted."""
+    fine = np.arange(_MULTIPLES + 1) / 64
+    growth = 1 + np.arange(1, 2**_BITS + 1) / 2**_BITS
+    beyond = np.concatenate([fine[-1] * 2.0**k * growth for k in range(_DOUBLINGS)])
+    above = np.concatenate([fine[1:], beyond])
+    return tuple(np.concatenate([-above[::-1], [0.0], above]).tolist())
+
+
+def locate_growing(x: jax.Array, extra: tuple[float, ...]) -> jax.Array:
+    """`Edges.locate` among the edges of `list_growing`, and a few others.
+
+    Nothing is looked up here either. Up to 16, `ceil` counts edges. Beyond, the leading bits of a float32 do: its
+    exponent and the first bits of its fraction, read as an integer, go up by 1 at each edge.
+    """
+    x = jnp.asarray(x, jnp.float32)
+    x = masking.keep(jax.lax.eq(x, x), x, -np.inf)
+    scaled = jax.lax.mul(x, jax.lax.full_like(x, 64))
+    bits = jax.lax.bitcast_convert_type(jax.lax.abs(scaled), jnp.int32)
+    # An edge counts if it is strictly below: above 0 the edge itself does not count yet, below 0 it counts no more.
+    bits = jax.lax.sub(bits, jax.lax.gt(scaled, jax.lax.full_like(x, 0)).astype(jnp.int32))
+    first = int(np.float32(_MULTIPLES).view(np.int32))
+    beyond = jax.lax.shift_right_arithmetic(bits - np.int32(first), np.int32(23 - _BITS))
+    beyond = jax.lax.clamp(np.int32(0), beyond, np.int32(_DOUBLINGS * 2**_BITS)).astype(jnp.float32)
+    below = jax.lax.clamp(-_MULTIPLES - beyond, jax.lax.ceil(scaled), _MULTIPLES + 1 + beyond)
+    below = jax.lax.add(below.astype(jnp.int32), np.int32(_MULTIPLES + _DOUBLINGS * 2**_BITS))
+    for edge in extra:
+        below = below + (x > np.float32(edge)).astype(jnp.int32)
+    return below
+
+
 @functools.lru_cache(maxsize=256)
 def edges_of(values: tuple[float, ...]) -> Edges:
     """`Edges(values)`, built once for equal values."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxheads.numerics import missing
 from jaxheads.numerics.reduction import Divisor
 
 
@@ -49,6 +50,8 @@ def as_array(x: Any, what: str, *, names: bool | None = None) -> np.ndarray | ja
 
     `names` is for labels: whether they may be names, and objects may stand among strings.
     """
+    if isinstance(x, np.ndarray) and x.dtype == object:
+        return x if (column := missing.read(x)) is None else missing.as_floats(column)
     if isinstance(x, (jax.Array, np.ndarray)):
         return x
     if isinstance(x, JaxArrayLike):
@@ -60,6 +63,8 @@ def as_array(x: Any, what: str, *, names: bool | None = None) -> np.ndarray | ja
             f"{what} must be an array. Given a {type(x).__name__} that NumPy cannot convert ({error}). "
             "Pass rows of equal length."
         ) from error
+    if (column := missing.read(array if isinstance(x, (list, tuple)) else x)) is not None:
+        return missing.as_floats(column)
     if array.dtype.kind == "O" and not (is_text(array) or (array.ndim and (names or not array.size))):
         raise ValueError(
             f"{what} must be a dense array of numbers"

@@ -1,6 +1,7 @@
 """What labels are legal: as a spec, in checks that name the first that is not, in arrays a compiled step takes."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -8,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.numerics import inputs, vocabulary
+from jaxheads.numerics import inputs, missing, vocabulary
+from jaxheads.numerics.warned import RoundingWarning
 
 INT32 = np.iinfo(np.int32)
 
@@ -22,8 +24,8 @@ class LabelSpec:
         kind: `"float"` (any number is taken), `"int"` or `"bool"`.
         low: the smallest legal value; None for no limit.
         high: the largest legal value; None for no limit. Labels must be finite in any case.
-        fill: the legal value that masked rows are given before a formula sees them; their logits become 0. A formula
-            with learned fields must be smooth there, for the gradient of those fields passes through every row.
+        fill: the legal value that masked rows are given before a formula sees them; their logits become 0. A head with
+            learned fields is given copies of a live row instead, if there is one.
         axes: sizes of the axes before the last that belong to one element (boxes of an image); None for any.
     """
 
@@ -182,7 +184,11 @@ def each_label(specs: Specs, labels: Any, take: Any) -> Any:
 
 
 def give_dtype(array: Any, label: Any, spec: LabelSpec) -> Any:
-    """`array`; but a list without elements has no dtype of its own."""
+    """`array`; but a list without elements has no dtype of its own, and missing integers are floats in `array`."""
+    if isinstance(array, np.ndarray) and array.dtype.kind == "f" and spec.kind != "float":
+        column = missing.read(np.asarray(label, object) if isinstance(label, (list, tuple)) else label)
+        if column is not None and column.dtype.kind in ("iu" if spec.kind == "int" else "biu"):
+            return missing.as_integers(column).reshape(array.shape)
     empty = isinstance(array, np.ndarray) and array.size == 0 and not isinstance(label, (np.ndarray, jax.Array))
     return array.astype(spec.dtype) if empty else array
 
@@ -218,7 +224,28 @@ def settle_labels(
         illegal = spec.illegal(np.asarray(array), np)
         if live is not None:
             _refuse_labels(np.asarray(array), illegal & _fit_live(live, array), spec, what)
+        if spec.kind == "float" and array.dtype.itemsize > 4:
+            _warn_of_rounding(np.asarray(array), ~illegal if live is None else ~illegal & _fit_live(live, array), what)
     return spec.settle(array, illegal) if isinstance(array, np.ndarray) else array
+
+
+def _warn_of_rounding(labels: np.ndarray, live: np.ndarray, what: str) -> None:
+    """Warns of labels that lie so close together, and so far from zero, that float32 cannot tell them apart."""
+    largest = np.abs(labels).max(initial=0)
+    # By far the most labels are told apart: half a unit in the last place of the largest is enough.
+    exact = labels[np.broadcast_to(live, labels.shape)].astype(np.float64)
+    spread = exact.std() if exact.size else 0.0
+    if not 0 < spread <= 100 * largest * 2.0**-24:
+        return
+    lost = np.abs(exact - exact.astype(np.float32)).max()
+    if lost > 1e-2 * spread:
+        warnings.warn(
+            f"{what} become float32, which rounds them by up to {lost:.3g}. Given labels about {exact.mean():.6g}, "
+            f"with a standard deviation of {spread:.3g}. Subtract {exact.mean():.6g} from them first, and add it "
+            "to the predictions.",
+            RoundingWarning,
+            stacklevel=2,
+        )
 
 
 def give_shape(spec: LabelSpec, array: Any, lead: tuple[int, ...], what: str) -> Any:
@@ -264,7 +291,8 @@ def _fit_live(live: np.ndarray, labels: Any) -> np.ndarray:
 def _refuse_labels(labels: np.ndarray, bad: np.ndarray, spec: LabelSpec, what: str) -> None:
     if bad.any():
         position = tuple(int(i) for i in np.argwhere(bad)[0])
+        given = "a missing value" if labels[position] == missing.INTEGER else labels[position]
         raise ValueError(
-            f"{what} must be {spec.describe()}. Given {labels[position]!s} at index {position}, {int(bad.sum())} "
+            f"{what} must be {spec.describe()}. Given {given!s} at index {position}, {int(bad.sum())} "
             "illegal in all. Mend the labels, or leave those rows out with where=False."
         )

@@ -55,15 +55,43 @@ def keep(mask: jax.Array, x: Any, fill: float) -> Any:
     return choose(mask, x, jax.lax.full_like(x, fill))
 
 
-def keep_rows(mask: jax.Array, x: jax.Array, fill: float) -> jax.Array:
-    """`keep` for a column of features: only columns that share the mask's leading axes are touched.
+def keep_rows(mask: jax.Array, x: jax.Array, fill: float, copies: bool = False) -> jax.Array:
+    """`keep` for a column of features, or `copy_first`: only columns that share the mask's leading axes are touched.
 
     The fill is 1: unlike 0 it is harmless to a logarithm, a square root and a division alike.
     """
     shared = min(x.ndim, mask.ndim - 1)
     if shared == 0 or x.shape[:shared] != mask.shape[:shared]:
         return x
-    return keep(rows_like(mask, x), x, fill)
+    return copy_first(rows_like(mask, x), x, fill, shared, False) if copies else keep(rows_like(mask, x), x, fill)
+
+
+def copy_first(mask: jax.Array, x: jax.Array, fill: float, lead: int, entries: bool) -> jax.Array:
+    """`x` where `mask`; elsewhere the first entry for which it holds, along the first `lead` axes.
+
+    If it holds for none of these, it is the first along all axes, if `entries` have masks of their own; else `fill`.
+
+    The copies have no gradient. They are sums of one entry and zeros, because that is quick on a mesh too.
+    """
+    if any(isinstance(size, int) and size == 0 for size in x.shape):
+        return x
+    mask = jnp.broadcast_to(mask, x.shape)
+    found, there = jax.lax.stop_gradient(keep(mask, x, fill)), mask
+    levels = [(x, mask)]
+    for axes in (range(lead), *([range(lead, x.ndim)] if entries else [])):
+        for axis in axes:
+            index = meshes.index(found, axis, np.int32)
+            first = there & (index == jnp.argmax(there, axis, keepdims=True).astype(np.int32))
+            add = jnp.any if found.dtype == np.bool_ else jnp.sum
+            found = add(keep(first, found, 0), axis, keepdims=True).astype(found.dtype)
+            there = jnp.any(there, axis, keepdims=True)
+        levels.append((found, there))
+    everywhere, out = true_like(x), jax.lax.full_like(x, fill)
+    for values, held in reversed(levels):
+        # By an operation with an array of the whole shape: a broadcast would be laid out unlike `x`.
+        whole = values | ~everywhere if x.dtype == np.bool_ else values + (~everywhere).astype(x.dtype)
+        out = jnp.where(held & everywhere, whole, out)
+    return out
 
 
 def weighted(values: jax.Array, weights: jax.Array) -> jax.Array:

@@ -139,15 +139,16 @@ def _make_varying(x: Any, name: Any) -> Any:
 
 def columns(x: jax.Array, dtype: Any) -> jax.Array:
     """The index of the last axis at every entry of `x`, laid out like `x`."""
-    return _make_index(x, x.ndim - 1, dtype)
+    return index(x, x.ndim - 1, dtype)
 
 
 def flat_index(x: jax.Array) -> jax.Array:
     """The row-major position, int32, of every entry of `x`, laid out like `x`."""
     steps = [math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim)]
-    return sum((_make_index(x, axis, jnp.int32) * step for axis, step in enumerate(steps)), jnp.int32(0))
+    return sum((index(x, axis, jnp.int32) * step for axis, step in enumerate(steps)), jnp.int32(0))
 
 
-def _make_index(x: jax.Array, axis: int, dtype: Any) -> jax.Array:
+def index(x: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    """The position along one axis of every entry of `x`, laid out like `x`."""
     out_sharding = None if explicit_mesh(x) is None else jax.typeof(x).sharding
     return jax.lax.broadcasted_iota(dtype, x.shape, axis, out_sharding=out_sharding)

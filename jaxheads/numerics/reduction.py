@@ -47,6 +47,10 @@ class Reduction(enum.Enum):
         return cls(value)
 
 
+# Weights that are all smaller are refused: float32 loses a part of them, or of their products with losses.
+SMALLEST_SUM = 2.0**-120
+
+
 class Divisor(NamedTuple):
     """What the loss of a whole batch is divided by, for the losses of its parts; `head.divisor` makes it.
 

@@ -1,0 +1,123 @@
+"""Sums that stay exact however they are split: numbers cut into digits, which float32 adds up without rounding.
+
+A digit has 8 bits, and its place is fixed: digit k counts `2^(8 (k + LOW))`. So the digits of many batches and devices
+add up one by one, as in Demmel and Nguyen, "Fast Reproducible Floating-Point Summation" (2013). A float32 holds the
+sum of the digits of 2^12 numbers exactly. Digits are read as a double word, `(value, error)`, of twice the bits of its
+dtype (Dekker 1971).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxheads.numerics.pairs import two_sum
+
+BITS = 8
+# From the square of the smallest float32 to the square of the largest, times the number of rows.
+LOW, DIGITS = -33, 72
+
+
+def cut(factors: jax.Array, exponents: jax.Array) -> jax.Array:
+    """Cuts the exact products of three float32 numbers `[..., 3]`, times `2^exponents`, into digits `[..., DIGITS]`.
+
+    Where a factor is no finite number, all digits are NaN.
+    """
+    bits = jax.lax.bitcast_convert_type(factors, jnp.int32)
+    powers = jax.lax.shift_right_logical(bits, np.int32(23)) & np.int32(255)
+    # A float32 is an integer of 24 bits times a power of two. Subnormal numbers are 0 to XLA.
+    whole = jnp.where(powers > 0, (bits & np.int32(2**23 - 1)) | np.int32(2**23), np.int32(0))
+    halves = [[x & np.int32(4095), jax.lax.shift_right_logical(x, np.int32(12))] for x in _split_last(whole)]
+    product = jnp.stack(_multiply(_multiply(*halves[:2]), halves[2]), axis=-1)
+    # Digit i of 12 bits counts 2^(exponent + 12 i), so it lies across up to three digits of the result.
+    exponents = exponents + jnp.sum(powers - np.int32(150), axis=-1, dtype=jnp.int32)
+    steps = np.expand_dims(np.arange(0, 12 * product.shape[-1], 12, dtype=np.int32), tuple(range(exponents.ndim)))
+    exponents = exponents[..., None] + steps
+    shifted = jax.lax.shift_left(product, exponents & np.int32(BITS - 1))
+    parts = [jax.lax.shift_right_logical(shifted, np.int32(BITS * k)) & np.int32(2**BITS - 1) for k in range(3)]
+    first = jax.lax.shift_right_arithmetic(exponents, np.int32(BITS.bit_length() - 1)) - np.int32(LOW)
+    places = jnp.concatenate([first + np.int32(k) for k in range(3)], axis=-1)[..., None]
+    index = np.expand_dims(np.arange(DIGITS, dtype=np.int32), tuple(range(places.ndim - 1)))
+    digits = jnp.where(places == index, jnp.concatenate(parts, axis=-1)[..., None], np.int32(0))
+    sign = jnp.prod(jnp.sign(factors), axis=-1, keepdims=True)
+    signed = sign * jnp.sum(digits, axis=-2, dtype=jnp.int32).astype(jnp.float32)
+    return jnp.where(jnp.all(jnp.isfinite(factors), axis=-1, keepdims=True), signed, jnp.float32(np.nan))
+
+
+def _split_last(x: jax.Array) -> list[jax.Array]:
+    return [x[..., i] for i in range(x.shape[-1])]
+
+
+def _multiply(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
+    """The digits of 12 bits of a product of two numbers, from the lowest."""
+    columns: list[Any] = [0] * (len(a) + len(b) - 1)
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            columns[i + j] = columns[i + j] + x * y
+    digits, over = [], jnp.zeros_like(a[0])
+    for column in columns:
+        digits.append((column + over) & np.int32(4095))
+        over = jax.lax.shift_right_logical(column + over, np.int32(12))
+    return [*digits, over]
+
+
+def find_top(digits: Any, xp: Any) -> Any:
+    """The place of the highest digit that is not 0, counted from 2^0: `[...]` of digits `[..., DIGITS]`."""
+    places = np.arange(LOW, LOW + DIGITS, dtype=np.int32)
+    places = np.expand_dims(places, tuple(range(digits.ndim - 1)))
+    return xp.where(digits != 0, places, np.int32(LOW)).max(-1)
+
+
+def join(digits: Any, unit: Any, xp: Any) -> tuple[Any, Any]:
+    """The double word that digits `[..., DIGITS]` stand for, in units of `2^unit`, `[...]`."""
+    places = BITS * np.arange(LOW, LOW + DIGITS, dtype=np.int32)
+    powers = np.expand_dims(places, tuple(range(unit.ndim))) - unit[..., None]
+    terms = xp.ldexp(digits, xp.clip(powers, -1000, 1000).astype(np.int32))
+    words = terms, xp.zeros_like(terms)
+    while (n := words[0].shape[-1]) > 1:
+        half = n // 2
+        low, high, rest = ([x[..., a:b] for x in words] for a, b in ((0, half), (half, 2 * half), (2 * half, n)))
+        added = add((low[0], low[1]), (high[0], high[1]))
+        words = tuple(xp.concatenate(both, -1) for both in zip(added, rest, strict=True))
+    return words[0][..., 0], words[1][..., 0]
+
+
+def add(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The sum of two double words."""
+    high, low = two_sum(a[0], b[0])
+    more, less = two_sum(a[1], b[1])
+    high, low = two_sum(high, low + more)
+    return two_sum(high, low + less)
+
+
+def subtract(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The difference of two double words."""
+    return add(a, (-b[0], -b[1]))
+
+
+def multiply(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The product of two double words."""
+    high, low = _multiply_exactly(a[0], b[0])
+    return two_sum(high, low + (a[0] * b[1] + a[1] * b[0]))
+
+
+def divide(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The quotient of two double words; the divisor is not 0."""
+    first = a[0] / b[0]
+    rest = subtract(a, multiply(b, (first, first * 0)))
+    return two_sum(first, rest[0] / b[0])
+
+
+def _multiply_exactly(a: Any, b: Any) -> tuple[Any, Any]:
+    """`a * b` rounded, and what the rounding lost."""
+    product = a * b
+    (a_high, a_low), (b_high, b_low) = _halve(a), _halve(b)
+    return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+
+
+def _halve(x: Any) -> tuple[Any, Any]:
+    """A number as the sum of two numbers of half the bits."""
+    scaled = x * (2.0**12 + 1 if x.dtype == np.float32 else 2.0**27 + 1)
+    high = scaled - (scaled - x)
+    return high, x - high

@@ -1,0 +1,461 @@
+"""Right numbers where users met wrong ones: kinds of faults, each on inputs of several shapes."""
+
+import dataclasses
+import json
+import time
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pandas as pd
+import pytest
+import sklearn.metrics
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxheads as jh
+from jaxheads.engine import gathering
+
+M: Any = jh.metrics
+sk: Any = sklearn.metrics
+NAN = float("nan")
+
+
+# 1. Masked rows do not reach learned fields.
+
+
+class WeibullHead(jh.Head):
+    """The logarithm of a label has no finite slope at 0, the fill of masked rows."""
+
+    logits_dimension = 1
+    label_spec = jh.LabelSpec(low=0)
+    coupling = "row"
+    log_k: Any = jh.learned(lambda head, key: jnp.float32(0.2))
+
+    def losses(self, labels, logits):
+        k = jnp.exp(self.log_k)
+        z = k * (jnp.log(labels) - logits)
+        return jnp.exp(z) - z - self.log_k
+
+
+class PowerHead(jh.Head):
+    """The power of a logit has no finite slope in its exponent at 0, the fill of masked logits."""
+
+    logits_dimension = 2
+    coupling = "row"
+    power: Any = jh.learned(lambda head, key: jnp.float32(1.5))
+
+    def losses(self, labels, logits):
+        return labels * jnp.abs(logits) ** self.power
+
+
+class RateHead(jh.Head):
+    """Neither has the power of a column of features, which is 1 in masked rows."""
+
+    logits_dimension = 1
+    coupling = "row"
+    power: Any = jh.learned(lambda head, key: jnp.float32(0.5))
+
+    def losses(self, labels, logits, features):
+        return (labels - logits * jnp.abs(features["t"].reshape(logits.shape) - 1) ** self.power) ** 2
+
+
+class PairsHead(jh.Head):
+    """Rows look at each other, and labels have a logarithm."""
+
+    logits_dimension = 1
+    label_spec = jh.LabelSpec(low=0)
+    coupling = "batch"
+    scale: Any = jh.learned(lambda head, key: jnp.float32(1.0))
+
+    def losses(self, labels, logits, rows):
+        y, z, w = (rows.devices.all(x) for x in (labels, logits, rows.weights))
+        gaps = (self.scale * (jnp.log(labels).reshape(-1, 1) - jnp.log(y).T) - logits.reshape(-1, 1) + z.T) ** 2
+        return (gaps @ w).reshape(labels.shape)
+
+
+def learned_gradient(head, labels, logits, place=None, **rest):
+    params = jax.device_put(head.init(jax.random.key(0)), place)
+
+    def loss(params):
+        return head.loss(labels, logits, params=params, **rest)
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize("head", [WeibullHead(), PowerHead(), RateHead(), PairsHead()], ids=lambda h: type(h).__name__)
+@pytest.mark.parametrize("hidden", [[1], [0, 2, 3], [0, 1, 2]])
+def test_masked_rows_do_not_reach_learned_fields(head, hidden):
+    rng = np.random.default_rng(0)
+    labels = rng.uniform(1, 3, (4, head.label_spec.size)).astype(np.float32)
+    logits = rng.normal(size=(4, head.logits_dimension)).astype(np.float32)
+    features = {"t": rng.uniform(2, 3, 4).astype(np.float32)}
+    kept = np.setdiff1d(np.arange(4), hidden)
+    garbage = np.array(labels), np.array(logits)
+    for array in garbage:
+        array[hidden] = NAN
+    expected = learned_gradient(head, labels[kept], logits[kept], features={"t": features["t"][kept]})
+    for how in ({"where": np.isin(np.arange(4), kept)}, {"weights": np.isin(np.arange(4), kept) * np.float32(1)}):
+        reduced = dataclasses.replace(head, loss_reduction="mean")
+        value, gradient = learned_gradient(reduced, *garbage, features=features, **how)
+        np.testing.assert_allclose(value, expected[0], rtol=2e-6)
+        for found, true in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected[1]), strict=True):
+            np.testing.assert_allclose(found, true, rtol=1e-5)
+
+
+def test_the_first_case_is_right():
+    class First(jh.Head):
+        logits_dimension = 1
+        label_spec = jh.LabelSpec(low=0)
+        coupling = "row"
+        log_k: Any = jh.learned(lambda head, key: jnp.float32(0.0))
+
+        def losses(self, labels, logits):
+            return jnp.exp(self.log_k) * jnp.log(labels) + logits
+
+    labels, logits = np.array([np.e, 5.0], np.float32), np.ones((2, 1), np.float32)
+    value, gradient = learned_gradient(First(), labels, logits, where=np.array([True, False]))
+    np.testing.assert_allclose([value, gradient["log_k"]], [2.0, 1.0], rtol=1e-6)
+    padded = jh.pad_batch({"labels": labels[:1], "features": {}}, 3)
+    value, gradient = learned_gradient(First(), padded["labels"], np.ones((3, 1), np.float32), where=padded["where"])
+    np.testing.assert_allclose([value, gradient["log_k"]], [2.0, 1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("head", [WeibullHead(), PowerHead(), PairsHead()], ids=lambda h: type(h).__name__)
+def test_a_batch_without_rows_has_no_gradient(head):
+    rows = np.zeros((3, 1), np.float32), np.zeros((3, head.logits_dimension), np.float32)
+    labels = np.broadcast_to(rows[0], (3, head.label_spec.size))
+    value, gradient = learned_gradient(head, labels, rows[1], where=np.zeros(3, bool))
+    assert (float(value), float(jax.tree.leaves(gradient)[0])) == (0, 0)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_masked_rows_do_not_reach_learned_fields_on_a_mesh(axis_type):
+    head, rng = WeibullHead(), np.random.default_rng(1)
+    labels, logits = rng.uniform(1, 3, (8, 1)).astype(np.float32), rng.normal(size=(8, 1)).astype(np.float32)
+    where = np.array([0, 0, 0, 1, 0, 1, 1, 0], bool)
+    expected = learned_gradient(head, labels[where], logits[where])
+    mesh = jax.make_mesh((4,), ("rows",), (axis_type,), devices=jax.devices()[:4])
+    spread = jax.device_put((labels, logits, where), NamedSharding(mesh, PartitionSpec("rows")))
+    whole = NamedSharding(mesh, PartitionSpec())
+    value, gradient = learned_gradient(head, spread[0], spread[1], whole, where=spread[2])
+    np.testing.assert_allclose(value, expected[0], rtol=2e-6)
+    np.testing.assert_allclose(gradient["log_k"], expected[1]["log_k"], rtol=1e-5)
+
+
+def test_entries_that_are_missing_do_not_reach_learned_fields():
+    """By entry, with a column that no row has."""
+
+    class Columns(jh.Head):
+        logits_dimension = 3
+        label_spec = jh.LabelSpec(3, low=0)
+        coupling, per_logit_where = "row", True
+        scale: Any = jh.learned(lambda head, key: jnp.float32(1.0))
+
+        def losses(self, labels, logits):
+            return (self.scale * jnp.log(labels) - logits) ** 2
+
+    labels = np.array([[1.5, 0, 0], [0, 2.5, 0], [2.0, 3.0, 0]], np.float32)
+    logits, where = np.ones((3, 3), np.float32), labels > 0
+    value, gradient = learned_gradient(Columns(), labels, logits, where=where)
+    gaps = np.log(labels[where].astype(np.float64)) - 1
+    np.testing.assert_allclose(value, np.mean(gaps**2), rtol=2e-6)
+    np.testing.assert_allclose(gradient["scale"], np.mean(2 * gaps * (gaps + 1)), rtol=1e-5)
+
+
+# 4. What bins leave open is told, and most scores fit.
+
+
+def binary_scores(shift: float, spread: float, gap: float) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    labels = (rng.random(2000) < 0.3).astype(np.int32)
+    return labels, (rng.normal(size=2000) * spread + shift + gap * labels).astype(np.float32)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("shift", "spread", "gap"), [(18, 5, 7), (-60, 20, 10), (-700, 200, 90), (0, 2, 1), (200, 60, 40)]
+)
+def test_most_scores_fit_the_default_bins(shift, spread, gap):
+    labels, logits = binary_scores(shift, spread, gap)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        values = jh.BinaryClassHead().measure(labels, logits).compute(bounds=True)
+    exact = sk.roc_auc_score(labels, logits[:, 0])
+    np.testing.assert_allclose(values["auc"], exact, atol=1e-3)
+    assert values["auc/lower"] - 1e-6 <= exact <= values["auc/upper"] + 1e-6
+
+
+def test_the_default_bins_are_counted_exactly():
+    """Every edge, the numbers beside it, and numbers of every size."""
+    from jaxheads.numerics import edges
+
+    at = np.asarray(edges.list_growing(), np.float32)
+    assert (np.diff(at) > 0).all()
+    assert (at[0], at[-1], len(at)) == (-1024, 1024, 3585)
+    rng = np.random.default_rng(0)
+    sizes = (rng.standard_normal(20_000) * 10.0 ** rng.uniform(-40, 37, 20_000)).astype(np.float32)
+    ends = np.array([0, -0.0, np.inf, -np.inf], np.float32)
+    x = np.concatenate([at, np.nextafter(at, np.float32(np.inf)), np.nextafter(at, np.float32(-np.inf)), sizes, ends])
+    found = np.asarray(jax.jit(lambda x: edges.locate_growing(x, (0.3,)))(x))
+    flushed = np.where(np.abs(x) < np.finfo(np.float32).tiny, np.float32(0), x)
+    np.testing.assert_array_equal(found, np.searchsorted(at, flushed, side="left") + (x > np.float32(0.3)))
+    assert edges.locate_growing(jnp.float32(NAN)[None], ()).tolist() == [0]
+
+
+@pytest.mark.parametrize("shift", [-6.9, 3.0])
+def test_compute_warns_where_the_text_does(shift):
+    labels, logits = binary_scores(shift, 1e-4, 1e-4)
+    metrics = jh.BinaryClassHead().measure(labels, logits)
+    with pytest.warns(jh.GridWarning, match=r"auc in \[0(.|\n)*Mend it with bins=jh\.LogitGrid"):
+        metrics.compute()
+    assert "Mend it with bins=jh.LogitGrid" in repr(metrics)
+    # The bins of the state tell where scores lie to a 64th: the second piece of advice is finer.
+    for _ in range(2):
+        advice = repr(metrics).split("bins=")[-1].split(";")[0]
+        metrics = jh.BinaryClassHead(bins=eval(advice, {"jh": jh})).measure(labels, logits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = metrics.compute()["auc"]
+    np.testing.assert_allclose(found, sk.roc_auc_score(labels, logits[:, 0]), atol=5e-3)
+
+
+# 5. The interval of average precision closes.
+
+
+@pytest.mark.parametrize("n", [7, 150])
+def test_average_precision_has_no_interval_where_no_bin_is_shared(n):
+    rng = np.random.default_rng(n)
+    logits = rng.permutation(np.linspace(-6, 6, n, dtype=np.float32))[:, None]
+    labels = (rng.random(n) < 1 / (1 + np.exp(-logits[:, 0]))).astype(np.int32)
+    weights = rng.choice(np.array([0.5, 1, 3], np.float32), n)
+    metrics = jh.BinaryClassHead().with_metrics(M.AveragePrecision()).measure(labels, logits, weights=weights)
+    values = metrics.compute(bounds=True)
+    exact = sk.average_precision_score(labels, logits[:, 0], sample_weight=weights)
+    for end in ("", "/lower", "/upper"):
+        np.testing.assert_allclose(values[f"average_precision{end}"], exact, rtol=2e-6)
+
+
+def test_scores_that_are_tied_are_one_score():
+    labels = np.array([1, 1, 1, 0, 0, 1, 0], np.int32)
+    logits = np.array([3, 3, 3, 3, 2, 1, 0], np.float32)[:, None]
+    metrics = jh.BinaryClassHead().with_metrics(M.AveragePrecision()).measure(labels, logits)
+    values = metrics.compute(bounds=True)
+    exact = sk.average_precision_score(labels, logits[:, 0])
+    np.testing.assert_allclose(values["average_precision"], exact, rtol=1e-6)
+    # Whether the negative at 3 is tied with the positives is not known: it may come first.
+    np.testing.assert_allclose(values["average_precision/lower"], exact, rtol=1e-6)
+
+
+# 6. Means take what a class counts as. 7. Many classes.
+
+
+def test_macro_averages_take_what_is_undefined():
+    labels, predicted = np.array([0, 1, 2, 2]), np.array([0, 1, 1, 1])
+    head = jh.MultiClassHead(3).with_metrics(M.Precision(average="macro"), M.MeanIoU(), M.FBeta(average="weighted"))
+    metrics = head.measure(labels, np.eye(3, dtype=np.float32)[predicted])
+    for zero, expected in ((0.0, (1 + 1 / 3) / 3), (1.0, (2 + 1 / 3) / 3), (NAN, (1 + 1 / 3) / 2)):
+        values = metrics.compute(undefined=zero)
+        np.testing.assert_allclose(values["precision_macro"], expected, rtol=1e-6)
+        precision = sk.precision_score(labels, predicted, average="macro", zero_division=zero)
+        np.testing.assert_allclose(values["precision_macro"], precision, rtol=1e-6)
+    inside = jax.jit(lambda m: m.compute(undefined=0.0))(metrics)
+    np.testing.assert_allclose(inside["precision_macro"], (1 + 1 / 3) / 3, rtol=1e-6)
+
+
+def test_means_over_targets_and_areas_take_it_too():
+    labels = np.array([[0, 0], [1, 0], [1, 0]])
+    logits = np.array([[-1, 0.5], [2, 0.3], [-2, 0.1]], np.float32)
+    head = jh.MultiLabelHead(2).with_metrics(M.RocAuc(average="macro"), M.Recall(average="macro"))
+    values, zeros = (head.measure(labels, logits).compute(undefined=x) for x in (NAN, 0.0))
+    for key in ("auc_macro", "recall_macro"):
+        np.testing.assert_allclose(zeros[key], values[key] / 2, rtol=1e-6)
+    flat = jh.RegressionHead(2).with_metrics(M.R2Score())
+    values, zeros = (flat.measure(labels, logits).compute(undefined=x)["r2_score"] for x in (NAN, 0.0))
+    np.testing.assert_allclose(zeros, values / 2, rtol=1e-6)
+
+
+def test_an_interval_of_replicas_is_that_of_the_convention():
+    head = jh.MultiClassHead(3, bootstrap=jh.Bootstrap(50)).with_metrics(M.Precision(average="macro"))
+    rng = np.random.default_rng(0)
+    labels, predicted = rng.integers(0, 3, 60), rng.integers(0, 2, 60)
+    metrics = head.measure(labels, np.eye(3, dtype=np.float32)[predicted], key=jax.random.key(0))
+    values = metrics.compute(undefined=0.0, confidence=0.9)
+    assert values["precision_macro/ci_lower"] < values["precision_macro"] < values["precision_macro/ci_upper"]
+
+
+def test_macro_metrics_of_many_classes_are_linear():
+    begun = time.process_time()
+    recall = jh.MultiClassHead(200_000, extra_metrics=[M.Recall(average="macro"), M.BalancedAccuracy(), M.CohenKappa()])
+    assert time.process_time() - begun < 5  # a minute, and 14 GB, for a tenth of the classes
+    assert recall.metrics().state.shape[0] < 4 * 200_000
+    for metric in (M.ConfusionMatrix(), M.CohenKappa(weights="linear")):
+        with pytest.raises(ValueError, match=r"a table of all pairs of 20000 classes: 3\.2 GB"):
+            jh.MultiClassHead(20_000, extra_metrics=[metric])
+    begun = time.process_time()
+    jh.MultiClassHead(4000, extra_metrics=[M.ConfusionMatrix()])
+    assert time.process_time() - begun < 5
+
+
+@pytest.mark.parametrize("rows", [60, 40_000])
+def test_counts_are_those_of_the_table(rows):
+    rng, n = np.random.default_rng(rows), 5
+    labels, logits = rng.choice([0, 1, 3, 4], rows), rng.normal(size=(rows, n)).astype(np.float32)
+    logits[:, 4] -= 9
+    logits[::7, 0] = NAN
+    weights = rng.choice(np.array([0, 0.5, 1, 2], np.float32), rows)
+    metrics = [
+        cls(average=average)
+        for cls in (M.Precision, M.Recall, M.FBeta, M.IoU, M.Specificity)
+        for average in ("macro", "weighted", "micro", None)
+    ]
+    metrics += [M.Support(), M.BalancedAccuracy(), M.CohenKappa(), M.MatthewsCorrcoef(), M.MeanIoU()]
+    head = jh.MultiClassHead(n).with_metrics(*metrics)
+    features = {"g": rng.integers(-1, 2, rows)}
+    for slices in (None, jh.Slices("g", 2)):
+        sliced = dataclasses.replace(head, slices=slices)
+        counted, table = (
+            h.measure(labels, logits, features, weights=weights)
+            for h in (sliced, sliced.with_metrics(M.ConfusionMatrix()))
+        )
+        assert counted.state.shape[0] < table.state.shape[0]
+        pairs = [(counted.compute(), table.compute())]
+        pairs += [(counted.by_slice(), table.by_slice())] if slices else []
+        for few, all_ in pairs:
+            for key, value in few.items():
+                if key != "slice":
+                    np.testing.assert_allclose(value, all_[key], rtol=2e-6, err_msg=key)
+
+
+# 9. Weights of any size. 10. Calibration of the predicted class, and states in stacks. 11. Weights as a mask.
+
+
+def test_weights_that_are_all_tiny_are_refused():
+    labels, logits = np.array([0, 1, 1]), np.array([[1.0], [2.0], [-1.0]], np.float32)
+    weights = np.array([1.0, 2, 3]) * 1e-38
+    mean = jh.BinaryClassHead(loss_reduction="mean")
+    for call in (mean.loss, mean.measure, jh.BinaryClassHead().loss):
+        with pytest.raises(ValueError, match=r"must not all be tiny(.|\n)*Multiply all by one number"):
+            call(labels, logits, weights=weights)
+    rows = jnp.asarray(labels), jnp.asarray(logits), jnp.asarray(weights * 4, jnp.float32)
+    value, gradient = jax.jit(jax.value_and_grad(lambda z: mean.loss(rows[0], z, weights=rows[2])))(rows[1])
+    assert np.isnan(value)
+    assert np.isnan(gradient).all()
+    with pytest.warns(jh.BadInputWarning, match="add up to"):
+        jax.jit(lambda *a: mean.measure(a[0], a[1], weights=a[2]))(*rows).compute()
+    # One weight of a usual size, and the tiny ones add nothing that could be seen.
+    some = np.array([1.0, 1e-38, 1e-38])
+    np.testing.assert_allclose(mean.loss(labels, logits, weights=some), np.log1p(np.exp(1.0)), rtol=1e-6)
+
+
+def test_reliability_of_many_classes_is_that_of_the_predicted_class():
+    rng = np.random.default_rng(0)
+    labels, logits = rng.integers(0, 4, 500), rng.normal(size=(500, 4)).astype(np.float32)
+    top = jax.nn.softmax(logits, -1).max(-1)
+    right = np.argmax(logits, -1) == labels
+    bins = np.minimum((np.asarray(top) * 10).astype(int), 9)
+    expected = [
+        (top[bins == b].mean(), right[bins == b].mean(), (bins == b).sum()) for b in range(10) if (bins == b).any()
+    ]
+    for extra in ((), (M.OneVsRestAuc(),)):
+        head = jh.MultiClassHead(4).with_metrics(M.ExpectedCalibrationError(10), *extra)
+        found = head.measure(labels, logits).reliability(10)
+        np.testing.assert_allclose(np.transpose(found), expected, rtol=1e-5)
+        with pytest.raises(ValueError, match=r"ExpectedCalibrationError\(12\)"):
+            head.measure(labels, logits).reliability(12)
+
+
+def test_a_stack_of_states_is_told():
+    head = jh.BinaryClassHead()
+    rng = np.random.default_rng(0)
+    labels, logits = rng.integers(0, 2, (3, 50)), rng.normal(size=(3, 50, 1)).astype(np.float32)
+    stacked = jax.vmap(head.measure)(labels, logits)
+    with pytest.warns(jh.StackedWarning, match=r"several states in one, \(3,\)(.|\n)*psum"):
+        assert stacked.compute()["auc"].shape == (3,)
+
+
+def test_weights_that_look_like_a_mask_are_told_once(monkeypatch):
+    labels, logits = np.array([1.0, 2.0, 9.0]), np.zeros((3, 1), np.float32)
+    calls = [
+        (lambda: jh.RegressionHead().loss(labels, logits, weights=[1, 1, 0]), True),
+        (lambda: jh.RegressionHead(weight_column="w").loss(labels, logits, {"w": np.array([1.0, 0, 1])}), True),
+        (lambda: jh.RegressionHead().loss(labels, logits, weights=[1, 1, 1]), False),
+        (lambda: jh.RegressionHead().loss(labels, logits, weights=[1, 2, 0]), False),
+        (lambda: jh.RegressionHead().loss(labels, logits, weights=[1, 1, 0], where=[1, 1, 0]), False),
+        (lambda: jh.RegressionHead(loss_reduction="mean").loss(labels, logits, weights=[1, 1, 0]), False),
+        (lambda: jh.RegressionHead().measure(labels, logits, weights=[1, 1, 0]), False),
+    ]
+    for call, told in calls:
+        monkeypatch.setattr(gathering, "_told_of_mask", [])
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            call()
+            call()
+        assert [x.category for x in found] == [jh.MaskWarning] * told
+        if told:
+            assert "where=" in str(found[0].message)
+            assert '"mean"' in str(found[0].message)
+            assert "filterwarnings" in str(found[0].message)
+
+
+# 19. What comes out goes into files.
+
+
+def test_values_go_into_json_and_data_frames():
+    head = jh.MultiClassHead(3, slices=jh.Slices("g", 2, names=("a", "b"))).with_metrics(M.Recall(average=None))
+    rng = np.random.default_rng(0)
+    labels, logits = rng.integers(0, 3, 40), rng.normal(size=(40, 3)).astype(np.float32)
+    features = {"g": np.array(["a", "b"])[rng.integers(0, 2, 40)]}
+    values: Any = head.measure(labels, logits, features).compute()
+    assert json.loads(json.dumps(values)) == values
+    assert all(isinstance(value, float) for value in values.values())
+    assert {value.dtype for value in values.values()} == {np.dtype(np.float32)}
+    assert repr(jh.RegressionHead().measure([0.9], [[0.0]]).compute()["label/mean"]) == "0.9"
+    assert values["accuracy"] == np.float32(sk.accuracy_score(labels, logits.argmax(-1)))
+    metrics = head.with_metrics(M.ConfusionMatrix()).measure(labels, logits, features)
+    frame = pd.DataFrame(metrics.by_slice())
+    assert frame.shape[0] == 2
+    for i, name in enumerate("ab"):
+        inside = features["g"] == name
+        np.testing.assert_array_equal(
+            frame["confusion_matrix"][i],
+            sk.confusion_matrix(labels[inside], logits[inside].argmax(-1), labels=range(3)),
+        )
+
+
+def test_slices_are_given_by_name():
+    named = jh.RegressionHead(slices=jh.Slices("g", 2, names=("JFK", "LGA")))
+    labels, logits = np.array([1.0, 2.0, 4.0, 8.0]), np.zeros((4, 1), np.float32)
+    for column in (
+        np.array(["JFK", "LGA", "LGA", "JFK"]),
+        ["JFK", "LGA", "LGA", "JFK"],
+        pd.Series(["JFK", "LGA", "LGA", "JFK"], dtype="category").astype(object),
+        np.array([[b"JFK"], [b"LGA"], [b"LGA"], [b"JFK"]]),
+    ):
+        found = named.measure(labels, logits, {"g": column}).by_slice()
+        assert found["label/mean"].tolist() == [4.5, 3.0]
+    found = named.measure(labels, logits, {"g": np.array(["JFK", None, "LGA", None], object)}).by_slice()
+    assert found["count"].tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"Given 'EWR', 1 unknown"):
+        named.measure(labels, logits, {"g": np.array(["JFK", "EWR", "LGA", "JFK"])})
+    hidden = named.measure(labels, logits, {"g": np.array(["JFK", "EWR", "LGA", "JFK"])}, where=[1, 0, 1, 1])
+    assert hidden.by_slice()["count"].tolist() == [2, 1]
+    with pytest.raises(ValueError, match="To give names, build the head with them"):
+        jh.RegressionHead(slices=jh.Slices("g", 2)).measure(labels, logits, {"g": np.array(["a", "b", "a", "b"])})
+
+
+def test_training_with_masked_rows_moves_learned_fields():
+    """The last batch of an epoch, filled up: one step by `make_train_step` is that of the rows alone."""
+    head, optimizer = WeibullHead(), optax.sgd(0.1)
+    step = jax.jit(jh.make_train_step(head, lambda params, features: features["x"] @ params["w"], optimizer))
+    rng = np.random.default_rng(2)
+    rows = {"features": {"x": rng.normal(size=(3, 1)).astype(np.float32)}, "labels": rng.uniform(1, 2, 3)}
+    ends = []
+    for batch in (rows, jh.pad_batch(rows, 5)):
+        state = jh.TrainState.create(
+            params={"w": jnp.ones((1, 1))}, optimizer=optimizer, head=head, key=jax.random.key(0)
+        )
+        ends.append(step(state, batch)[0])
+    for a, b in zip(jax.tree.leaves(ends[0].trainable), jax.tree.leaves(ends[1].trainable), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
