@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxheads.boosting.conventions import Hessian, Options, find_convention, is_separable
 from jaxheads.contract import Given
 from jaxheads.engine import losing, trees
-from jaxheads.engine.elements import clean, dense_logits, see
+from jaxheads.engine.elements import clean, debug_check, dense_logits, see
 from jaxheads.engine.gathering import gather
 from jaxheads.engine.readiness import ready
 from jaxheads.head import Head
@@ -110,7 +110,9 @@ def _differentiate_leaf(head: Head, batch: Batch, factor: jax.Array, options: Op
         logits = logits.multiply()
 
     def total(logits: jax.Array) -> jax.Array:
-        return losing.sums(head, see(head, batch.replace(logits=logits), Devices())).total
+        seen = see(head, batch.replace(logits=logits), Devices())
+        debug_check(head, seen.elements.bad)
+        return losing.sums(head, seen).total
 
     if isinstance(hessian, str) and hessian != "unit" and head.coupling in ("batch", "sequence"):
         raise ValueError(

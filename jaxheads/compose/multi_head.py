@@ -1,5 +1,6 @@
 """Several tasks on one network."""
 
+import collections
 import functools
 import itertools
 import operator
@@ -29,6 +30,8 @@ class MultiHead(AbstractCompositeHead):
 
     The inputs and outputs of the heads are dicts by the heads' names. Every kind of head is allowed, also heads that
     learn and other `MultiHead`s.
+
+    Many heads that are equal but for their names (16 or more) are compiled as one program, with a loop over the heads.
 
     **Domain**: `labels` is a dict by head, with labels as each head takes them. `logits` is a dict by head, or one
     array (or `LinearLogits`) `[D0, ..., DN, logits_dimension]`, which is split in the order of the heads. `weights`,
@@ -140,7 +143,7 @@ class MultiHead(AbstractCompositeHead):
         self._check_weights()
         keys = [join_names(LOSS, name) for name in names]
         keys += [key for head in self.heads for key in metric_names(fields.unbound(head))]
-        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        if twice := sorted(key for key, n in collections.Counter(keys).items() if n > 1):
             raise ValueError(f"Metric keys of these heads collide: {twice}. Give the heads of {names} other names.")
 
     def _check_weights(self) -> None:
@@ -237,8 +240,10 @@ class MultiHead(AbstractCompositeHead):
                 f"{sizes}. The last dimension of the logits tensor should equal {sum(sizes)} but is "
                 f"{shape[-1] if shape else None}, and the rank must be at least 2. A dict by head is taken too."
             )
-        ends = itertools.accumulate(sizes)
-        columns = {x: (end - n, end) for x, n, end in zip(self.parts(), sizes, ends, strict=True) if x in asked}
+        if isinstance(logits, jax.Array) and len(asked) == len(sizes) >= trees.LEAST:
+            return dict(zip(self.parts(), _split_columns(logits, sizes), strict=True))
+        ends, known = itertools.accumulate(sizes), set(asked)
+        columns = {x: (end - n, end) for x, n, end in zip(self.parts(), sizes, ends, strict=True) if x in known}
         if isinstance(logits, LinearLogits):
             return {name: logits.columns(start, end) for name, (start, end) in columns.items()}
         return {name: logits[..., start:end] for name, (start, end) in columns.items()}
@@ -261,10 +266,26 @@ class MultiHead(AbstractCompositeHead):
 
     def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, Any]:
         """Decodes each head's predictions with that head."""
-        return {name: self.parts()[name].decode_predictions(value) for name, value in predictions.items()}
+        inside = self.parts()
+        return {name: inside[name].decode_predictions(value) for name, value in predictions.items()}
 
     def signatures(self, predictions: Mapping[str, Any]) -> dict[str, ExportOutput]:
         return merged_signatures({name: head.signatures(predictions[name]) for name, head in self.parts().items()})
+
+
+def _split_columns(logits: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+    """Returns stretches of the last axis.
+
+    The gradient of many slices would be a sum of as many arrays. Stretches of equal size next to each other become the
+    first axis before they are cut: if they are stacked again, XLA makes one transposition of it all.
+    """
+    runs = [(size, len([*run])) for size, run in itertools.groupby(sizes)]
+    found, lead = [], logits.shape[:-1]
+    pieces = jax.lax.split(logits, [size * n for size, n in runs], logits.ndim - 1)
+    for piece, (size, n) in zip(pieces, runs, strict=True):
+        rows = jnp.moveaxis(piece.reshape(*lead, n, size), -2, 0)
+        found += [jax.lax.squeeze(x, (0,)) for x in jax.lax.split(rows, [1] * n, 0)]
+    return found
 
 
 def _select(value: Any, what: str, asked: Sequence[str]) -> dict[str, Any]:

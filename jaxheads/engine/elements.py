@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxheads.contract import AbstractHead
-from jaxheads.engine import gathering, trees
+from jaxheads.engine import gathering
 from jaxheads.losses import terms
 from jaxheads.losses.terms import Term
 from jaxheads.metrics import Membership, Observation
@@ -29,12 +29,10 @@ class Seen(NamedTuple):
     term: Term
 
 
-def see(head: Any, batch: Batch, devices: Devices) -> Any:
-    """Returns the elements and losses of a batch; for a head with heads inside, a dict of those of each head."""
-    if batch.parts is None:
-        elements = clean(head, batch, devices, copies=bool(jax.tree.leaves(head)))
-        return Seen(elements, term_of(_cut_from_nothing(head, elements), elements))
-    return trees.each(head, lambda inner, part: see(inner, part, devices), trees.parts_of(head, batch))
+def see(head: AbstractHead, batch: Batch, devices: Devices) -> Seen:
+    """Returns the elements and losses of the batch of a head without heads inside."""
+    elements = clean(head, batch, devices, copies=bool(jax.tree.leaves(head)))
+    return Seen(elements, term_of(_cut_from_nothing(head, elements), elements))
 
 
 def see_for_metrics(head: AbstractHead, batch: Batch, devices: Devices, inside: bool) -> Seen:
@@ -209,13 +207,18 @@ def observations_of(head: AbstractHead, elements: Elements, extra: bool = True) 
     return {key: observation for key, observation in observations.items() if observation.told_by not in observations}
 
 
-def debug_check(head: AbstractHead, elements: Elements) -> None:
-    """Adds a check with a message for `checkify`; a program compiled without `checkify` gets no code from it."""
-    if isinstance(elements.bad, Tracer):
+def debug_check(head: AbstractHead, bad: jax.Array, stacked: bool = False) -> None:
+    """Adds a check with a message for `checkify`; a program compiled without `checkify` gets no code from it.
+
+    If the elements of several heads are stacked, the message is of the first head that has bad elements.
+    """
+    if isinstance(bad, Tracer):
         from jax.experimental import checkify
 
         message = "{n} unmasked elements have an illegal label or weight for " + type(head).__name__
-        n = jax.lax.reduce_sum(elements.bad.astype(jnp.int32), tuple(range(elements.bad.ndim)))
+        n = jax.lax.reduce_sum(bad.astype(jnp.int32), tuple(range(int(stacked), bad.ndim)))
+        if stacked:
+            n = n[jnp.argmax(n != 0)]
         checkify.debug_check(jax.lax.eq(n, np.int32(0)), message, n=n)
 
 

@@ -79,7 +79,8 @@ def _move_state(head: Any, batch: Batch, seen: Any, devices: Devices) -> Mapping
         elements = clean(head, batch, devices) if seen is None else seen.elements
         return hooks.call(head, "advance", elements.labels, elements.logits, rows=elements.rows)
     own = {name: None for name in head.parts()} if seen is None else seen
-    moved = trees.each(head, functools.partial(_move_state, devices=devices), trees.parts_of(head, batch), own)
+    move = functools.partial(_move_state, devices=devices)
+    moved = trees.each_group(head, move, trees.parts_of(head, batch), own).by_name()
     # The state is nested by the names of fields, or by the names of heads in a list.
     named = {id(inner): name for name, inner in fields.children(head).items()}
     return {named[id(inner)]: moved[name] for name, inner in head.parts().items() if fields.has_state(inner)}

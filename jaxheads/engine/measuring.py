@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -32,7 +33,10 @@ def measure(
             `jax.value_and_grad`, so it has no gradient to stop.
     """
     if seen is None:
-        head, batch, losses = jax.tree.map(without_gradient, (head, batch, losses))
+        given = head, batch, losses
+        # What heads share stays one array.
+        stopped = {id(x): without_gradient(x) for x in jax.tree.leaves(given)}
+        head, batch, losses = jax.tree.map(lambda x: stopped[id(x)], given)
     bad, *sums = _sums(head, batch, seen, Devices(axis_name), inside=False)
     kept = [] if losses is None else [jnp.stack([inputs.add_scalars(losses), jnp.float32(1)])]
     return jnp.concatenate([bad, *kept, *sums])[:, None]
@@ -57,11 +61,24 @@ def _sums(head: Any, batch: Batch, seen: Any, devices: Devices, inside: bool) ->
     """
     if batch.parts is None:
         return _sums_of_leaf(head, batch, seen, devices, inside)
-    parts, found = trees.parts_of(head, batch), []
-    for name, inner in head.parts().items():
-        own = None if seen is None else seen[name]
-        found.append(_sums(inner, parts[name], own, devices, inside or bool(name)))
-    return [functools.reduce(jnp.add, (sums[0] for sums in found)), *(x for sums in found for x in sums[1:])]
+    parts = trees.parts_of(head, batch)
+    named = {name: inside or bool(name) for name in parts}
+    of_each = functools.partial(_sums_of_part, devices=devices)
+    found = trees.each_group(head, of_each, parts, named, *([] if seen is None else [seen]))
+    bad = [sums[0] for sums in found.apart.values()] + [jnp.sum(stack.values[0], axis=0) for stack in found.stacks]
+    # The state has the sums of one head after those of the other, in the order of the heads.
+    place = {name: i for i, name in enumerate(head.parts())}
+    pieces = {place[name]: sums[1:] for name, sums in found.apart.items()}
+    for stack in found.stacks:
+        rows, places = jnp.concatenate(stack.values[1:], axis=1), [place[name] for name in stack.names]
+        starts = [i for i, at in enumerate(places) if i == 0 or at != places[i - 1] + 1]
+        for start, end in itertools.pairwise([*starts, len(places)]):
+            pieces[places[start]] = [rows[start:end].ravel()]
+    return [functools.reduce(jnp.add, bad), *(x for i in sorted(pieces) for x in pieces[i])]
+
+
+def _sums_of_part(head: Any, batch: Batch, inside: bool, seen: Any = None, *, devices: Devices) -> list[jax.Array]:
+    return _sums(head, batch, seen, devices, inside)
 
 
 def _sums_of_leaf(head: Any, batch: Batch, seen: Any, devices: Devices, inside: bool) -> list[jax.Array]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxheads.contract import AVERAGE_LOSS, AbstractHead
-from jaxheads.engine import gathering
+from jaxheads.engine import gathering, trees
 from jaxheads.engine.elements import observations_of
 from jaxheads.metrics import Count, Grouped, Mean, Observation
 from jaxheads.metrics.base import COUNT, DIVISOR, LOSS, RESERVED, Path, is_part_of, join_names
@@ -35,7 +35,7 @@ def layout(head: Any, inside: bool = False) -> dict[Path, Observation]:
 
 
 def _layout_of_leaf(head: Any, inside: bool) -> dict[Path, Observation]:
-    found = dict(_trace_observations(fields.unbound(head), True))
+    found = dict(_trace_observations(trees.nameless(fields.unbound(head)), True))
     if head.slices is not None:
         found[COUNT] = Count(jax.ShapeDtypeStruct((1, 1), jnp.float32))
     if inside:
@@ -96,7 +96,7 @@ def read(head: Any, seen: Mapping[Path, Any]) -> dict[tuple[str, str | None], An
     """Returns all metrics from views of the observations, by key and the name that is appended to it."""
     if not (inner := head.parts()):
         return _read_leaf(head, {path[0]: view for path, view in seen.items()})
-    views = {name: _select_below(seen, name) for name in inner}
+    views = _select_below(inner, seen)
     out: dict[tuple[str, str | None], Any] = {
         (LOSS, name): read_loss(part, views[name]) for name, part in inner.items() if name
     }
@@ -115,8 +115,9 @@ def directions(head: Any) -> dict[str, bool | None]:
 def _directions(head: Any, seen: Mapping[Path, Any]) -> dict[tuple[str, str | None], bool | None]:
     if inner := head.parts():
         found: dict[tuple[str, str | None], bool | None] = {(LOSS, name): False for name in inner if name}
+        below = _select_below(inner, seen)
         for name, part in inner.items():
-            found |= _directions(part, _select_below(seen, name))
+            found |= _directions(part, below[name])
         return found
     views = {path[0]: view for path, view in seen.items()}
     each: dict[str, bool | None] = {AVERAGE_LOSS: False}
@@ -131,12 +132,16 @@ def _directions(head: Any, seen: Mapping[Path, Any]) -> dict[tuple[str, str | No
 
 def _select_own(head: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the head's own observations, without those kept for metrics of `with_metrics`."""
-    return {key: seen[key] for key, _ in _trace_observations(fields.unbound(head), False)}
+    return {key: seen[key] for key, _ in _trace_observations(trees.nameless(fields.unbound(head)), False)}
 
 
-def _select_below(seen: Mapping[Path, Any], name: str) -> dict[Path, Any]:
-    """Returns the views of one of the heads inside."""
-    return {path[1:]: view for path, view in seen.items() if path[0] == name} if name else dict(seen)
+def _select_below(inner: Mapping[str, Any], seen: Mapping[Path, Any]) -> dict[str, dict[Path, Any]]:
+    """Returns the views of each of the heads inside, by name."""
+    found: dict[str, dict[Path, Any]] = {name: {} for name in inner}
+    for (name, *below), view in seen.items():
+        if name in found:
+            found[name][(*below,)] = view
+    return {**found, "": dict(seen)} if "" in found else found
 
 
 def _read_leaf(head: Any, seen: Mapping[str, Any]) -> dict[tuple[str, str | None], Any]:
@@ -159,11 +164,11 @@ def read_loss(head: Any, seen: Mapping[Path, Any]) -> Any:
         views = {path[0]: view for path, view in seen.items()}
         return head.read_loss(views, views[DIVISOR].total)
     view, losses, shares = next(iter(seen.values())), {}, {}
+    below, silent = _select_below(inner, seen), head.silent
     for name, part in inner.items():
-        below = _select_below(seen, name)
-        there, loss = was_seen(part, below), read_loss(part, below)
+        there, loss = was_seen(part, below[name]), read_loss(part, below[name])
         # A head that counts for nothing gives 0 even where its loss is NaN.
-        losses[name] = view.xp.where(there & (name not in head.silent), loss, view.xp.zeros_like(loss))
+        losses[name] = view.xp.where(there & (name not in silent), loss, view.xp.zeros_like(loss))
         shares[name] = view.xp.where(there, view.xp.ones_like(loss), view.xp.zeros_like(loss))
     total = head.combine(losses, shares)
     return view.xp.where(was_seen(head, seen), total, view.xp.full_like(total, view.undefined))
@@ -173,7 +178,8 @@ def was_seen(head: Any, seen: Mapping[Path, Any]) -> Any:
     """Tells whether any head that counts has seen data."""
     if not (inner := head.parts()):
         return seen[DIVISOR,].total > 0
-    found = (was_seen(part, _select_below(seen, name)) for name, part in inner.items() if name not in head.silent)
+    below, silent = _select_below(inner, seen), head.silent
+    found = (was_seen(part, below[name]) for name, part in inner.items() if name not in silent)
     return functools.reduce(operator.or_, found, False)
 
 

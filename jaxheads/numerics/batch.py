@@ -106,6 +106,13 @@ class Batch:
         """Returns a copy with other values."""
         return dataclasses.replace(self, **changes)
 
+    @property
+    def normalizers(self) -> Any:
+        """The normalizer; for a head with heads inside, a dict of those of each."""
+        if self.parts is None:
+            return self.normalizer
+        return {name: part.normalizers for name, part in self.parts.items()}
+
     def map_leaves(self, function: Callable[["Batch"], "Batch"]) -> "Batch":
         """Applies `function` to this batch, or to the batches of all heads inside, at any depth."""
         if self.parts is None:

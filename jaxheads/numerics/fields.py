@@ -3,6 +3,7 @@
 The class decorator is applied by `Head.__init_subclass__`, so that writing a head takes no decorator.
 """
 
+import collections
 import dataclasses
 import functools
 import inspect
@@ -177,8 +178,8 @@ def check_children(node: Any) -> None:
     """Refuses heads in tuples whose parameters would share a name, with each other or with a field."""
     fields = {field.name for field in dataclasses.fields(node)}
     held = [value for value in values_of(node, HEADS).values() if isinstance(value, tuple)]
-    names = [name for heads in held for name, _ in _name_heads(heads)]
-    if clashing := sorted({name for name in names if name in fields or names.count(name) > 1}):
+    names = collections.Counter(name for heads in held for name, _ in _name_heads(heads))
+    if clashing := sorted(name for name, n in names.items() if name in fields or n > 1):
         raise ValueError(
             f"{type(node).__name__} holds heads whose names clash, with each other or with a field: {clashing}. Their "
             "parameters nest under their names (a number where there is none): give each a name of its own."
