@@ -101,6 +101,7 @@ def test_a_slice_is_the_metrics_of_its_rows(name, n):
     assert metrics.by_slice()["count"].tolist() == [np.sum(live & (origin == i)) for i in range(N)]
 
 
+@pytest.mark.slow
 def test_a_table_larger_than_a_tile_is_made_once():
     """Of slices and replicas too."""
     n, classes, key = 6000, 130, jax.random.key(5)
@@ -173,11 +174,7 @@ def test_any_split_gives_the_same_slices(name):
 
 @pytest.mark.parametrize(
     ("name", "axes"),
-    [
-        pytest.param(name, axes, marks=[] if (name, axes) == ("binary", "auto") else [pytest.mark.slow])
-        for name in HEADS
-        for axes in ("auto", "explicit")
-    ],
+    [pytest.param(name, axes, marks=pytest.mark.slow) for name in HEADS for axes in ("auto", "explicit")],
 )
 def test_slices_and_replicas_on_eight_devices(name, axes):
     """By sharded `jit`, in one all-reduce."""

@@ -186,7 +186,10 @@ CASES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("learned and running", "in turns")
+
+
+@pytest.mark.parametrize("case", [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in CASES])
 def test_the_same_numbers_together_and_apart(case, monkeypatch):
     head = CASES[case]()
     labels, logits = draw(head)

@@ -579,6 +579,7 @@ def test_inside_jit_and_with_leading_axes(head):
     assert len(seen) < len(outside)
 
 
+@pytest.mark.slow
 def test_metrics_of_devices_are_merged():
     head, devices = binary(jh.LogitGrid()), jax.device_count()
     assert devices > 1

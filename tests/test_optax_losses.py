@@ -99,7 +99,15 @@ def name_of(loss_fn):
     return getattr(loss_fn, "__name__", "partial")
 
 
-@pytest.mark.parametrize(("make", "loss_fn", "labels", "logits", "losses"), TAKEN, ids=[name_of(x[1]) for x in TAKEN])
+# Of functions that are taken alike, one is quick.
+QUICK = (optax.huber_loss, optax.hinge_loss, optax.sigmoid_binary_cross_entropy, optax.losses.sparsemax_loss)
+QUICK += (optax.softmax_cross_entropy_with_integer_labels, optax.softmax_cross_entropy)
+
+
+@pytest.mark.parametrize(
+    ("make", "loss_fn", "labels", "logits", "losses"),
+    [pytest.param(*x, id=name_of(x[1]), marks=[] if x[1] in QUICK else pytest.mark.slow) for x in TAKEN],
+)
 def test_losses_of_optax_are_taken(make, loss_fn, labels, logits, losses):
     head = make(loss_fn=loss_fn, loss_reduction="mean")
     weights = np.broadcast_to(np.where(WHERE, WEIGHTS, 0)[:, None], losses.shape)

@@ -60,7 +60,7 @@ def test_a_wrong_value_and_a_refusal_are_found():
     assert "recall_score() disagree" in table
 
 
-@pytest.mark.parametrize("undefined", [0.0, 1.0, np.nan])
+@pytest.mark.parametrize("undefined", [0.0, *(pytest.param(x, marks=pytest.mark.slow) for x in (1.0, np.nan))])
 def test_means_over_classes_count_absent_ones_as_undefined_says(undefined):
     head = jh.MultiClassHead(CLASSES).with_metrics(*CATALOGUE)
     for seed in range(12):
@@ -73,7 +73,7 @@ def test_means_over_classes_count_absent_ones_as_undefined_says(undefined):
         compare(head, labels[:, None], logits, weights, labels, predicted, CLASSES, undefined)
 
 
-@pytest.mark.parametrize("undefined", [0.0, 1.0, np.nan])
+@pytest.mark.parametrize("undefined", [0.0, *(pytest.param(x, marks=pytest.mark.slow) for x in (1.0, np.nan))])
 def test_means_over_labels_count_absent_ones_as_undefined_says(undefined):
     head = jh.MultiLabelHead(LABELS).with_metrics(*CATALOGUE)
     for seed in range(12):

@@ -24,7 +24,7 @@ DEVICES, EXTREMES = "devices do not matter", "extreme logits and empty batches a
 # What compiles long is slow.
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name in ("cox", "info_nce") else pytest.mark.slow) for name in SHAPED],
+    [pytest.param(name, marks=[] if name == "cox" else pytest.mark.slow) for name in SHAPED],
 )
 def test_heads_of_other_shapes_obey_the_laws(name):
     given = SHAPED[name]
@@ -204,7 +204,7 @@ class MaskForgettingHead(jh.Head):
 @pytest.mark.parametrize(
     ("head", "broken", "given"),
     [
-        (RowlessContrastiveHead(), {ABSENCE, WEIGHTS, DEVICES}, {}),
+        pytest.param(RowlessContrastiveHead(), {ABSENCE, WEIGHTS, DEVICES}, {}, marks=pytest.mark.slow),
         pytest.param(RowlessCoxHead(), {WEIGHTS, DEVICES}, {"labels": times}, marks=pytest.mark.slow),
         pytest.param(MaskedMeanHead(), {DEVICES}, {}, marks=pytest.mark.slow),
         pytest.param(

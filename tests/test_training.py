@@ -440,6 +440,7 @@ def test_line_searches_over_devices(name, how, micro_batches):
     np.testing.assert_allclose(state.params["w"], w, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_line_search_over_micro_batches():
     batch, params = search_data()
     optimizer, after = SEARCHES["lbfgs"], []
@@ -453,6 +454,7 @@ def test_a_line_search_over_micro_batches():
     chex.assert_trees_all_close(after[1], after[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_line_search_in_create_estimator_spec():
     batch, params = search_data()
     optimizer = SEARCHES["lbfgs"]

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 from jaxheads.contract import AbstractHead
 from jaxheads.engine import gathering, trees
@@ -66,8 +65,10 @@ def _sum_over_devices(tree: Any, devices: Devices) -> Any:
     """Adds up the sums over devices, in one all-reduce."""
     if devices.axis_name is None:
         return tree
-    flat, restore = ravel_pytree(tree)
-    return restore(devices.sum(flat))
+    leaves, structure = jax.tree.flatten(tree)
+    flat = devices.sum(jnp.concatenate([jnp.ravel(x) for x in leaves]))
+    ends = np.cumsum([x.size for x in leaves])[:-1]
+    return structure.unflatten([x.reshape(y.shape) for x, y in zip(jnp.split(flat, ends), leaves, strict=True)])
 
 
 class _Reduced(NamedTuple):

@@ -47,6 +47,8 @@ from jaxheads.metrics.mean import MeanView as MeanView
 from jaxheads.metrics.mean import Total as Total
 from jaxheads.metrics.scores import Scores as Scores
 from jaxheads.metrics.state import Metrics as Metrics
+from jaxheads.numerics.warned import BadInputWarning as BadInputWarning
+from jaxheads.numerics.warned import RoundingWarning as RoundingWarning
 
 if _typing.TYPE_CHECKING:
     from jaxheads.metrics.areas import AveragePrecision as AveragePrecision
