@@ -31,8 +31,9 @@ The arguments and the results of hooks:
   fill=0)`. The kind is "float", "int" or "bool"; hooks get float32, int32 or bool. The limits are legal values. Masked
   rows get `fill`. A dict where `label_spec` is a dict; None where it is `{}`: users then pass `labels=None`.
 * `logits`: float32 `[..., logits_dimension]`, 0 in masked rows. `logits_spec` may ask for another shape, or a dict.
-  If the head has learned fields, masked rows of labels and logits are copies of a live row: a formula with an infinite
-  slope at the fill would otherwise send NaN to those fields. (If `coupling` is "batch", logits are 0 all the same.)
+  An exception: if the head has learned fields, masked rows of labels and logits are copies of a live row, because a
+  formula with an infinite slope at the fill would send NaN to those fields. (If `coupling` is "batch", logits are 0 all
+  the same; if it is "sequence", nothing is copied.)
 * `rows`: any method with `@hook` may have this argument too; the engine passes it by name. `rows.exists`, bool, and
   `rows.weights`, float32, are `[..., 1]`; a row of weight 0 exists. `rows.devices.all(x)` gathers the rows of all
   devices as `[n, d]`, with their gradient, also on one device; `rows.devices.sum(x)` adds up `x` over devices.

@@ -45,6 +45,10 @@ class CountedHead(jh.Head):
         return {"seen": self.seen + rows.devices.sum(jnp.sum(logits * rows.weights))}
 
 
+# Heads of users stay apart: their code may read the name.
+CountedHead.__module__ = "jaxheads.tested"
+
+
 class OwnColumnHead(jh.Head):
     """A head that reads the column of its own name."""
 
@@ -144,7 +148,7 @@ def test_hooks_of_equal_heads_are_traced_once():
 
 def test_construction_traces_equal_heads_once():
     class FreshHead(CountedHead):
-        pass
+        __module__ = CountedHead.__module__
 
     CALLS.clear()
     head = jh.MultiHead(many(3 * MANY, FreshHead))
@@ -390,3 +394,33 @@ def test_128_heads_train():
     values = out.metrics.compute()
     accuracy = ((z > 0) == (y == 1)).mean(0)
     np.testing.assert_allclose([values[f"accuracy/h{i}"] for i in range(128)], accuracy, rtol=1e-6)
+
+
+def test_heads_that_share_all_of_their_values():
+    head = jh.MultiHead([jh.RegressionHead(name=f"h{i}") for i in range(MANY)])
+    y, z = jnp.array([[1.0], [3.0]]), jnp.array([[0.0], [1.0]])
+    names = [*head.parts()]
+    loss = jax.jit(lambda z: head.loss(dict.fromkeys(names, y), dict.fromkeys(names, z)))
+    np.testing.assert_allclose(loss(z), MANY * 2.5, rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(loss)(z), MANY * np.array([[-1.0], [-2.0]]), rtol=1e-6)
+
+
+class NamedHead(jh.Head):
+    """The class of a user, whose loss reads the name by a function elsewhere."""
+
+    logits_dimension = 1
+    coupling = "row"
+
+    def losses(self, labels, logits):
+        return scale_of(self) * (labels - logits) ** 2
+
+
+def scale_of(head):
+    return float(head.name.removeprefix("h"))
+
+
+def test_names_that_matter_stay_apart():
+    head = jh.MultiHead([NamedHead(name=f"h{i}") for i in range(MANY)])
+    labels = {name: np.ones((2, 1), np.float32) for name in head.parts()}
+    loss = head.loss(labels, np.zeros((2, MANY), np.float32))
+    np.testing.assert_allclose(loss, MANY * (MANY - 1) / 2, rtol=1e-6)

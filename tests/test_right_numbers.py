@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import time
 import warnings
 from typing import Any
@@ -175,16 +176,15 @@ def binary_scores(shift: float, spread: float, gap: float) -> tuple[np.ndarray, 
 
 
 @pytest.mark.parametrize(
-    ("shift", "spread", "gap"), [(18, 5, 7), (-60, 20, 10), (-700, 200, 90), (0, 2, 1), (200, 60, 40)]
+    ("shift", "spread", "gap"), [(18, 5, 7), (-60, 20, 10), (-700, 230, 150), (0, 2, 1), (200, 60, 40)]
 )
 def test_most_scores_fit_the_default_bins(shift, spread, gap):
     labels, logits = binary_scores(shift, spread, gap)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        values = jh.BinaryClassHead().measure(labels, logits).compute(bounds=True)
+    values = jh.BinaryClassHead().measure(labels, logits).compute(bounds=True)
     exact = sk.roc_auc_score(labels, logits[:, 0])
     np.testing.assert_allclose(values["auc"], exact, atol=1e-3)
     assert values["auc/lower"] - 1e-6 <= exact <= values["auc/upper"] + 1e-6
+    assert values["auc/upper"] - values["auc/lower"] < 1e-2
 
 
 def test_the_default_bins_are_counted_exactly():
@@ -193,7 +193,7 @@ def test_the_default_bins_are_counted_exactly():
 
     at = np.asarray(edges.list_growing(), np.float32)
     assert (np.diff(at) > 0).all()
-    assert (at[0], at[-1], len(at)) == (-1024, 1024, 3585)
+    assert (at[0], at[-1], len(at)) == (-1024, 1024, 2817)
     rng = np.random.default_rng(0)
     sizes = (rng.standard_normal(20_000) * 10.0 ** rng.uniform(-40, 37, 20_000)).astype(np.float32)
     ends = np.array([0, -0.0, np.inf, -np.inf], np.float32)
@@ -295,7 +295,8 @@ def test_macro_metrics_of_many_classes_are_linear():
             jh.MultiClassHead(20_000, extra_metrics=[metric])
     begun = time.process_time()
     jh.MultiClassHead(4000, extra_metrics=[M.ConfusionMatrix()])
-    assert time.process_time() - begun < 5
+    jh.MultiClassHead(200_000, extra_metrics=[M.Support()])
+    assert time.process_time() - begun < 10
 
 
 @pytest.mark.parametrize("rows", [60, pytest.param(40_000, marks=pytest.mark.slow)])
@@ -326,6 +327,14 @@ def test_counts_are_those_of_the_table(rows):
             for key, value in few.items():
                 if key != "slice":
                     np.testing.assert_allclose(value, all_[key], rtol=2e-6, err_msg=key)
+
+
+def test_metrics_of_spreads_of_no_rows():
+    head = jh.RegressionHead().with_metrics(M.R2Score(), M.PearsonCorrelation())
+    nothing = head.measure(np.zeros(0, np.float32), np.zeros((0, 1), np.float32))
+    assert np.isnan(nothing.compute()["r2_score"])
+    some = head.measure([1.0, 2.0], [[1.0], [2.0]])
+    assert (nothing + some).compute()["r2_score"] == 1
 
 
 # 9. Weights of any size. 10. Calibration of the predicted class, and states in stacks. 11. Weights as a mask.
@@ -412,7 +421,11 @@ def test_values_go_into_json_and_data_frames():
     assert json.loads(json.dumps(values)) == values
     assert all(isinstance(value, float) for value in values.values())
     assert {value.dtype for value in values.values()} == {np.dtype(np.float32)}
-    assert repr(jh.RegressionHead().measure([0.9], [[0.0]]).compute()["label/mean"]) == "0.9"
+    mean = jh.RegressionHead().measure([0.9], [[0.0]]).compute()["label/mean"]
+    assert (repr(mean), mean == 0.9, mean == np.float32(0.9), mean != 0.9) == ("0.9", True, True, False)
+    again = pickle.loads(pickle.dumps(values))
+    assert again == values
+    assert {type(value) for value in again.values()} == {type(mean)}
     assert values["accuracy"] == np.float32(sk.accuracy_score(labels, logits.argmax(-1)))
     metrics = head.with_metrics(M.ConfusionMatrix()).measure(labels, logits, features)
     frame = pd.DataFrame(metrics.by_slice())
@@ -442,6 +455,10 @@ def test_slices_are_given_by_name():
         named.measure(labels, logits, {"g": np.array(["JFK", "EWR", "LGA", "JFK"])})
     hidden = named.measure(labels, logits, {"g": np.array(["JFK", "EWR", "LGA", "JFK"])}, where=[1, 0, 1, 1])
     assert hidden.by_slice()["count"].tolist() == [2, 1]
+    for ids in (np.array([0, 1, 1, 0], object), np.array([0, 1, 1, 0])):
+        assert named.measure(labels, logits, {"g": ids}).by_slice()["label/mean"].tolist() == [4.5, 3.0]
+    with pytest.raises(ValueError, match="Given 2, 1 unknown"):
+        named.measure(labels, logits, {"g": np.array([0, 1, 2, None], object)})
     with pytest.raises(ValueError, match="To give names, build the head with them"):
         jh.RegressionHead(slices=jh.Slices("g", 2)).measure(labels, logits, {"g": np.array(["a", "b", "a", "b"])})
 

@@ -87,7 +87,9 @@ def _make_grid(head: Head, batch: Batch, live: np.ndarray) -> np.ndarray:
     for labels in jax.tree.leaves(batch.labels):
         seen = list_seen(labels, live)
         seen = seen if len(seen) == n else [np.concatenate(seen)] * n
-        columns.append(np.stack([np.quantile(x, QUANTILES) if x.size else 0 * QUANTILES for x in seen], -1))
+        columns.append(
+            np.stack([np.quantile(x.astype(np.float64), QUANTILES) if x.size else 0 * QUANTILES for x in seen], -1)
+        )
     return np.sort(np.concatenate(columns), axis=0)
 
 

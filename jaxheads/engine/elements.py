@@ -31,7 +31,7 @@ class Seen(NamedTuple):
 
 def see(head: AbstractHead, batch: Batch, devices: Devices) -> Seen:
     """Returns the elements and losses of the batch of a head without heads inside."""
-    elements = clean(head, batch, devices, copies=bool(jax.tree.leaves(head)))
+    elements = clean(head, batch, devices, copies=bool(jax.tree.leaves(head)) and head.coupling != "sequence")
     return Seen(elements, term_of(_cut_from_nothing(head, elements), elements))
 
 
@@ -60,7 +60,8 @@ def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices, cop
     The gradient of a logit in a masked row is cut off. That of a learned value goes through every row, and 0 times an
     infinite slope is NaN. So for the loss of a head that has learned values, `copies` asks for masked rows that are
     copies of a live one: the formula must have a finite slope there anyway. If a loss looks at other rows, the logits
-    of masked rows are 0 all the same: the distance of a row to its copy is 0, where a root has an infinite slope.
+    of masked rows are 0 all the same: the distance of a row to its copy is 0, where a root has an infinite slope. If it
+    looks at the steps of a sequence, the fill may say where the sequence ends: nothing is copied.
     """
     specs, exists = head.label_spec, gathering.existing(batch)
     weights = masking.ones_like(exists) if batch.weights is None else jnp.asarray(batch.weights)

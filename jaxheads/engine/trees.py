@@ -2,12 +2,11 @@
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import CodeType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxheads.contract import AbstractHead, Batch
 from jaxheads.numerics import fields
@@ -123,7 +122,7 @@ def each_group(
             for tree in trees
         ]
         with naming(names[0]):
-            stacks.append(Stack(names, _run_group(function, [heads, *values], at_once)))
+            stacks.append(Stack(names, _run_group(function, [heads, *values], len(names), at_once)))
     return ByGroup(apart, tuple(stacks))
 
 
@@ -157,11 +156,13 @@ def _stack(values: Sequence[Any]) -> jax.Array:
     return jax.lax.concatenate([jax.lax.expand_dims(x, (0,)) for x in values], 0)
 
 
-def _run_group(function: Callable[..., Any], values: Sequence[_Values], at_once: bool) -> Any:
+def _run_group(function: Callable[..., Any], values: Sequence[_Values], n: int, at_once: bool) -> Any:
     def one(own: Any) -> Any:
         return function(*(each.tree(mine) for each, mine in zip(values, own, strict=True)))
 
     own = [each.own for each in values]
+    if not any(own):  # all heads share all of their values
+        return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (n, *jnp.shape(x))), one(own))
     return jax.vmap(one)(own) if at_once else jax.lax.map(one, own)
 
 
@@ -199,27 +200,12 @@ def nameless(head: AbstractHead) -> AbstractHead:
 
 
 def _unname(head: Any) -> Any:
-    """Returns an unbound head without names; None where a name matters: it is a key, or is read by the class."""
+    """Returns an unbound head without names; None where a name may matter: as a key, or to a user's class."""
     inside = head.parts()
-    if (inside and "" not in inside) or _reads_name(type(head)):
+    # The code of a user's class may read the name, in ways that nobody can see.
+    if (inside and "" not in inside) or not type(head).__module__.startswith("jaxheads."):
         return None
     changes = {name: _unname(child) for name, child in fields.children(head).items()}
     if any(child is None for child in changes.values()):
         return None
     return fields.with_values(head, {**changes, "name": None})
-
-
-@functools.lru_cache(maxsize=1024)
-def _reads_name(cls: type) -> bool:
-    """Tells whether a class of a user mentions an attribute `name`: its results may depend on the name."""
-    own = [base for base in cls.__mro__ if not f"{base.__module__}.".startswith(("jaxheads.", "builtins."))]
-    # What `dataclass` writes, and a constructor, set the name.
-    members = [member for base in own for key, member in vars(base).items() if not key.startswith("__")]
-    inside = [getattr(member, kind, None) for member in members for kind in ("fget", "func", "__func__", "__wrapped__")]
-    return any(_mentions_name(code) for f in (*members, *inside) if (code := getattr(f, "__code__", None)) is not None)
-
-
-def _mentions_name(code: CodeType) -> bool:
-    if {"name", "suffix"} & {*code.co_names, *(x for x in code.co_consts if isinstance(x, str))}:
-        return True
-    return any(_mentions_name(x) for x in code.co_consts if isinstance(x, CodeType))

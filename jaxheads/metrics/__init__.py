@@ -7,7 +7,8 @@ histogram. One rule each holds for all of them:
   default. So are areas and operating points without positives, and those of ROC curves without negatives.
 * **Absent classes.** `average="macro"` is the mean over the classes for which the metric is defined, `"weighted"` the
   same by their support, the weight of their positives (scikit-learn's `zero_division=nan`). With another `undefined`
-  than NaN, a class without a value counts as that: `compute(undefined=0.0)` is scikit-learn's default. `"micro"`, the
+  than NaN, a class without a value counts as that: `compute(undefined=0.0)` is scikit-learn's default for all
+  classes of the head, `labels=range(n)`. `"micro"`, the
   default, takes all entries for examples of one class; None gives each class its `KEY/CLASS`. Means have keys of their
   own: `auc_macro`, `precision_weighted/positive_threshold_0.3`.
 * **Ties.** Positive means a score above the threshold, not one that equals it. The user's thresholds and z = 0 are

@@ -141,7 +141,7 @@ class LogitGrid(AbstractGrid):
 class GrowingGrid(AbstractGrid):
     """The default: bins over logits that are 1/64 wide from -16 to 16, and grow with |z| beyond, up to 1024.
 
-    Beyond 16 there are 128 bins each time that |z| doubles, so a bin is at most 1/128 of |z| wide. The first and last
+    Beyond 16 there are 64 bins each time that |z| doubles, so a bin is at most 1/64 of |z| wide. The first and last
     bins are open. A user threshold is an exact edge, as in a `LogitGrid`. If all scores lie close together, as those of
     a rare event may, `compute` warns, and names a `LogitGrid` that fits.
 
@@ -185,8 +185,8 @@ def _lay_out_logits(grid: tuple[float, ...], thresholds: tuple[float, ...]) -> L
 class ThresholdGrid(AbstractGrid):
     """`n` thresholds 0, 1/(n-1), ..., 1 on probabilities: `ThresholdGrid(200)` gives TensorFlow's numbers.
 
-    Positive means float32 p > t. All probabilities of rare events may fall into one bin; `LogitGrid` is the default
-    for that reason.
+    Positive means float32 p > t. All probabilities of rare events may fall into one bin; the default has bins over
+    logits for that reason.
 
     Args:
         n: the number of thresholds, both ends included.

@@ -75,13 +75,15 @@ class Slices:
         number = {name: i for i, name in enumerate(self.names)}
         values = [x.decode() if isinstance(x, bytes) else x for x in array.ravel().tolist()]
         there = np.ones(array.size, bool) if live is None or live.size != array.size else live.ravel()
-        unknown = [x for x, seen in zip(values, there, strict=True) if seen and isinstance(x, str) and x not in number]
+        values = [None if x is None or x != x or type(x).__name__ == "NAType" else x for x in values]
+        known = {**number, **{i: i for i in range(-1, self.n)}, None: -1}
+        unknown = [x for x, seen in zip(values, there, strict=True) if seen and x not in known]
         if unknown:
             raise ValueError(
                 f"slices must be among {list(self.names)[:10]}. Given {unknown[0]!r}, {len(unknown)} unknown in all. "
                 "Add it to names, or give None for no group."
             )
-        return np.asarray([number.get(x, -1) for x in values], np.int32).reshape(array.shape)
+        return np.asarray([known.get(x, -1) for x in values], np.int32).reshape(array.shape)
 
     def __repr__(self) -> str:
         parts = [repr(self.column), repr(self.n)]

@@ -109,13 +109,14 @@ def _cut_spreads(columns: tuple[jax.Array, ...], weights: jax.Array) -> jax.Arra
 
     def center(x: jax.Array) -> tuple[jax.Array, ...]:
         """The mean `[d]`, the power of two of the largest distance, and distances in units of it."""
-        low, high = (how(jnp.where(live, x, end), axis=rows) for how, end in ((jnp.min, np.inf), (jnp.max, -np.inf)))
+        low = jnp.min(jnp.where(live, x, np.inf), axis=rows, initial=np.inf)
+        high = jnp.max(jnp.where(live, x, -np.inf), axis=rows, initial=-np.inf)
         # Between the ends, so that numbers that are all equal have no spread at all.
         mean = jnp.clip(_sum_rows(masking.weighted(x, weights)) / safe, low, high)
         mean = jnp.where(some, mean, jnp.zeros_like(mean))
         around = jnp.where(live, x - jnp.expand_dims(mean, rows), jnp.zeros_like(x))
         # Exponents as in the bits of a float32, where 127 stands for 0.
-        exponent = jax.lax.bitcast_convert_type(jnp.max(jnp.abs(around), axis=rows), jnp.int32)
+        exponent = jax.lax.bitcast_convert_type(jnp.max(jnp.abs(around), axis=rows, initial=0), jnp.int32)
         exponent = jnp.clip(jax.lax.shift_right_logical(exponent, np.int32(23)), 1, 253)
         unit = jax.lax.bitcast_convert_type(jax.lax.shift_left(254 - exponent, np.int32(23)), jnp.float32)
         return mean, exponent - np.int32(127), around * jnp.expand_dims(unit, rows)

@@ -114,6 +114,18 @@ class Scalar(np.float64):
 
     __str__ = __repr__
 
+    # As a float32 compares: equal to 0.9 and to np.float32(0.9), of which it is one.
+    def __eq__(self, other: Any) -> Any:
+        return np.float32(self) == other
+
+    def __ne__(self, other: Any) -> Any:
+        return np.float32(self) != other
+
+    __hash__ = np.float64.__hash__
+
+    def __reduce__(self) -> Any:
+        return Scalar, (float(self),)
+
 
 def is_addressable(state: jax.Array) -> bool:
     """Whether this process holds all of it."""

@@ -97,6 +97,8 @@ class MeanAbsoluteError(AbstractMomentMetric):
 class AbstractSpreadMetric(AbstractMomentMetric):
     """A metric that compares with the spread of the labels. It is exact however far from zero labels lie.
 
+    Inside `jit` it is exact to a mean of a million times the spread; beyond, it may be undefined.
+
     Labels are float32, so numbers that float32 cannot tell apart have no spread: of float64 labels that lose more than
     a hundredth of it, a `RoundingWarning` tells when they are given.
 

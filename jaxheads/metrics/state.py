@@ -58,8 +58,8 @@ class Reader(Protocol):
     def read(self, seen: Mapping[Path, Any]) -> Mapping[tuple[str, str | None], Any]: ...
 
 
-# An empty state of more sums than this is read without values: it costs tracing, but neither time nor memory.
-LARGE = 2**18
+# An empty state of more sums than this is read without values: tracing takes time for each name, but no memory.
+LARGE = 2**22
 
 ResultT = TypeVar("ResultT")
 

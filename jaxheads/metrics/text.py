@@ -49,8 +49,13 @@ def describe_bins(values: Mapping[tuple[str, str | None], Interval], histograms:
             binned.append(f"{join_names(*key)}{bounds}")
     if not binned:
         return ""
-    advice = next((view.advice() for view in histograms if view.total.ndim == 0 and view.is_coarse()), "a finer grid")
+    coarse = next((view for view in histograms if view.total.ndim == 0 and view.is_coarse()), None)
+    mend = "narrower bins where the scores lie, bins=jh.LogitGrid(low, high, n)"
+    if coarse is not None:
+        mend = f"bins={coarse.advice()}"
+        if coarse.exclusive:
+            mend = f"jh.metrics.OneVsRestAuc({mend}), whose bins serve all metrics of these scores"
     return (
         f"The grid is too coarse for these scores: {', '.join(binned)}. "
-        f"Mend it with bins={advice}; scores that are equal no grid can tell apart."
+        f"Mend it with {mend}; scores that are equal no grid can tell apart."
     )

@@ -231,21 +231,21 @@ def settle_labels(
 
 def _warn_of_rounding(labels: np.ndarray, live: np.ndarray, what: str) -> None:
     """Warns of labels that lie so close together, and so far from zero, that float32 cannot tell them apart."""
-    largest = np.abs(labels).max(initial=0)
-    # By far the most labels are told apart: half a unit in the last place of the largest is enough.
-    exact = labels[np.broadcast_to(live, labels.shape)].astype(np.float64)
-    spread = exact.std() if exact.size else 0.0
-    if not 0 < spread <= 100 * largest * 2.0**-24:
-        return
-    lost = np.abs(exact - exact.astype(np.float32)).max()
-    if lost > 1e-2 * spread:
-        warnings.warn(
-            f"{what} become float32, which rounds them by up to {lost:.3g}. Given labels about {exact.mean():.6g}, "
-            f"with a standard deviation of {spread:.3g}. Subtract {exact.mean():.6g} from them first, and add it "
-            "to the predictions.",
-            RoundingWarning,
-            stacklevel=2,
-        )
+    live = np.broadcast_to(live, labels.shape)
+    for i in range(labels.shape[-1]):
+        exact = labels[..., i][live[..., i]].astype(np.float64)
+        spread = exact.std() if exact.size else 0.0
+        # By far the most labels are told apart: half a unit in the last place of the largest is enough.
+        if not 0 < spread <= 100 * np.abs(exact).max() * 2.0**-24:
+            continue
+        if (lost := np.abs(exact - exact.astype(np.float32)).max()) > 1e-2 * spread:
+            warnings.warn(
+                f"{what} become float32, which rounds them by up to {lost:.3g}. Given labels about "
+                f"{exact.mean():.6g}, with a standard deviation of {spread:.3g}. Subtract {exact.mean():.6g} from them "
+                "first, and add it to the predictions.",
+                RoundingWarning,
+                stacklevel=2,
+            )
 
 
 def give_shape(spec: LabelSpec, array: Any, lead: tuple[int, ...], what: str) -> Any:

@@ -78,7 +78,10 @@ def _fill_all(value: Any, masks: tuple[Any, ...], what: str) -> Any:
 
         return {key: _fill_all(x, inner(key), f"{what}[{key!r}]") for key, x in value.items()}
     if not isinstance(value, np.ma.MaskedArray):
-        return value
+        leaves, structure = jax.tree.flatten(value, is_leaf=lambda x: isinstance(x, np.ma.MaskedArray))
+        if structure == jax.tree.structure(0):
+            return value
+        return structure.unflatten([_fill_all(x, masks, what) for x in leaves])
     lost = np.ma.getmaskarray(value)
     # A row of features exists where it does for any head.
     found = lost

@@ -95,7 +95,7 @@ def check_batch(batch: Any, step: Any, what: str) -> None:
 def _gather(head: Head, batch: Mapping[str, Any], check: bool | None) -> None:
     """Checks a batch without logits, with its values or only in its shapes."""
     if batch.get("labels") is not None:
-        gather(head, Given(**batch, check=check))
+        gather(head, Given(**batch, divides=check is None, check=check))
 
 
 def _check_arrays(value: Any, name: str, what: str, is_label: bool, is_features: bool) -> None:
@@ -104,8 +104,8 @@ def _check_arrays(value: Any, name: str, what: str, is_label: bool, is_features:
         for key, inner in value.items():
             _check_arrays(inner, f"{name}[{key!r}]", what, is_label, is_features)
         return
-    lists = isinstance(value, (list, tuple))
-    leaves = jax.tree.leaves(value) if lists and is_features else [] if value is None else [value]
+    # Features may be any pytree.
+    leaves = jax.tree.leaves(value) if is_features else [] if value is None else [value]
     for leaf in leaves:
         if isinstance(leaf, jax.Array) or (isinstance(leaf, inputs.JaxArrayLike) and not isinstance(leaf, np.ndarray)):
             continue
