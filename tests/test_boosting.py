@@ -113,8 +113,8 @@ def second_differences(f: Any, z: np.ndarray, e: float = 1e-3) -> np.ndarray:
     return out
 
 
-# Of quick ones: one logit, several that depend on each other or not, learned cuts, a dict of labels, heads inside.
-QUICK = ("binary", "multi_class", "multi_label", "ordinal", "survival", "multi_head", "sequential")
+# Of quick ones: one logit, several that depend on each other or not, a dict of labels, heads inside.
+QUICK = ("binary", "multi_class", "multi_label", "survival", "multi_head")
 
 
 @pytest.mark.parametrize("entry", marked((e for e in ZOO if e.name != "roc_auc"), quick=QUICK))

@@ -390,6 +390,7 @@ def test_elements_with_an_inside_are_measured_in_tiles():
     np.testing.assert_allclose(measured.compute()["average_loss"], exact, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [jh.BinaryClassHead(), jh.SequentialHeadWrapper(jh.BinaryClassHead(), None)], ids=repr)
 def test_parts_of_a_batch_have_the_axes_of_their_logits(head):
     """Labels `[N, 1]` of one step each are those of logits `[N, 1, 1]`."""

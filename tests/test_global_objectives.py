@@ -269,6 +269,7 @@ def test_memory_of_pairs_is_linear_in_the_batch():
     assert four < 400e6
 
 
+@pytest.mark.slow
 def test_the_divisor_of_rates_is_that_of_the_base_head():
     base = jh.BinaryClassHead(loss_reduction="mean")
     head = jh.GlobalObjectiveHead(base, "precision_at_recall", target=0.5)
@@ -760,6 +761,7 @@ def test_label_priors_are_counted_in_training():
     np.testing.assert_allclose(counted, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_objectives_go_where_heads_go():
     """Inside a `MultiHead` and around sequences, in estimator specs, pickled."""
     inner = jh.GlobalObjectiveHead(jh.BinaryClassHead(name="late"), "precision_at_recall", 0.9, label_priors=0.5)
@@ -799,6 +801,7 @@ def test_objectives_go_where_heads_go():
     np.testing.assert_allclose(of_pairs, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_step_counts_as_its_share_of_a_sequence_in_all_of_an_objective():
     """In the loss, in what is told of it, and in the share of positives."""
     inner = jh.GlobalObjectiveHead(jh.BinaryClassHead(), "precision_at_recall", 0.9)

@@ -226,6 +226,7 @@ def test_a_slice_that_is_too_small_has_no_metrics():
     assert (zeros["auc"] == 0).tolist() == [size < max(sizes) for size in sizes]
 
 
+@pytest.mark.slow
 def test_curves_of_a_slice_are_those_of_its_rows():
     """By scikit-learn, from the rows of the slice alone: at the edges of bins, and of calibration exactly."""
     batch, origin = draw("binary", 2000)
@@ -369,6 +370,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
         assert 0.85 <= covered <= 0.945, name
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_have_keys():
     head = jh.RegressionHead(slices=SLICES, bootstrap=jh.Bootstrap(8))
     optimizer, key = optax.sgd(0.1), jax.random.key(0)

@@ -624,6 +624,7 @@ def test_large_local_batches(entry):
         np.testing.assert_allclose(values[key], value, rtol=3e-6, atol=2e-6 + upper - lower)
 
 
+@pytest.mark.slow
 def test_linear_logits_over_devices():
     entry = next(entry for entry in ZOO if entry.name == "ordinal")
     rng = np.random.default_rng(4)

@@ -247,6 +247,7 @@ def test_one_array_is_cut_in_the_order_of_the_heads():
     np.testing.assert_allclose(gradient, 2 * errors / sizes, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_what_differs_stays_apart():
     def loops(heads: list[Any], where: Any = None, z: Any = None) -> int:
         head = jh.MultiHead(heads)
@@ -273,6 +274,7 @@ def test_a_head_may_read_its_name():
     np.testing.assert_allclose(loss, sum(range(1, MANY + 1)), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_bad_labels_show():
     head = jh.MultiHead(many(MANY, bins=SMALL))
     labels, logits = draw(head)
@@ -320,7 +322,16 @@ def test_summaries_and_normalizers_by_head():
 WAYS = [AxisType.Auto, AxisType.Explicit, True, False, "pmap"]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=["auto", "explicit", "checked", "unchecked", "pmap"])
+NAMES = ["auto", "explicit", "checked", "unchecked", "pmap"]
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, id=name, marks=[] if name == "explicit" else pytest.mark.slow)
+        for name, way in zip(NAMES, WAYS, strict=True)
+    ],
+)
 def test_devices_do_not_matter(way, monkeypatch):
     """Loss, metrics and running state of one head in a loop, over eight devices, and by NumPy."""
     monkeypatch.setattr(trees, "LEAST", 3)

@@ -260,6 +260,7 @@ def test_masked_rows_are_absent(case):
     assert_same(case.measure(**no_weight).compute(bounds=True), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.rounding
 @few_cases
 def test_batches_add_up_and_any_leading_shape_is_one(case):
@@ -273,6 +274,7 @@ def test_batches_add_up_and_any_leading_shape_is_one(case):
     assert_same(case.head.measure(**deep).compute(bounds=True), whole)
 
 
+@pytest.mark.slow
 @few_cases
 def test_compute_inside_jit_is_compute_outside_with_leading_axes_too(case):
     """Of rows, and of none: what is undefined is so on either side."""

@@ -521,7 +521,11 @@ def same(a: dict[str, Any], b: dict[str, Any], atol: float = 1e-6) -> None:
         close(a[key], value, key, atol)
 
 
-@pytest.mark.parametrize("head", [binary(jh.LogitGrid()), multi(*BY_CLASS)], ids=["binary", "by_class"])
+@pytest.mark.parametrize(
+    "head",
+    [binary(jh.LogitGrid()), pytest.param(multi(*BY_CLASS), marks=pytest.mark.slow)],
+    ids=["binary", "by_class"],
+)
 def test_weights_masks_and_batches(head):
     labels, logits, weights = sampled("ties", True, 11, head.n)
     whole = measured(head, labels, logits, weights).compute(bounds=True)

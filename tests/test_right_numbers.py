@@ -367,12 +367,13 @@ def test_reliability_of_many_classes_is_that_of_the_predicted_class():
     expected = [
         (top[bins == b].mean(), right[bins == b].mean(), (bins == b).sum()) for b in range(10) if (bins == b).any()
     ]
-    for extra in ((), (M.OneVsRestAuc(),)):
-        head = jh.MultiClassHead(4).with_metrics(M.ExpectedCalibrationError(10), *extra)
-        found = head.measure(labels, logits).reliability(10)
-        np.testing.assert_allclose(np.transpose(found), expected, rtol=1e-5)
+    head = jh.MultiClassHead(4).with_metrics(M.ExpectedCalibrationError(10))
+    # The second head has a histogram too, of each class against all others.
+    for beside in ((), (M.OneVsRestAuc(),)):
+        metrics = head.with_metrics(*beside).measure(labels, logits)
+        np.testing.assert_allclose(np.transpose(metrics.reliability(10)), expected, rtol=1e-5)
         with pytest.raises(ValueError, match=r"ExpectedCalibrationError\(12\)"):
-            head.measure(labels, logits).reliability(12)
+            metrics.reliability(12)
 
 
 def test_a_stack_of_states_is_told():

@@ -21,11 +21,8 @@ DEVICES, EXTREMES = "devices do not matter", "extreme logits and empty batches a
 # Heads that are right.
 
 
-# What compiles long is slow.
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name == "cox" else pytest.mark.slow) for name in SHAPED],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPED)
 def test_heads_of_other_shapes_obey_the_laws(name):
     given = SHAPED[name]
     report = check_head(given.head, given.labels, given.oracle, devices=jax.devices()[:8], raises=False)

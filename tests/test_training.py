@@ -386,7 +386,9 @@ def search_by_hand(optimizer: Any, noise: Any, steps: int = 3) -> tuple[list[flo
     return losses, np.asarray(params["w"])
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize(
+    "name", ["lbfgs", *(pytest.param(x, marks=pytest.mark.slow) for x in ("backtracking", "alone"))]
+)
 def test_line_searches_are_those_by_hand(name):
     """Also with dropout: the loss of the search is that of the step."""
     optimizer = SEARCHES[name]
@@ -410,7 +412,7 @@ def test_line_searches_are_those_by_hand(name):
 @pytest.mark.parametrize(
     "how", ["unchecked", *(pytest.param(how, marks=pytest.mark.slow) for how in ("jit", "shard_map", "pmap"))]
 )
-@pytest.mark.parametrize("name", ["lbfgs", pytest.param("backtracking", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["backtracking", pytest.param("lbfgs", marks=pytest.mark.slow)])
 def test_line_searches_over_devices(name, how, micro_batches):
     """Each device has other rows, with other masks. All must search on the same loss, with the same gradient."""
     optimizer = SEARCHES[name]

@@ -1,6 +1,8 @@
 """Weighted sums of labels, predictions and errors, for each target: what metrics of regression read."""
 
 import dataclasses
+import itertools
+import math
 from typing import Any
 
 import jax
@@ -12,32 +14,9 @@ from jaxheads.numerics import exact, masking, meshes
 
 # The sums that are kept as digits: of 1; of y, p and e; of their squares; and of y p.
 _SUMS = 8
-# Each is a sum of up to four products of three of the values that `_find_spreads` makes, times a power of two.
-_ZERO, _ONE, _WEIGHT, _MEANS, _FIRST, _SECOND, _CROSS = 0, 1, 2, (3, 4, 5), (6, 7, 8), (9, 10, 11), 12
-
-
-def _list_products() -> tuple[np.ndarray, np.ndarray]:
-    """Returns which values each product multiplies, `[8, 4, 3]`, and how often the exponents of y, p, e and 1 count.
-
-    A batch is summed about a number m of its own: `x = m + 2^k u`. From its sums of u and of u^2 follow those of x and
-    of x^2: `n m + 2^k U` and `n m^2 + 2 m 2^k U + 2^2k UU`.
-    """
-    products, exponents = np.full((_SUMS, 4, 3), _ONE), np.zeros((_SUMS, 4, 4), np.int32)
-    products[:, :, 0] = _ZERO
-    products[0, 0] = _WEIGHT, _ONE, _ONE
-    for x in range(3):
-        products[1 + x, 0], products[1 + x, 1] = (_WEIGHT, _MEANS[x], _ONE), (_FIRST[x], _ONE, _ONE)
-        exponents[1 + x, 1, x] = 1
-        products[4 + x, 0], products[4 + x, 1] = (_WEIGHT, _MEANS[x], _MEANS[x]), (_FIRST[x], _MEANS[x], _ONE)
-        products[4 + x, 2] = _SECOND[x], _ONE, _ONE
-        exponents[4 + x, 1, x], exponents[4 + x, 1, 3], exponents[4 + x, 2, x] = 1, 1, 2
-    products[7, 0], products[7, 1] = (_WEIGHT, _MEANS[0], _MEANS[1]), (_FIRST[0], _MEANS[1], _ONE)
-    products[7, 2], products[7, 3] = (_FIRST[1], _MEANS[0], _ONE), (_CROSS, _ONE, _ONE)
-    exponents[7, 1, 0], exponents[7, 2, 1], exponents[7, 3, :2] = 1, 1, 1
-    return products, exponents
-
-
-_PRODUCTS, _EXPONENTS = _list_products()
+# A batch is cut into as many blocks, or fewer, each with a mean of its own. They are so few that their number costs
+# nothing, and a power of two: so devices that share a batch hold whole blocks, and need not agree on a mean.
+_BLOCKS = 64
 
 
 @jax.tree_util.register_dataclass
@@ -83,7 +62,7 @@ class Moments(Observation):
         weights, errors = weights * masking.ones_like(predictions), labels - predictions
         plain = [_sum_rows(x) for x in (weights, *(masking.weighted(x, weights) for x in (errors**2, jnp.abs(errors))))]
         if self.spreads:
-            plain.append(_cut_spreads((labels, predictions, errors), weights).ravel())
+            plain.append(meshes.replicated(_cut_spreads((labels, predictions, errors), weights)).ravel())
         return jnp.concatenate([meshes.replicated(x) for x in plain])
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "MomentsView":
@@ -102,35 +81,49 @@ def _sum_rows(x: jax.Array) -> jax.Array:
 
 
 def _cut_spreads(columns: tuple[jax.Array, ...], weights: jax.Array) -> jax.Array:
-    """The sums of a batch that variances need, as digits `[8, d, DIGITS]`."""
-    weight, rows = _sum_rows(weights), tuple(range(weights.ndim - 1))
-    live, some = masking.is_not_zero(weights), weight > 0
+    """The sums of a batch that variances need, as digits `[8, d, DIGITS]`.
+
+    A block is summed about its mean m: `x = m + 2^k u`. From its sums of u and of u^2 follow those of x and of x^2:
+    `n m + 2^k U` and `n m^2 + 2 m 2^k U + 2^2k UU`.
+    """
+    n, d = weights.shape[0], weights.shape[-1]
+    blocks = math.gcd(n, _BLOCKS) if isinstance(n, int) and n and weights.ndim > 1 else 1
+    columns, weights = jax.tree.map(lambda x: jnp.reshape(x, (blocks, -1, d)), (columns, weights))
+    weight, live = jnp.sum(weights, axis=1), masking.is_not_zero(weights)
+    some = weight > 0
     safe = jnp.where(some, weight, jnp.ones_like(weight))
 
     def center(x: jax.Array) -> tuple[jax.Array, ...]:
-        """The mean `[d]`, the power of two of the largest distance, and distances in units of it."""
-        low = jnp.min(jnp.where(live, x, np.inf), axis=rows, initial=np.inf)
-        high = jnp.max(jnp.where(live, x, -np.inf), axis=rows, initial=-np.inf)
+        """The mean `[blocks, d]`, the power of two of the largest distance, and distances in units of it."""
+        low = jnp.min(jnp.where(live, x, np.inf), axis=1, initial=np.inf)
+        high = jnp.max(jnp.where(live, x, -np.inf), axis=1, initial=-np.inf)
         # Between the ends, so that numbers that are all equal have no spread at all.
-        mean = jnp.clip(_sum_rows(masking.weighted(x, weights)) / safe, low, high)
+        mean = jnp.clip(jnp.sum(masking.weighted(x, weights), axis=1) / safe, low, high)
         mean = jnp.where(some, mean, jnp.zeros_like(mean))
-        around = jnp.where(live, x - jnp.expand_dims(mean, rows), jnp.zeros_like(x))
+        around = jnp.where(live, x - mean[:, None], jnp.zeros_like(x))
         # Exponents as in the bits of a float32, where 127 stands for 0.
-        exponent = jax.lax.bitcast_convert_type(jnp.max(jnp.abs(around), axis=rows, initial=0), jnp.int32)
+        exponent = jax.lax.bitcast_convert_type(jnp.max(jnp.abs(around), axis=1, initial=0), jnp.int32)
         exponent = jnp.clip(jax.lax.shift_right_logical(exponent, np.int32(23)), 1, 253)
         unit = jax.lax.bitcast_convert_type(jax.lax.shift_left(254 - exponent, np.int32(23)), jnp.float32)
-        return mean, exponent - np.int32(127), around * jnp.expand_dims(unit, rows)
+        return mean, exponent - np.int32(127), around * unit[:, None]
 
-    means, exponents, scaled = zip(*map(jax.jit(center), columns), strict=True)
-    first = [_sum_rows(weights * u) for u in scaled]
-    second = [_sum_rows(weights * u * u) for u in scaled]
-    cross = _sum_rows(weights * scaled[0] * scaled[1])
-    values = [jnp.zeros_like(weight), jnp.ones_like(weight), weight, *means, *first, *second, cross]
-    powers = [*exponents, jnp.ones_like(exponents[0])]
-    values, powers = (jnp.stack([meshes.replicated(x) for x in each]) for each in (values, powers))
-    powers = jnp.sum(jnp.asarray(_EXPONENTS)[..., None] * powers[None, None], axis=2, dtype=jnp.int32)
-    factors = jnp.moveaxis(values[jnp.asarray(_PRODUCTS)], 2, -1)
-    return jnp.sum(exact.cut(factors, powers), axis=1)
+    means, powers, scaled = zip(*map(jax.jit(center), columns), strict=True)
+    firsts = [jnp.sum(weights * u, axis=1) for u in scaled]
+    one, none = jnp.ones_like(weight), jnp.zeros_like(powers[0])
+    # Each product: three factors, and the exponent of the power of two that it is multiplied by.
+    sums = [[(weight, one, one, none)]]
+    sums += [[(weight, m, one, none), (u, one, one, k)] for m, u, k in zip(means, firsts, powers, strict=True)]
+    for m, u, k, scale in zip(means, firsts, powers, scaled, strict=True):
+        second = jnp.sum(weights * scale * scale, axis=1)
+        sums.append([(weight, m, m, none), (u, m, one, k + 1), (second, one, one, 2 * k)])
+    cross = jnp.sum(weights * scaled[0] * scaled[1], axis=1)
+    mixed = [(firsts[0], means[1], one, powers[0]), (firsts[1], means[0], one, powers[1])]
+    sums.append([(weight, means[0], means[1], none), *mixed, (cross, one, one, powers[0] + powers[1])])
+    products = [product for parts in sums for product in parts]
+    factors = jnp.stack([jnp.stack(product[:3], axis=-1) for product in products])
+    digits = jnp.sum(exact.cut(factors, jnp.stack([product[3] for product in products])), axis=1)
+    ends = np.cumsum([0, *map(len, sums)])
+    return jnp.stack([jnp.sum(digits[i:j], axis=0) for i, j in itertools.pairwise(ends)])
 
 
 @dataclasses.dataclass(frozen=True)
