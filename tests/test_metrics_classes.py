@@ -580,6 +580,15 @@ def test_parts_far_from_zero_add_up():
             np.testing.assert_allclose(values[key], value, rtol=2e-6, err_msg=key)
 
 
+def test_many_batches_far_from_zero_add_up_inside_jit():
+    """More than a float32 digit would hold, were each batch not settled: 4,096 times the same rows."""
+    labels, logits = f32(1e5 + np.arange(128.0))[:, None], f32(1e5 + np.arange(128.0) ** 1.01)[:, None]
+    metrics = jh.RegressionHead().with_metrics(M.R2Score()).measure(labels, logits)
+    many = dataclasses.replace(metrics, state=metrics.state * 4096)
+    inside = jax.device_get(jax.jit(lambda metrics: metrics.compute()["r2_score"])(many))
+    np.testing.assert_allclose(inside, explained_by_hand(labels, logits)["r2_score"], rtol=2e-6)
+
+
 @pytest.mark.parametrize("scale", [1e-19, 1e18])
 def test_a_spread_has_any_size(scale):
     data = far_off(2.0)

@@ -123,7 +123,7 @@ def _cut_spreads(columns: tuple[jax.Array, ...], weights: jax.Array) -> jax.Arra
     factors = jnp.stack([jnp.stack(product[:3], axis=-1) for product in products])
     digits = jnp.sum(exact.cut(factors, jnp.stack([product[3] for product in products])), axis=1)
     ends = np.cumsum([0, *map(len, sums)])
-    return jnp.stack([jnp.sum(digits[i:j], axis=0) for i, j in itertools.pairwise(ends)])
+    return exact.settle(jnp.stack([jnp.sum(digits[i:j], axis=0) for i, j in itertools.pairwise(ends)]))
 
 
 @dataclasses.dataclass(frozen=True)

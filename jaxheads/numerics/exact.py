@@ -2,8 +2,8 @@
 
 A digit has 8 bits, and its place is fixed: digit k counts `2^(8 (k + LOW))`. So the digits of many batches and devices
 add up one by one, as in Demmel and Nguyen, "Fast Reproducible Floating-Point Summation" (2013). A float32 holds the
-sum of the digits of 2^12 numbers exactly. Digits are read as a double word, `(value, error)`, of twice the bits of its
-dtype (Dekker 1971).
+sum of the digits of 2^15 settled numbers exactly. Digits are read as a double word, `(value, error)`, of twice the bits
+of its dtype (Dekker 1971).
 """
 
 from typing import Any
@@ -43,6 +43,13 @@ def cut(factors: jax.Array, exponents: jax.Array) -> jax.Array:
     sign = jnp.prod(jnp.sign(factors), axis=-1, keepdims=True)
     signed = sign * jnp.sum(digits, axis=-2, dtype=jnp.int32).astype(jnp.float32)
     return jnp.where(jnp.all(jnp.isfinite(factors), axis=-1, keepdims=True), signed, jnp.float32(np.nan))
+
+
+def settle(digits: jax.Array) -> jax.Array:
+    """Hands sums of up to 2^16 digits on to the places above, so that what is left is below 2^9."""
+    over = jnp.floor(digits[..., :-1] * np.float32(2.0**-BITS))
+    zero = jnp.zeros_like(digits[..., :1])
+    return digits - 2**BITS * jnp.concatenate([over, zero], -1) + jnp.concatenate([zero, over], -1)
 
 
 def _split_last(x: jax.Array) -> list[jax.Array]:
