@@ -21,6 +21,9 @@ from jaxheads.numerics.batch import Batch, Devices, Elements, Rows
 from jaxheads.numerics.labels import LabelSpec
 from jaxheads.numerics.linear import LinearLogits
 
+# A logit, or a feature less 1, at which no usual formula is special: not 0, no simple fraction.
+GENERIC = 0.3719
+
 
 class Seen(NamedTuple):
     """The elements of a batch and their losses, for a head without heads inside."""
@@ -50,7 +53,8 @@ def _cut_from_nothing(head: AbstractHead, elements: Elements) -> AbstractHead:
     """
     if not jax.tree.leaves(head):
         return head
-    some = jnp.any(masking.is_not_zero(elements.weights))
+    # The sum that the loss takes too: devices add up both at once.
+    some = masking.total(masking.is_not_zero(elements.weights).astype(jnp.float32)) > 0
     return jax.tree.map(lambda x: jnp.where(some, x, jax.lax.stop_gradient(x)), head)
 
 
@@ -59,9 +63,10 @@ def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices, cop
 
     The gradient of a logit in a masked row is cut off. That of a learned value goes through every row, and 0 times an
     infinite slope is NaN. So for the loss of a head that has learned values, `copies` asks for masked rows that are
-    copies of a live one: the formula must have a finite slope there anyway. If a loss looks at other rows, the logits
-    of masked rows are 0 all the same: the distance of a row to its copy is 0, where a root has an infinite slope. If it
-    looks at the steps of a sequence, the fill may say where the sequence ends: nothing is copied.
+    copies of a live one nearby: the formula must have a finite slope there anyway. Far from any live row (a padded end
+    of a batch) they are numbers inside the legal range at which no usual formula is special. If a loss looks at other
+    rows, the logits of masked rows are 0 all the same: the distance of a row to its copy is 0, where a root has an
+    infinite slope. If it looks at the steps of a sequence, the fill may say where it ends: nothing is copied.
     """
     specs, exists = head.label_spec, gathering.existing(batch)
     weights = masking.ones_like(exists) if batch.weights is None else jnp.asarray(batch.weights)
@@ -81,7 +86,7 @@ def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices, cop
         labels = jnp.asarray(labels).astype(spec.dtype)
         mask = mask_of(spec, labels) & ~illegal
         if copies:
-            return masking.copy_first(mask, labels, spec.fill, live.ndim - 1, live.shape[-1] > 1)
+            return masking.copy_first(mask, labels, spec.inside, live.ndim - 1, live.shape[-1] > 1)
         return masking.keep(mask, labels, spec.fill)
 
     labels, bad = batch.labels, live & ~((weights > 0) & jnp.isfinite(weights))
@@ -110,7 +115,9 @@ def _make_rows(
     """Returns what hooks may know about the rows, beside labels and logits."""
     columns = batch.features
     if columns is not None:
-        columns = jax.tree.map(lambda column: masking.keep_rows(row, jnp.asarray(column), 1, copies), columns)
+        columns = jax.tree.map(
+            lambda column: masking.keep_rows(row, jnp.asarray(column), 1 + GENERIC * copies, copies), columns
+        )
     rows = Rows(
         exists=elements.rows.exists,
         weights=elements.counted if batch.scale is None else elements.counted * batch.scale,
@@ -153,7 +160,7 @@ def _mask_logits(head: AbstractHead, logits: Any, live: jax.Array, row: jax.Arra
     mask = live if plain and live.shape[-1] == logits.shape[-1] else row
     mask = mask if plain else masking.rows_like(mask, logits)
     if copies:
-        return masking.copy_first(mask, logits, 0, live.ndim - 1, live.shape[-1] > 1)
+        return masking.copy_first(mask, logits, GENERIC, live.ndim - 1, live.shape[-1] > 1)
     return masking.keep(mask, logits, 0)
 
 

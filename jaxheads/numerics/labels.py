@@ -57,6 +57,16 @@ class LabelSpec:
         return (*self.axes, self.size)
 
     @property
+    def inside(self) -> float:
+        """A legal value inside the limits, where a formula has no edge; the fill, if that is inside or no float."""
+        low, high, fill = self.low, self.high, self.fill
+        if self.kind != "float" or (fill != 0 and fill not in (low, high)):
+            return fill
+        if low is not None and high is not None:
+            return low + 0.3719 * (high - low)
+        return 1.3719 + low if low is not None else high - 1.3719 if high is not None else 0.3719
+
+    @property
     def dtype(self) -> Any:
         """What labels are cast to."""
         return {"float": jnp.float32, "int": jnp.int32, "bool": jnp.bool_}[self.kind]

@@ -66,19 +66,25 @@ def keep_rows(mask: jax.Array, x: jax.Array, fill: float, copies: bool = False) 
     return copy_first(rows_like(mask, x), x, fill, shared, False) if copies else keep(rows_like(mask, x), x, fill)
 
 
+# Copies are looked for within so many blocks of a batch, or fewer: a power of two, so that devices that share a batch
+# hold whole blocks, and need no word from each other.
+_BLOCKS = 64
+
+
 def copy_first(mask: jax.Array, x: jax.Array, fill: float, lead: int, entries: bool) -> jax.Array:
-    """`x` where `mask`; elsewhere the first entry for which it holds, along the first `lead` axes.
+    """`x` where `mask`; elsewhere the first entry of a block for which it holds, along the first `lead` axes.
 
-    If it holds for none of these, it is the first along all axes, if `entries` have masks of their own; else `fill`.
-
+    If it holds for none of these, it is the first of the whole block if `entries` have masks of their own; else `fill`.
     The copies have no gradient. They are sums of one entry and zeros, because that is quick on a mesh too.
     """
     if any(isinstance(size, int) and size == 0 for size in x.shape):
         return x
-    mask = jnp.broadcast_to(mask, x.shape)
+    shape, blocks = x.shape, math.gcd(x.shape[0], _BLOCKS) if isinstance(x.shape[0], int) else 1
+    mask = jnp.broadcast_to(mask, shape)
+    x, mask = (jnp.reshape(part, (blocks, -1, *shape[1:])) for part in (x, mask))
     found, there = jax.lax.stop_gradient(keep(mask, x, fill)), mask
     levels = [(x, mask)]
-    for axes in (range(lead), *([range(lead, x.ndim)] if entries else [])):
+    for axes in (range(1, lead + 1), *([range(lead + 1, x.ndim)] if entries else [])):
         for axis in axes:
             index = meshes.index(found, axis, np.int32)
             first = there & (index == jnp.argmax(there, axis, keepdims=True).astype(np.int32))
@@ -91,7 +97,7 @@ def copy_first(mask: jax.Array, x: jax.Array, fill: float, lead: int, entries: b
         # By an operation with an array of the whole shape: a broadcast would be laid out unlike `x`.
         whole = values | ~everywhere if x.dtype == np.bool_ else values + (~everywhere).astype(x.dtype)
         out = jnp.where(held & everywhere, whole, out)
-    return out
+    return jnp.reshape(out, shape)
 
 
 def weighted(values: jax.Array, weights: jax.Array) -> jax.Array:
