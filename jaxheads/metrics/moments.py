@@ -87,7 +87,8 @@ def _cut_spreads(columns: tuple[jax.Array, ...], weights: jax.Array) -> jax.Arra
     `n m + 2^k U` and `n m^2 + 2 m 2^k U + 2^2k UU`.
     """
     n, d = weights.shape[0], weights.shape[-1]
-    blocks = math.gcd(n, _BLOCKS) if isinstance(n, int) and n and weights.ndim > 1 else 1
+    known = isinstance(n, int) and n and weights.ndim > 1
+    blocks = math.gcd(n, _BLOCKS * meshes.size(weights)) if known else 1
     columns, weights = jax.tree.map(lambda x: jnp.reshape(x, (blocks, -1, d)), (columns, weights))
     weight, live = jnp.sum(weights, axis=1), masking.is_not_zero(weights)
     some = weight > 0

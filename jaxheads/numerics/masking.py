@@ -79,7 +79,7 @@ def copy_first(mask: jax.Array, x: jax.Array, fill: float, lead: int, entries: b
     """
     if any(isinstance(size, int) and size == 0 for size in x.shape):
         return x
-    shape, blocks = x.shape, math.gcd(x.shape[0], _BLOCKS) if isinstance(x.shape[0], int) else 1
+    shape, blocks = x.shape, math.gcd(x.shape[0], _BLOCKS * meshes.size(x)) if isinstance(x.shape[0], int) else 1
     mask = jnp.broadcast_to(mask, shape)
     x, mask = (jnp.reshape(part, (blocks, -1, *shape[1:])) for part in (x, mask))
     found, there = jax.lax.stop_gradient(keep(mask, x, fill)), mask
