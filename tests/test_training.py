@@ -844,7 +844,8 @@ def equations(jaxpr: Any) -> int:
 
 # How many operations a traced step may have. Tracing is most of what a first step costs, and operations are most of
 # tracing; `benchmarks/tracing.py` measures the time.
-@pytest.mark.parametrize(("name", "budget"), [("binary", 420), ("multi_head", 960)])
+# Of the heads in "multi_head" one learns: copies of live rows are some 40 operations.
+@pytest.mark.parametrize(("name", "budget"), [("binary", 420), ("multi_head", 1000)])
 def test_a_traced_step_is_small(name, budget):
     entry = next(entry for entry in ZOO if entry.name == name)
     optimizer = optax.sgd(RATE)
