@@ -126,20 +126,25 @@ def list_growing() -> tuple[float, ...]:
 def locate_growing(x: jax.Array, extra: tuple[float, ...]) -> jax.Array:
     """`Edges.locate` among the edges of `list_growing`, and a few others.
 
-    Nothing is looked up here either. Up to 16, `ceil` counts edges. Beyond, the leading bits of a float32 do: its
-    exponent and the first bits of its fraction, read as an integer, go up by 1 at each edge.
+    Nothing is looked up here either. Up to 16, the whole part of `64 |x|` counts edges on one side of 0. Beyond, the
+    leading bits of a float32 do: its exponent and the first bits of its fraction, read as an integer, go up by 1 at
+    each edge.
     """
     x = jnp.asarray(x, jnp.float32)
-    x = masking.keep(jax.lax.eq(x, x), x, -np.inf)
     scaled = jax.lax.mul(x, jax.lax.full_like(x, 64))
-    bits = jax.lax.bitcast_convert_type(jax.lax.abs(scaled), jnp.int32)
-    # An edge counts if it is strictly below: above 0 the edge itself does not count yet, below 0 it counts no more.
-    bits = jax.lax.sub(bits, jax.lax.gt(scaled, jax.lax.full_like(x, 0)).astype(jnp.int32))
+    # All bits set unless above 0: then those of an integer are flipped, which is `-1 - integer`.
+    flipped = jax.lax.sub(jax.lax.gt(scaled, jax.lax.full_like(x, 0)).astype(jnp.int32), np.int32(1))
+    # One more than the last edge is beyond it, and counts all edges.
+    size = jax.lax.min(jax.lax.abs(scaled), jax.lax.full_like(x, _MULTIPLES * 2**_DOUBLINGS + 1))
+    # An edge counts if it is strictly below: above 0 the edge itself does not count yet, so one bit less is read.
+    bits = jax.lax.sub(jax.lax.bitcast_convert_type(size, jnp.int32), 1 + flipped)
     first = int(np.float32(_MULTIPLES).view(np.int32))
-    beyond = jax.lax.shift_right_arithmetic(bits - np.int32(first), np.int32(23 - _BITS))
-    beyond = jax.lax.clamp(np.int32(0), beyond, np.int32(_DOUBLINGS * 2**_BITS)).astype(jnp.float32)
-    below = jax.lax.clamp(-_MULTIPLES - beyond, jax.lax.ceil(scaled), _MULTIPLES + 1 + beyond)
-    below = jax.lax.add(below.astype(jnp.int32), np.int32(_MULTIPLES + _DOUBLINGS * 2**_BITS))
+    fine = jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.int32)
+    shift = 23 - _BITS
+    coarse = jax.lax.add(jax.lax.shift_right_arithmetic(bits, np.int32(shift)), np.int32(_MULTIPLES - (first >> shift)))
+    passed = masking.choose(jax.lax.lt(bits, np.int32(first)), fine, coarse)
+    below = jax.lax.bitwise_xor(passed, flipped) + np.int32(_MULTIPLES + _DOUBLINGS * 2**_BITS + 1)
+    below = masking.keep(jax.lax.eq(x, x), below, 0)
     for edge in extra:
         below = below + (x > np.float32(edge)).astype(jnp.int32)
     return below
