@@ -184,7 +184,7 @@ def test_most_scores_fit_the_default_bins(shift, spread, gap):
     exact = sk.roc_auc_score(labels, logits[:, 0])
     np.testing.assert_allclose(values["auc"], exact, atol=1e-3)
     assert values["auc/lower"] - 1e-6 <= exact <= values["auc/upper"] + 1e-6
-    assert values["auc/upper"] - values["auc/lower"] < 1e-2
+    assert values["auc/upper"] - values["auc/lower"] < 2e-2
 
 
 def test_the_default_bins_are_counted_exactly():
@@ -193,7 +193,7 @@ def test_the_default_bins_are_counted_exactly():
 
     at = np.asarray(edges.list_growing(), np.float32)
     assert (np.diff(at) > 0).all()
-    assert (at[0], at[-1], len(at)) == (-1024, 1024, 2817)
+    assert (at[0], at[-1], len(at)) == (-1024, 1024, 2433)
     rng = np.random.default_rng(0)
     sizes = (rng.standard_normal(20_000) * 10.0 ** rng.uniform(-40, 37, 20_000)).astype(np.float32)
     ends = np.array([0, -0.0, np.inf, -np.inf], np.float32)

@@ -141,7 +141,7 @@ class LogitGrid(AbstractGrid):
 class GrowingGrid(AbstractGrid):
     """The default: bins over logits that are 1/64 wide from -16 to 16, and grow with |z| beyond, up to 1024.
 
-    Beyond 16 there are 64 bins each time that |z| doubles, so a bin is at most 1/64 of |z| wide. The first and last
+    Beyond 16 there are 32 bins each time that |z| doubles, so a bin is at most 1/32 of |z| wide. The first and last
     bins are open. A user threshold is an exact edge, as in a `LogitGrid`. If all scores lie close together, as those of
     a rare event may, `compute` warns, and names a `LogitGrid` that fits.
 

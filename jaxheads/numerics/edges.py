@@ -109,8 +109,8 @@ def locate_uniform(x: jax.Array, first: int, count: int, scale: float, extra: tu
     return below
 
 
-# Edges at multiples of 1/64 up to 16 on both sides of 0; beyond, 64 each time that the size doubles, up to 1024.
-_MULTIPLES, _DOUBLINGS, _BITS = 1024, 6, 6
+# Edges at multiples of 1/64 up to 16 on both sides of 0; beyond, 32 each time that the size doubles, up to 1024.
+_MULTIPLES, _DOUBLINGS, _BITS = 1024, 6, 5
 
 
 @functools.cache

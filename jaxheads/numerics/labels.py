@@ -268,7 +268,7 @@ def give_shape(spec: LabelSpec, array: Any, lead: tuple[int, ...], what: str) ->
             raise ValueError(f"{what} must have shape {list(lead)} + [{axes}], to match the logits. Given {shape}.")
         return array
     if len(shape) == len(lead) and shape:
-        array = array.reshape((*shape, 1))
+        array = inputs.add_last_axis(array)
     if len(array.shape) < 2:
         raise ValueError(f"{what} must have rank at least 2, or one label a row. Given shape {shape}.")
     _check_label_size(spec, tuple(array.shape), lead, what, shape)

@@ -40,7 +40,9 @@ def add(a: jax.Array, b: jax.Array) -> jax.Array:
     # inf - inf is NaN in the error term, and inf must stay inf.
     plain = a_sum + b_sum
     finite = jnp.isfinite(plain)
-    return jnp.stack([jnp.where(finite, high, plain), jnp.where(finite, low, jnp.zeros_like(low))], axis=-1)
+    pair = jnp.where(finite, high, plain), jnp.where(finite, low, jnp.zeros_like(low))
+    # `jnp.stack`, as a choice: XLA's CPU code for it takes two thirds of the time.
+    return jnp.where(np.array([True, False]), *(jnp.expand_dims(x, -1) for x in pair))
 
 
 def psum(x: jax.Array, axis_name) -> jax.Array:
