@@ -124,6 +124,44 @@ def test_the_first_case_is_right():
     np.testing.assert_allclose([value, gradient["log_k"]], [2.0, 1.0], rtol=1e-6)
 
 
+class ShiftedHead(jh.Head):
+    """The formula is undefined at all labels and logits up to a number that only the data know."""
+
+    logits_dimension = 1
+    coupling = "row"
+    power: Any = jh.learned(lambda head, key: jnp.float32(0.5))
+
+    def losses(self, labels, logits):
+        return jnp.log(labels - 2000) ** self.power + (logits - 40) ** self.power
+
+
+@pytest.mark.parametrize("n", [2, 8, 32, 128, 7])
+def test_masked_rows_are_copies_of_live_ones_near_by(n):
+    """Of every eight rows one is there; the formula has no value at any fill."""
+    rng = np.random.default_rng(n)
+    labels, logits = rng.uniform(2002, 2020, (n, 1)).astype(np.float32), rng.uniform(41, 50, (n, 1)).astype(np.float32)
+    kept = np.arange(n) % 8 == 1
+    expected = learned_gradient(ShiftedHead(), labels[kept], logits[kept])
+    garbage = np.where(kept[:, None], labels, NAN), np.where(kept[:, None], logits, 0)
+    value, gradient = learned_gradient(ShiftedHead(), *garbage, where=kept)
+    np.testing.assert_allclose(value, expected[0], rtol=2e-6)
+    np.testing.assert_allclose(gradient["power"], expected[1]["power"], rtol=1e-5)
+
+
+def test_a_batch_on_one_device_is_cut_into_few_blocks():
+    """What is on no mesh has a mesh of no devices: its batches were cut into blocks of one row."""
+    from jaxheads.numerics import meshes
+
+    assert meshes.size(jnp.zeros(3)) == 1
+    with jax.set_mesh(jax.make_mesh((4,), ("rows",), (AxisType.Explicit,), devices=jax.devices()[:4])):
+        assert meshes.size(jnp.zeros(3)) == 4
+    head = jh.RegressionHead().with_metrics(M.R2Score())
+    rows = jnp.zeros((2**16, 1))
+    compiled = jax.jit(lambda rows: head.measure(rows, rows).state).lower(rows).compile()
+    flops: Any = compiled.cost_analysis()
+    assert flops["flops"] < 100 * len(rows)
+
+
 @pytest.mark.parametrize("head", [WeibullHead(), PowerHead(), PairsHead()], ids=lambda h: type(h).__name__)
 def test_a_batch_without_rows_has_no_gradient(head):
     rows = np.zeros((3, 1), np.float32), np.zeros((3, head.logits_dimension), np.float32)

@@ -11,38 +11,50 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxheads.numerics import meshes
 from jaxheads.numerics.pairs import two_sum
 
 BITS = 8
 # From the square of the smallest float32 to the square of the largest, times the number of rows.
 LOW, DIGITS = -33, 72
+# The digits that a product of three integers of 24 bits takes, shifted by up to 7.
+_PER_PRODUCT = 10
 
 
-def cut(factors: jax.Array, exponents: jax.Array) -> jax.Array:
-    """Cuts the exact products of three float32 numbers `[..., 3]`, times `2^exponents`, into digits `[..., DIGITS]`.
+def add_products(factors: jax.Array, exponents: jax.Array) -> jax.Array:
+    """The sums over `n` of the exact products of three float32 numbers `[..., n, 3]`, times `2^exponents` `[..., n]`.
 
-    Where a factor is no finite number, all digits are NaN.
+    They are digits `[..., DIGITS]`, not settled; all NaN where a factor is no finite number. A product has 80 bits, so
+    ten digits one after the other. They are added up by the place of the first, in one matrix product, which is exact.
     """
     bits = jax.lax.bitcast_convert_type(factors, jnp.int32)
     powers = jax.lax.shift_right_logical(bits, np.int32(23)) & np.int32(255)
     # A float32 is an integer of 24 bits times a power of two. Subnormal numbers are 0 to XLA.
     whole = jnp.where(powers > 0, (bits & np.int32(2**23 - 1)) | np.int32(2**23), np.int32(0))
-    halves = [[x & np.int32(4095), jax.lax.shift_right_logical(x, np.int32(12))] for x in _split_last(whole)]
-    product = jnp.stack(_multiply(_multiply(*halves[:2]), halves[2]), axis=-1)
-    # Digit i of 12 bits counts 2^(exponent + 12 i), so it lies across up to three digits of the result.
     exponents = exponents + jnp.sum(powers - np.int32(150), axis=-1, dtype=jnp.int32)
-    steps = np.expand_dims(np.arange(0, 12 * product.shape[-1], 12, dtype=np.int32), tuple(range(exponents.ndim)))
-    exponents = exponents[..., None] + steps
-    shifted = jax.lax.shift_left(product, exponents & np.int32(BITS - 1))
-    parts = [jax.lax.shift_right_logical(shifted, np.int32(BITS * k)) & np.int32(2**BITS - 1) for k in range(3)]
-    first = jax.lax.shift_right_arithmetic(exponents, np.int32(BITS.bit_length() - 1)) - np.int32(LOW)
-    places = jnp.concatenate([first + np.int32(k) for k in range(3)], axis=-1)[..., None]
-    index = np.expand_dims(np.arange(DIGITS, dtype=np.int32), tuple(range(places.ndim - 1)))
-    digits = jnp.where(places == index, jnp.concatenate(parts, axis=-1)[..., None], np.int32(0))
-    sign = jnp.prod(jnp.sign(factors), axis=-1, keepdims=True)
-    signed = sign * jnp.sum(digits, axis=-2, dtype=jnp.int32).astype(jnp.float32)
-    return jnp.where(jnp.all(jnp.isfinite(factors), axis=-1, keepdims=True), signed, jnp.float32(np.nan))
+    first, second, third = (whole[..., i] for i in range(3))
+    shifted = jax.lax.shift_left(first, exponents & np.int32(BITS - 1))
+    product = _multiply(_multiply(_split(shifted, 3), _split(second, 2)), _split(third, 2))
+    sign = jnp.prod(jnp.where(jnp.isfinite(factors), jnp.sign(factors), np.float32(np.nan)), axis=-1)
+    digits = jnp.stack([sign * digit.astype(jnp.float32) for digit in _list_digits(product)], axis=-2)
+    # First digits below the lowest place: their upper ones still count.
+    lowest, n = LOW - (_PER_PRODUCT - 1), _PER_PRODUCT - 1 + DIGITS
+    place = jax.lax.shift_right_arithmetic(exponents, np.int32(BITS.bit_length() - 1))
+    starts = np.expand_dims(np.arange(lowest, lowest + n, dtype=np.int32), tuple(range(place.ndim - 1)))
+    is_start = (place[..., None] == starts[..., None, :]).astype(jnp.float32)
+    *batch, i = range(place.ndim)
+    mesh = meshes.explicit_mesh(digits)
+    # Integers of 8 bits and of one: exact on every device, also where a float32 is multiplied as a bfloat16.
+    by_start = jax.lax.dot_general(
+        digits,
+        is_start,
+        (([i + 1], [i]), (batch, batch)),
+        out_sharding=None if mesh is None else NamedSharding(mesh, PartitionSpec(*[None] * digits.ndim)),
+    )
+    out = [by_start[..., j, _PER_PRODUCT - 1 - j :][..., :DIGITS] for j in range(_PER_PRODUCT)]
+    return sum(out[1:], out[0])
 
 
 def settle(digits: jax.Array) -> jax.Array:
@@ -52,8 +64,21 @@ def settle(digits: jax.Array) -> jax.Array:
     return digits - 2**BITS * jnp.concatenate([over, zero], -1) + jnp.concatenate([zero, over], -1)
 
 
-def _split_last(x: jax.Array) -> list[jax.Array]:
-    return [x[..., i] for i in range(x.shape[-1])]
+def _split(x: jax.Array, n: int) -> list[jax.Array]:
+    """The `n` digits of 12 bits of an integer, from the lowest."""
+    return [jax.lax.shift_right_logical(x, np.int32(12 * i)) & np.int32(4095) for i in range(n)]
+
+
+def _list_digits(product: list[jax.Array]) -> list[jax.Array]:
+    """Digits of 8 bits of digits of 12 bits: three of two."""
+    digits = []
+    for j in range(_PER_PRODUCT):
+        i, shift = divmod(BITS * j, 12)
+        digit = jax.lax.shift_right_logical(product[i], np.int32(shift))
+        if shift > 12 - BITS:
+            digit = digit | jax.lax.shift_left(product[i + 1], np.int32(12 - shift))
+        digits.append(digit & np.int32(2**BITS - 1))
+    return digits
 
 
 def _multiply(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:

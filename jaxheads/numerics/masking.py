@@ -67,8 +67,8 @@ def keep_rows(mask: jax.Array, x: jax.Array, fill: float, copies: bool = False) 
 
 
 # Copies are looked for within so many blocks of a batch, or fewer: a power of two, so that devices that share a batch
-# hold whole blocks, and need no word from each other.
-_BLOCKS = 64
+# hold whole blocks, and need no word from each other. Blocks of fewer rows are joined: they may have none to copy.
+_BLOCKS, _ROWS = 64, 8
 
 
 def copy_first(mask: jax.Array, x: jax.Array, fill: float, lead: int, entries: bool) -> jax.Array:
@@ -79,7 +79,8 @@ def copy_first(mask: jax.Array, x: jax.Array, fill: float, lead: int, entries: b
     """
     if any(isinstance(size, int) and size == 0 for size in x.shape):
         return x
-    shape, blocks = x.shape, math.gcd(x.shape[0], _BLOCKS * meshes.size(x)) if isinstance(x.shape[0], int) else 1
+    shape = x.shape
+    blocks = _count_blocks(shape[0], max(meshes.size(mask), meshes.size(x)))
     mask = jnp.broadcast_to(mask, shape)
     x, mask = (jnp.reshape(part, (blocks, -1, *shape[1:])) for part in (x, mask))
     found, there = jax.lax.stop_gradient(keep(mask, x, fill)), mask
@@ -98,6 +99,14 @@ def copy_first(mask: jax.Array, x: jax.Array, fill: float, lead: int, entries: b
         whole = values | ~everywhere if x.dtype == np.bool_ else values + (~everywhere).astype(x.dtype)
         out = jnp.where(held & everywhere, whole, out)
     return jnp.reshape(out, shape)
+
+
+def _count_blocks(rows: Any, devices: int) -> int:
+    """Into how many blocks so many rows are cut; of a number of rows that is a symbol, in export, into one."""
+    blocks = math.gcd(rows, _BLOCKS * devices) if isinstance(rows, int) else 1
+    while blocks % (2 * devices) == 0 and rows // blocks < _ROWS:
+        blocks //= 2
+    return blocks
 
 
 def weighted(values: jax.Array, weights: jax.Array) -> jax.Array:

@@ -36,7 +36,7 @@ def replicated(x: jax.Array) -> jax.Array:
 
 def size(x: jax.Array) -> int:
     """Over how many devices `x` may be spread, as far as its type tells."""
-    return jax.typeof(x).sharding.mesh.size
+    return max(jax.typeof(x).sharding.mesh.size, 1)  # the mesh of what is on no mesh has no devices
 
 
 def check_axis(axis_name: Any) -> None:

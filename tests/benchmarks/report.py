@@ -22,6 +22,7 @@ import jaxheads as jh
 
 HEADS: dict[str, jh.Head] = {
     "RegressionHead()": jh.RegressionHead(),
+    "RegressionHead, R2Score()": jh.RegressionHead().with_metrics(jh.metrics.R2Score()),
     "MultiClassHead(10)": jh.MultiClassHead(10),
     "BinaryClassHead()": jh.BinaryClassHead(),
     "BinaryClassHead, ThresholdGrid(200)": jh.BinaryClassHead(bins=jh.ThresholdGrid(200)),
