@@ -259,6 +259,24 @@ def test_compute_warns_where_the_text_does(shift):
     np.testing.assert_allclose(found, sk.roc_auc_score(labels, logits[:, 0]), atol=5e-3)
 
 
+def test_slices_and_curves_warn_of_coarse_bins_and_not_of_few_rows():
+    labels, logits = binary_scores(3.0, 1e-4, 1e-4)
+    head, sides = jh.BinaryClassHead(slices=jh.Slices("side", 2)), {"side": np.arange(2000) % 2}
+    metrics = head.measure(labels, logits, features=sides)
+    with pytest.warns(jh.GridWarning, match=r"auc in \[0(.|\n)*Mend it with bins=jh\.LogitGrid"):
+        metrics.by_slice()
+    with pytest.warns(jh.GridWarning, match=r"auc in \[0(.|\n)*Mend it with bins=jh\.LogitGrid"):
+        metrics.curve("roc", slice=1)
+    labels, logits = binary_scores(0.0, 2.0, 1.0)
+    few = {"side": np.where(np.arange(2000) < 1998, 0, 1)}  # two rows with one score, of either label
+    labels[-2:], logits[-2:] = [0, 1], 0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics = head.measure(labels, logits, features=few)
+        assert metrics.by_slice()["auc"][1] == 0.5
+        metrics.curve("pr", slice=1)
+
+
 # 5. The interval of average precision closes.
 
 
@@ -335,6 +353,19 @@ def test_macro_metrics_of_many_classes_are_linear():
     jh.MultiClassHead(4000, extra_metrics=[M.ConfusionMatrix()])
     jh.MultiClassHead(200_000, extra_metrics=[M.Support()])
     assert time.process_time() - begun < 10
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: jh.MultiClassHead(4096, extra_metrics=[M.ConfusionMatrix()], slices=jh.Slices("s", 50)),
+        lambda: jh.MultiLabelHead(100_000, extra_metrics=[M.PrAuc(average="macro")]),
+    ],
+    ids=["slices", "histograms"],
+)
+def test_a_state_that_fits_nowhere_is_refused(make):
+    with pytest.raises(ValueError, match=r"GB of state(.|\n)*The most is 2\.1 GB(.|\n)*take fewer"):
+        make()
 
 
 @pytest.mark.parametrize("rows", [60, pytest.param(40_000, marks=pytest.mark.slow)])

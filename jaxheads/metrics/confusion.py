@@ -1,5 +1,6 @@
 """Decisions for one of many classes: weights by label and predicted class, of all pairs or in three sums a class."""
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -18,13 +19,9 @@ from jaxheads.numerics.histograms import histogram
 MOST_CLASSES = 4096
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ConfusionTable(Observation):
-    """Weights by label and predicted class, `[n, n + 1]`.
-
-    The last column is of rows with a NaN, for which nothing is predicted. No prediction is right there: to every metric
-    they are misses of their class, and hits of none.
+class Decisions(Observation):
+    """Decisions for one of many classes, to be counted.
 
     Args:
         labels: class ids, int32 `[..., 1]`.
@@ -42,14 +39,39 @@ class ConfusionTable(Observation):
         return self.labels == self.predicted
 
     @property
+    def is_late(self) -> bool:
+        """Tells whether there are more sums than a tile has rows: it then costs least to fill them once."""
+        return self.size >= 2**14
+
+    def reduce(self, weights: jax.Array) -> jax.Array:
+        """The sums of this batch."""
+        return self.count(jnp.asarray(weights, jnp.float32), np.int32(0), 1).ravel()
+
+    def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
+        """Where groups do not overlap, all are counted at once."""
+        if groups.ids is None:
+            return super().reduce_by(weights, groups)
+        weights = masking.keep(groups.ids >= 0, jnp.asarray(weights, jnp.float32), 0)
+        return self.count(weights, jnp.maximum(groups.ids, 0), groups.n)
+
+    @abc.abstractmethod
+    def count(self, weights: jax.Array, groups: Any, n: int) -> jax.Array:
+        """The sums of each of `n` groups, `[n, size]`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ConfusionTable(Decisions):
+    """Weights by label and predicted class, `[n, n + 1]`.
+
+    The last column is of rows with a NaN, for which nothing is predicted. No prediction is right there: to every metric
+    they are misses of their class, and hits of none.
+    """
+
+    @property
     def size(self) -> int:
         """A sum for each pair."""
         return len(self.names) * (len(self.names) + 1)
-
-    @property
-    def is_late(self) -> bool:
-        """Tells whether the table has more sums than a tile has rows: it then costs least to fill it once."""
-        return self.size >= 2**14
 
     def check(self, what: str, lead: tuple[int, ...]) -> None:
         """Refuses also a table of too many classes."""
@@ -61,21 +83,10 @@ class ConfusionTable(Observation):
                 "Precision, Recall, FBeta, IoU, Support and their like keep three sums a class."
             )
 
-    def reduce(self, weights: jax.Array) -> jax.Array:
-        """One number says the pair, so that one histogram counts them."""
-        return histogram(self._pairs, (jnp.asarray(weights, jnp.float32),), self.size).ravel()
-
-    def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
-        """Where groups do not overlap, the number says the group too."""
-        if groups.ids is None:
-            return super().reduce_by(weights, groups)
-        weights = masking.keep(groups.ids >= 0, jnp.asarray(weights, jnp.float32), 0)
-        keys = jnp.maximum(groups.ids, 0) * np.int32(self.size) + self._pairs
-        return histogram(keys, (weights,), groups.n * self.size).reshape(groups.n, self.size)
-
-    @property
-    def _pairs(self) -> jax.Array:
-        return self.labels * np.int32(len(self.names) + 1) + self.predicted
+    def count(self, weights: jax.Array, groups: Any, n: int) -> jax.Array:
+        """One number says the group and the pair, so that one histogram counts them."""
+        pairs = self.labels * np.int32(len(self.names) + 1) + self.predicted
+        return histogram(groups * np.int32(self.size) + pairs, (weights,), n * self.size).reshape(n, self.size)
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "ConfusionView":
         """The matrix, with the metrics that it tells."""
@@ -88,18 +99,11 @@ class ConfusionTable(Observation):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ClassCounts(Observation):
+class ClassCounts(Decisions):
     """Three weights for each class, `[3, n]`: of its hits, of rows predicted as it by mistake, and of its misses.
 
     They tell all that a decision for or against each class tells, and take a state that is linear in n.
-
-    Args:
-        labels, predicted, names: as for `ConfusionTable`.
     """
-
-    labels: Any
-    predicted: Any
-    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
     told_by = CONFUSION
 
@@ -118,33 +122,15 @@ class ClassCounts(Observation):
         """Three sums a class."""
         return 3 * len(self.names)
 
-    @property
-    def is_late(self) -> bool:
-        """Tells whether there are more sums than a tile has rows."""
-        return self.size >= 2**14
-
-    def reduce(self, weights: jax.Array) -> jax.Array:
-        """The sums of this batch."""
-        return self._count(weights, np.int32(0), 1).ravel()
-
-    def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
-        """Where groups do not overlap, all are counted at once."""
-        if groups.ids is None:
-            return super().reduce_by(weights, groups)
-        weights = masking.keep(groups.ids >= 0, jnp.asarray(weights, jnp.float32), 0)
-        first = jnp.maximum(groups.ids, 0) * np.int32(len(self.names))
-        counts = self._count(weights, first, groups.n).reshape(3, groups.n, len(self.names))
-        return jnp.moveaxis(counts, 1, 0).reshape(groups.n, self.size)
-
-    def _count(self, weights: jax.Array, first: Any, groups: int) -> jax.Array:
-        """The sums `[3, groups * n]`; the classes of a row's group begin at `first`."""
-        n, right = np.int32(len(self.names)), self.labels == self.predicted
-        weights = jnp.asarray(weights, jnp.float32)
+    def count(self, weights: jax.Array, groups: Any, n: int) -> jax.Array:
+        """By label, and by prediction, in two histograms."""
+        k, right = len(self.names), self.labels == self.predicted
         hits, misses = masking.keep(right, weights, 0), masking.keep(~right, weights, 0)
-        mistaken = masking.keep(self.predicted < n, misses, 0)
-        by_label = histogram(self.labels + first, (hits, misses), groups * int(n))[:, 0]
-        by_prediction = histogram(jnp.minimum(self.predicted, n - 1) + first, (mistaken,), groups * int(n))[:, 0]
-        return jnp.stack([by_label[0], by_prediction[0], by_label[1]])
+        mistaken, first = masking.keep(self.predicted < np.int32(k), misses, 0), groups * np.int32(k)
+        by_label = histogram(self.labels + first, (hits, misses), n * k)[:, 0]
+        by_prediction = histogram(jnp.minimum(self.predicted, np.int32(k - 1)) + first, (mistaken,), n * k)[:, 0]
+        counts = jnp.stack([by_label[0], by_prediction[0], by_label[1]])
+        return jnp.moveaxis(counts.reshape(3, n, k), 1, 0).reshape(n, self.size)
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "ClassesView":
         """The counts, with the metrics that they tell."""

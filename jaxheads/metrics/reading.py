@@ -12,6 +12,9 @@ import numpy as np
 from jaxheads.metrics.base import Observation, Path, join_names
 from jaxheads.metrics.curves import Interval
 
+# A state of more numbers is refused: as pairs of float32 it takes 2.1 GB, which every update reads and writes.
+MOST_SLOTS = 2**28
+
 
 @functools.lru_cache(maxsize=1024)
 def slots(head: Any, regularized: bool) -> tuple[dict[Path, tuple[int, Observation]], int]:
@@ -23,6 +26,13 @@ def slots(head: Any, regularized: bool) -> tuple[dict[Path, tuple[int, Observati
     for path, observation in head.observed().items():
         layout[path] = (offset, observation)
         offset += observation.size
+    if offset > MOST_SLOTS:
+        path, (_, largest) = max(layout.items(), key=lambda item: item[1][1].size)
+        raise ValueError(
+            f"The metrics of {head!r} take {offset * 8 / 1e9:.1f} GB of state, {largest.size * 8 / 1e9:.1f} GB of them "
+            f"for {join_names(*path)!r}. The most is {MOST_SLOTS * 8 / 1e9:.1f} GB. A confusion matrix, score "
+            "histograms of many classes or bins, slices and bootstrap replicas multiply: leave one out, or take fewer."
+        )
     return layout, offset
 
 

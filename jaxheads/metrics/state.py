@@ -280,7 +280,8 @@ class Metrics:
         with jax.debug_nans(False), np.errstate(all="ignore"):
             values, bad, xp = self._read_values(undefined)
         if warn:
-            self._warn(values, bad, xp, bins=True)
+            self._warn_of_input(bad, xp)
+            self._warn_of_bins(values, xp)
         if warn and xp is np and self._lead:
             warnings.warn(
                 f"These metrics are several states in one, {np.shape(self.state)[:-2]}, and each value is an array of "
@@ -310,6 +311,9 @@ class Metrics:
         Args:
             undefined, bounds, confidence: as for `compute`.
 
+        Warns:
+            BadInputWarning, GridWarning: outside `jit`, as `compute`, of all data together.
+
         >>> import numpy as np
         >>> import jaxheads as jh
         >>> head = jh.RegressionHead(slices=jh.Slices("origin", 2, names=("JFK", "LGA")))
@@ -336,7 +340,8 @@ class Metrics:
                 measured = values if np.isnan(undefined) else self._read_values(np.nan, (0, slice(1, None)))[0]
                 measured = {key: hide_small(x, too_small(key[1]), np.nan, xp) for key, x in measured.items()}
                 add_quantiles(out, replicas, measured, confidence, undefined, xp, self._lead)
-        self._warn(shown, bad, xp, bins=False)
+        self._warn_of_input(bad, xp)
+        self._warn_of_bins(None, xp)
         names = {} if xp is jnp else {SLICE: np.asarray(slices.names or tuple(range(slices.n)))}
         sizes = {join_names(SLICE_SIZE, name): float32(count, xp) for name, count in counts.items()}
         if xp is np and not self._lead:
@@ -370,7 +375,8 @@ class Metrics:
                 "with bootstrap=jh.Bootstrap(200), and give a key to every update."
             )
 
-    def _warn(self, values: Mapping[Any, Any], bad: Any, xp: Any, bins: bool) -> None:
+    def _warn_of_input(self, bad: Any, xp: Any) -> None:
+        """Warns of illegal input and of tiny weights, if the state is on the host."""
         if xp is not np:
             return
         if np.any(bad > 0):
@@ -390,8 +396,19 @@ class Metrics:
                 BadInputWarning,
                 stacklevel=3,
             )
+
+    def _warn_of_bins(self, values: Mapping[Any, Any] | None, xp: Any) -> None:
+        """Warns, if the state is on the host, that the bins are too coarse for the scores of all data: these values.
+
+        Not for those of a small slice: of a few rows, two that share a bin of any width leave a metric open.
+        """
+        if xp is not np:
+            return
+        if values is None:
+            with np.errstate(all="ignore"):
+                values = self._read_values(np.nan)[0]
         intervals = {key: value for key, value in values.items() if isinstance(value, Interval)}
-        if bins and any(np.any(interval.is_wide()) for interval in intervals.values()):
+        if any(np.any(interval.is_wide()) for interval in intervals.values()):
             from jaxheads.metrics import text
 
             line = text.describe_bins(intervals, self._read_histograms().values())
@@ -424,11 +441,15 @@ class Metrics:
                 probabilities.
             key: under which the head observes the scores, where it keeps several histograms.
             slice: number or name of the slice whose data alone it shall be of.
+
+        Warns:
+            GridWarning: as `compute`, if the bins are too coarse for the scores of all data.
         """
         if kind not in ("roc", "pr"):
             raise ValueError(f'curve() knows "roc" and "pr". Given {kind!r}.')
         at = self._find_entry("curve()", slice)
         view = self._read_histograms(at)[self._find_scores("curve()", key, at)]
+        self._warn_of_bins(None, np)
         return view.roc_curve() if kind == "roc" else view.pr_curve()
 
     def reliability(
