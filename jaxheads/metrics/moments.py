@@ -1,6 +1,7 @@
 """Weighted sums of labels, predictions and errors, for each target: what metrics of regression read."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any
@@ -68,11 +69,12 @@ class Moments(Observation):
     def read(self, sums: Any, xp: Any, undefined: float) -> "MomentsView":
         """The sums, with the metrics that they tell."""
         d = self.n_targets
-        plain, digits = sums[..., : 3 * d].reshape((*sums.shape[:-1], 3, d)), None
+        plain, spreads = sums[..., : 3 * d].reshape((*sums.shape[:-1], 3, d)), None
         if self.spreads:
             digits = sums[..., 3 * d :].reshape((*sums.shape[:-1], _SUMS, d, exact.DIGITS))
+            spreads = Spreads(digits, xp)
         weight, error_square, error_size = (plain[..., i, :] for i in range(3))
-        return MomentsView(xp, undefined, weight, error_square, error_size, digits)
+        return MomentsView(xp, undefined, weight, error_square, error_size, spreads)
 
 
 def _sum_rows(x: jax.Array) -> jax.Array:
@@ -131,18 +133,73 @@ def _cut_spreads(columns: tuple[jax.Array, ...], weights: jax.Array) -> jax.Arra
 
 
 @dataclasses.dataclass(frozen=True)
+class Spreads:
+    """Variances and covariances that are read of digits, once for all metrics, each for every target, `[..., d]`.
+
+    y, p and e are counted in units of their own, so that no square overflows: `2^unit`, half of the place of the
+    highest digit of their squares.
+
+    Attributes:
+        digits: the sums, `[..., 6, d, DIGITS]`.
+        xp: the array module in use.
+    """
+
+    digits: Any
+    xp: Any
+
+    @functools.cached_property
+    def totals(self) -> Any:
+        """The digits of the sums of 1, y, p and e, of their squares, and of y p: `[..., 8, d, DIGITS]`."""
+        weight, y, p, y2, p2, product = (self.digits[..., i, :, :] for i in range(_SUMS))
+        return self.xp.stack([weight, y, p, y - p, y2, p2, y2 - 2 * product + p2, product], axis=-3)
+
+    @functools.cached_property
+    def units(self) -> list[Any]:
+        """The exponents of the units of y, p and e."""
+        units = exact.BITS // 2 * exact.find_top(self.totals[..., 4:7, :, :], self.xp)
+        return [units[..., i, :] for i in range(3)]
+
+    @functools.cached_property
+    def words(self) -> tuple[Any, Any]:
+        """The totals as double words `[..., 8, d]`, in those units."""
+        y, p, e = self.units
+        units = self.xp.stack([0 * y, y, p, e, 2 * y, 2 * p, 2 * e, y + p], axis=-2)
+        return exact.join(self.totals, units, self.xp)
+
+    @functools.cached_property
+    def about_means(self) -> tuple[Any, ...]:
+        """The sums of squares of y, p and e about their means, and of the product of y and p about theirs."""
+        xp, (high, low) = self.xp, self.words
+        weight = xp.where(high[..., :1, :] == 0, xp.ones_like(high[..., :1, :]), high[..., :1, :])
+        high = xp.concatenate([weight, high[..., 1:, :]], axis=-2)
+
+        def pick(*rows: int) -> tuple[Any, Any]:
+            found = (xp.stack([x[..., i, :] for i in rows], axis=-2) for x in (high, low))
+            return next(found), next(found)
+
+        products = exact.multiply(pick(1, 2, 3, 1), pick(1, 2, 3, 2))
+        sums, _ = exact.subtract(pick(4, 5, 6, 7), exact.divide(products, pick(0, 0, 0, 0)))
+        # What is smaller is rounding of double words: the numbers are all equal. A covariance may be of any size.
+        least = 2.0**-42 if high.dtype == np.float32 else 2.0**-90
+        squares = xp.where(
+            sums[..., :3, :] <= least * high[..., 4:7, :], xp.zeros_like(high[..., :3, :]), sums[..., :3, :]
+        )
+        return *(squares[..., i, :] for i in range(3)), sums[..., 3, :]
+
+
+@dataclasses.dataclass(frozen=True)
 class MomentsView(View):
     """Moments that can be read, all `[..., d]`.
 
     Attributes:
         weight, error_square, error_size: the sums of 1, e^2 and |e|.
-        digits: the sums that variances need, `[..., 6, d, DIGITS]`; None where they are not kept.
+        spreads: what metrics of variances read; None where it is not kept.
     """
 
     weight: Any
     error_square: Any
     error_size: Any
-    digits: Any
+    spreads: Any
 
     def mean(self, total: Any) -> Any:
         """A sum divided by the weight."""
@@ -150,48 +207,22 @@ class MomentsView(View):
 
     def r2(self) -> Any:
         """`1 - sum(e^2) / sum((y - mean(y))^2)`."""
-        spreads, squares, _, units = self._read_spreads()
-        return self._explain(squares[2], spreads[0], units)
+        return self._explain(self.spreads.words[0][..., 6, :])
 
     def explained_variance(self) -> Any:
         """`1 - sum((e - mean(e))^2) / sum((y - mean(y))^2)`."""
-        spreads, _, _, units = self._read_spreads()
-        return self._explain(spreads[2], spreads[0], units)
+        return self._explain(self.spreads.about_means[2])
 
     def pearson(self) -> Any:
         """`cov(y, p) / sqrt(var(y) var(p))`."""
-        spreads, _, covariance, _ = self._read_spreads()
-        value = self.ratio(covariance, self.xp.sqrt(spreads[0]) * self.xp.sqrt(spreads[1]))
-        defined = (spreads[0] != 0) & (spreads[1] != 0)
-        return self.xp.where(defined, self.xp.clip(value, -1.0, 1.0), value)
+        y, p, _, product = self.spreads.about_means
+        value = self.ratio(product, self.xp.sqrt(y) * self.xp.sqrt(p))
+        return self.xp.where((y != 0) & (p != 0), self.xp.clip(value, -1.0, 1.0), value)
 
-    def _explain(self, part: Any, spread: Any, units: list[Any]) -> Any:
+    def _explain(self, part: Any) -> Any:
         """1 less a part of the spread of the labels. Errors and labels have units of their own."""
+        spread, (label, _, error) = self.spreads.about_means[0], self.spreads.units
         share = self.ratio(part, spread)
-        explained = 1 - self.xp.ldexp(share, self.xp.clip(2 * (units[2] - units[0]), -250, 250).astype(np.int32))
-        return self.xp.where(spread == 0, self.xp.full_like(explained, self.undefined), explained)
-
-    def _read_spreads(self) -> tuple[list[Any], list[Any], Any, list[Any]]:
-        """Spreads about the mean and sums of squares of y, p and e; the covariance of y and p, not divided; the units.
-
-        Each of y, p and e is counted in a unit of its own, `2^unit`, so that no square overflows.
-        """
-        xp = self.xp
-        weight, y, p, y2, p2, product = (self.digits[..., i, :, :] for i in range(_SUMS))
-        sums, squares = (y, p, y - p), (y2, p2, y2 - 2 * product + p2)
-        # Half of the place of the highest digit of the squares.
-        units = [exact.BITS // 2 * exact.find_top(x, xp) for x in squares]
-        n = exact.join(weight, xp.zeros_like(units[0]), xp)
-        n = xp.where(n[0] == 0, xp.ones_like(n[0]), n[0]), n[1]
-        sums = [exact.join(x, unit, xp) for x, unit in zip(sums, units, strict=True)]
-        squares = [exact.join(x, 2 * unit, xp) for x, unit in zip(squares, units, strict=True)]
-        crossed = exact.join(product, units[0] + units[1], xp)
-
-        def centered(total: Any, a: Any, b: Any) -> Any:
-            return exact.subtract(total, exact.divide(exact.multiply(a, b), n))[0]
-
-        spreads = [xp.maximum(centered(x2, x, x), 0.0) for x2, x in zip(squares, sums, strict=True)]
-        # What is smaller is rounding of double words: the numbers are all equal.
-        least = 2.0**-42 if sums[0][0].dtype == np.float32 else 2.0**-90
-        spreads = [xp.where(x <= least * x2[0], xp.zeros_like(x), x) for x, x2 in zip(spreads, squares, strict=True)]
-        return spreads, [x[0] for x in squares], centered(crossed, sums[0], sums[1]), units
+        for _ in range(2):
+            share = exact.scale(share, self.xp.clip(error - label, -125, 125), self.xp)
+        return self.xp.where(spread == 0, self.xp.full_like(share, self.undefined), 1 - share)
