@@ -149,10 +149,17 @@ class Grouped(Observation):
         """Not called: the head reduces what is inside."""
         raise NotImplementedError("a Grouped describes a stretch of the state; the head reduces what is inside")
 
-    def read(self, sums: Any, xp: Any, undefined: float, at: Any = (0, 0)) -> Any:
-        """A view of one entry, or of several, with a leading axis: `at` indexes replicas and groups."""
-        sums = sums.reshape((*sums.shape[:-1], *self.entries, self.inner.size))
-        return self.inner.read(sums[(..., *at, slice(None))], xp, undefined)
+    def read(self, sums: Any, xp: Any, undefined: float) -> Any:
+        """A view of all data."""
+        return self.inner.read(self.pick(sums[..., None], (0, 0))[..., 0], xp, undefined)
+
+    def pick(self, pairs: Any, at: Any) -> Any:
+        """The pairs `[..., size, 1 or 2]` of one entry, or of several, with a leading axis.
+
+        `at` indexes replicas and groups.
+        """
+        apart = pairs.reshape((*pairs.shape[:-2], *self.entries, self.inner.size, pairs.shape[-1]))
+        return apart[(..., *at, slice(None), slice(None))]
 
 
 @dataclasses.dataclass(frozen=True)

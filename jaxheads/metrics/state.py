@@ -236,21 +236,21 @@ class Metrics:
         """Views by path, `at` those replicas and groups; the bad count; the regularization; the array module in use."""
         self.check_size()
         if isinstance(self.state, Tracer):
-            xp, pair = jnp, self.state
+            xp, state, add = jnp, jnp.sum(self.state, -1, keepdims=True), lambda part: part[..., 0]
         else:
-            # In float64 on the host: exact, one transfer, and nothing to compile.
-            xp, pair = np, np.asarray(on_host(self.state), np.float64)
-        sums = pair.sum(-1)
+            # In float64 on the host: exact, one transfer, and nothing to compile. Replicas and slices that are not
+            # asked for are not converted: a state may hold thousands.
+            xp, state, add = np, np.asarray(on_host(self.state)), lambda part: np.asarray(part, np.float64).sum(-1)
         layout, _ = slots(self.head, self.regularized)
 
         def view(start: int, observation: Observation) -> Any:
-            part = sums[..., start : start + observation.size]
+            part = state[..., start : start + observation.size, :]
             if isinstance(observation, Grouped):
-                return observation.read(part, xp, undefined, at)
-            return observation.read(part, xp, undefined)
+                part, observation = observation.pick(part, at), observation.inner
+            return observation.read(add(part), xp, undefined)
 
         views = {path: view(start, observation) for path, (start, observation) in layout.items()}
-        return views, sums[..., 0], sums[..., 1:3] if self.regularized else None, xp
+        return views, add(state[..., 0, :]), add(state[..., 1:3, :]) if self.regularized else None, xp
 
     def compute(
         self,
