@@ -305,7 +305,7 @@ def test_margins_are_those_of_the_built_in_objective(library, task, weighted):
 def test_margins_of_all_flights_are_those_of_the_built_in_objective(library, task):
     """Weighted; without weights, and of further tasks, on the flights of the test above, it is the same code."""
     data = flights()
-    built_in, ours = RUNS[library](TASKS[task], data, data["weight"], 50)
+    built_in, ours = RUNS[library](TASKS[task], data, data["weight"], 20)
     assert apart(built_in(), ours()) <= 1e-6
 
 

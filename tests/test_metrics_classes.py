@@ -580,6 +580,17 @@ def test_parts_far_from_zero_add_up():
             np.testing.assert_allclose(values[key], value, rtol=2e-6, err_msg=key)
 
 
+@pytest.mark.parametrize(("mean", "within"), [(1e4, 2e-6), (1e5, 5e-5)])
+def test_compute_inside_jit_is_near_for_labels_far_from_zero(mean, within):
+    rng = np.random.default_rng(4)
+    labels = f32(mean + rng.standard_normal((1000, 1)))
+    logits = f32(labels + 0.3 * rng.standard_normal((1000, 1)))
+    head = jh.RegressionHead().with_metrics(M.R2Score(), M.ExplainedVariance(), M.PearsonCorrelation())
+    inside = jax.device_get(jax.jit(lambda metrics: metrics.compute())(head.measure(labels, logits)))
+    for key, value in explained_by_hand(labels, logits).items():
+        np.testing.assert_allclose(inside[key], value, rtol=within, err_msg=key)
+
+
 def test_many_batches_far_from_zero_add_up_inside_jit():
     """More than a float32 digit would hold, were each batch not settled: 4,096 times the same rows."""
     labels, logits = f32(1e5 + np.arange(128.0))[:, None], f32(1e5 + np.arange(128.0) ** 1.01)[:, None]

@@ -90,7 +90,7 @@ def _cut_spreads(columns: tuple[jax.Array, ...], weights: jax.Array) -> jax.Arra
     """
     n, d = weights.shape[0], weights.shape[-1]
     known = isinstance(n, int) and n and weights.ndim > 1
-    blocks = math.gcd(n, _BLOCKS * meshes.size(weights)) if known else 1
+    blocks = math.gcd(n, math.lcm(_BLOCKS, meshes.size(weights))) if known else 1
     columns, weights = jax.tree.map(lambda x: jnp.reshape(x, (blocks, -1, d)), (columns, weights))
     if d == 1:  # without the axis of targets XLA's CPU code takes half the time
         columns, weights = jax.tree.map(lambda x: jax.lax.squeeze(x, (2,)), (columns, weights))

@@ -58,10 +58,12 @@ def add_products(factors: jax.Array, exponents: jax.Array) -> jax.Array:
 
 
 def settle(digits: jax.Array) -> jax.Array:
-    """Hands sums of up to 2^16 digits on to the places above, so that what is left is below 2^9."""
-    over = jnp.floor(digits[..., :-1] * np.float32(2.0**-BITS))
+    """Hands sums of up to 2^16 digits on to the places above, twice, so that what is left is below 2^9."""
     zero = jnp.zeros_like(digits[..., :1])
-    return digits - 2**BITS * jnp.concatenate([over, zero], -1) + jnp.concatenate([zero, over], -1)
+    for _ in range(2):
+        over = jnp.floor(digits[..., :-1] * np.float32(2.0**-BITS))
+        digits = digits - 2**BITS * jnp.concatenate([over, zero], -1) + jnp.concatenate([zero, over], -1)
+    return digits
 
 
 def _split(x: jax.Array, n: int) -> list[jax.Array]:

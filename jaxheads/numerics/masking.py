@@ -103,7 +103,7 @@ def copy_first(mask: jax.Array, x: jax.Array, fill: float, lead: int, entries: b
 
 def _count_blocks(rows: Any, devices: int) -> int:
     """Into how many blocks so many rows are cut; of a number of rows that is a symbol, in export, into one."""
-    blocks = math.gcd(rows, _BLOCKS * devices) if isinstance(rows, int) else 1
+    blocks = math.gcd(rows, math.lcm(_BLOCKS, devices)) if isinstance(rows, int) else 1
     while blocks % (2 * devices) == 0 and rows // blocks < _ROWS:
         blocks //= 2
     return blocks
