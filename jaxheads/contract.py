@@ -33,7 +33,8 @@ The arguments and the results of hooks:
 * `logits`: float32 `[..., logits_dimension]`, 0 in masked rows. `logits_spec` may ask for another shape, or a dict.
   An exception: if the head has learned fields, masked rows of labels and logits are copies of a live row, because a
   formula with an infinite slope at the fill would send NaN to those fields. (If `coupling` is "batch", logits are 0 all
-  the same; if it is "sequence", nothing is copied.)
+  the same; if it is "sequence", nothing is copied. Where devices may share the batch and there is no live row nearby,
+  masked rows are numbers inside the limits of `label_spec`, and 0.3719 in logits.)
 * `rows`: any method with `@hook` may have this argument too; the engine passes it by name. `rows.exists`, bool, and
   `rows.weights`, float32, are `[..., 1]`; a row of weight 0 exists. `rows.devices.all(x)` gathers the rows of all
   devices as `[n, d]`, with their gradient, also on one device; `rows.devices.sum(x)` adds up `x` over devices.

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import pathlib
 import pickle
+import subprocess
+import sys
 import time
 import warnings
 from typing import Any
@@ -12,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pandas as pd
+import programs
 import pytest
 import sklearn.metrics
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -138,23 +143,82 @@ class ShiftedHead(jh.Head):
 @pytest.mark.parametrize("n", [2, 8, 32, 128, 7])
 def test_masked_rows_are_copies_of_live_ones_near_by(n):
     """Of every eight rows one is there; the formula has no value at any fill."""
+    labels, logits, kept = shifted_rows(n, np.arange(n) % 8 == 1)
+    value, gradient = learned_gradient(ShiftedHead(), labels, logits, where=kept)
+    assert_live_rows_alone(value, gradient, labels, logits, kept)
+
+
+def shifted_rows(n: int, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(n)
     labels, logits = rng.uniform(2002, 2020, (n, 1)).astype(np.float32), rng.uniform(41, 50, (n, 1)).astype(np.float32)
-    kept = np.arange(n) % 8 == 1
-    expected = learned_gradient(ShiftedHead(), labels[kept], logits[kept])
-    garbage = np.where(kept[:, None], labels, NAN), np.where(kept[:, None], logits, 0)
-    value, gradient = learned_gradient(ShiftedHead(), *garbage, where=kept)
-    np.testing.assert_allclose(value, expected[0], rtol=2e-6)
-    np.testing.assert_allclose(gradient["power"], expected[1]["power"], rtol=1e-5)
+    return np.where(kept[:, None], labels, NAN).astype(np.float32), np.where(kept[:, None], logits, 0), kept
+
+
+def assert_live_rows_alone(value, gradient, labels, logits, kept) -> None:
+    y, z = np.log(labels[kept].astype(np.float64) - 2000), logits[kept].astype(np.float64) - 40
+    np.testing.assert_allclose(value, np.mean(y**0.5 + z**0.5), rtol=2e-6)
+    np.testing.assert_allclose(gradient["power"], np.mean(y**0.5 * np.log(y) + z**0.5 * np.log(z)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(("devices", "rows"), [(2, 4), (4, 8), (8, 4)])
+def test_masked_rows_are_copies_of_the_live_ones_of_a_device(devices, rows, check_vma):
+    """Inside `shard_map` all rows of a device may be copied, also at the padded end of a batch."""
+    labels, logits, kept = shifted_rows(devices * rows, np.arange(devices * rows) % rows == 1)
+    P, mesh = PartitionSpec, jax.make_mesh((devices,), ("d",), (AxisType.Auto,), devices=jax.devices()[:devices])
+
+    def step(params, labels, logits, where):
+        def loss(params):
+            return ShiftedHead().loss(labels, logits, where=where, params=params, axis_name="d")
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        return value, gradient if check_vma else jax.lax.pmean(gradient, "d")
+
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("d"), P("d"), P("d")), out_specs=P(), check_vma=check_vma)
+    params = ShiftedHead().init(jax.random.key(0))
+    value, gradient = jax.jit(mapped)(params, labels, logits, kept)
+    assert_live_rows_alone(value, gradient, labels, logits, kept)
+
+
+@pytest.mark.parametrize(("shape", "layout"), [((2, 4), "a"), ((1, 8), "a"), ((8, 1), "a"), ((2, 4), ("a", "b"))])
+def test_masked_rows_are_copies_of_live_ones_near_by_on_two_axes(shape, layout):
+    labels, logits, kept = shifted_rows(64, np.arange(64) % 8 == 1)
+    mesh = jax.make_mesh(shape, ("a", "b"), (AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        spread = jax.device_put((labels, logits, kept), NamedSharding(mesh, PartitionSpec(layout)))
+        whole = NamedSharding(mesh, PartitionSpec())
+        value, gradient = learned_gradient(ShiftedHead(), spread[0], spread[1], whole, where=spread[2])
+    assert_live_rows_alone(value, gradient, labels, logits, kept)
+
+
+def test_a_padded_end_of_any_length_is_copies_on_one_device():
+    """In a process of its own, with one device: there, no device may hold a part of the batch."""
+    code = """if True:
+        import jax, jax.numpy as jnp, numpy as np, test_right_numbers as t
+        for n in (32, 1024):
+            labels, logits, kept = t.shifted_rows(n, np.arange(n) < n // 2)
+            found = t.learned_gradient(t.ShiftedHead(), labels, logits, where=kept)
+            t.assert_live_rows_alone(*found, labels, logits, kept)
+        print(jax.device_count())
+    """
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(__file__).parent)}
+    environment |= programs.environment()
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300, env=environment
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split() == ["1"]
 
 
 def test_a_batch_on_one_device_is_cut_into_few_blocks():
     """What is on no mesh has a mesh of no devices: its batches were cut into blocks of one row."""
     from jaxheads.numerics import meshes
 
-    assert meshes.size(jnp.zeros(3)) == 1
-    with jax.set_mesh(jax.make_mesh((4,), ("rows",), (AxisType.Explicit,), devices=jax.devices()[:4])):
-        assert meshes.size(jnp.zeros(3)) == 4
+    assert meshes.count_devices(jnp.zeros(3)) == 1
+    mesh = jax.make_mesh((4, 2), ("rows", "b"), (AxisType.Explicit,) * 2)
+    for layout, count in ((("rows", "b"), 8), ("rows", 4), (None, 1)):
+        placed = jax.device_put(jnp.zeros(8), NamedSharding(mesh, PartitionSpec(layout)))
+        assert jax.jit(meshes.count_devices)(placed) == count
     head = jh.RegressionHead().with_metrics(M.R2Score())
     rows = jnp.zeros((2**16, 1))
     compiled = jax.jit(lambda rows: head.measure(rows, rows).state).lower(rows).compile()
@@ -202,6 +266,29 @@ def test_entries_that_are_missing_do_not_reach_learned_fields():
     gaps = np.log(labels[where].astype(np.float64)) - 1
     np.testing.assert_allclose(value, np.mean(gaps**2), rtol=2e-6)
     np.testing.assert_allclose(gradient["scale"], np.mean(2 * gaps * (gaps + 1)), rtol=1e-5)
+
+
+# 3. What is predicted perfectly is told so.
+
+
+def test_perfect_and_nearly_perfect_predictions_are_told_apart():
+    head = jh.RegressionHead().with_metrics(M.R2Score(), M.ExplainedVariance())
+    rng = np.random.default_rng(5)
+    for spread in (0.1, 1, 3):
+        labels = rng.lognormal(0, spread, (1024, 1)).astype(np.float32)
+        weights = rng.uniform(0, 2, (1024, 1)).astype(np.float32)
+        for scale in (1, 1e-4, 1e6):
+            scaled = (labels * scale).astype(np.float32)
+            values = head.measure(scaled, scaled, weights=weights).compute()
+            assert (values["r2_score"], values["explained_variance"]) == (1, 1)
+            for error in (1e-3, 0.1):
+                near = (scaled * (1 + error * rng.standard_normal((1024, 1)))).astype(np.float32)
+                metrics = head.measure(scaled, near, weights=weights)
+                inside = jax.device_get(jax.jit(lambda metrics: metrics.compute())(metrics))
+                y, p, w = (x[:, 0].astype(np.float64) for x in (scaled, near, weights))
+                for values in (metrics.compute(), inside):
+                    np.testing.assert_allclose(values["r2_score"], sk.r2_score(y, p, sample_weight=w), atol=1e-7)
+                    assert values["r2_score"] <= values["explained_variance"] <= 1
 
 
 # 4. What bins leave open is told, and most scores fit.
@@ -267,6 +354,12 @@ def test_slices_and_curves_warn_of_coarse_bins_and_not_of_few_rows():
         metrics.by_slice()
     with pytest.warns(jh.GridWarning, match=r"auc in \[0(.|\n)*Mend it with bins=jh\.LogitGrid"):
         metrics.curve("roc", slice=1)
+    close = np.where(np.arange(2000) < 300, logits[:, 0], 4 * np.random.default_rng(1).normal(size=2000))[:, None]
+    metrics = head.measure(labels, close, features={"side": (np.arange(2000) < 300).astype(int)})
+    for read in (metrics.by_slice, lambda: metrics.curve("roc", slice=1)):
+        with pytest.warns(jh.GridWarning, match="The grid is too coarse for these scores: auc"):
+            read()
+    metrics.compute(bounds=True)
     labels, logits = binary_scores(0.0, 2.0, 1.0)
     few = {"side": np.where(np.arange(2000) < 1998, 0, 1)}  # two rows with one score, of either label
     labels[-2:], logits[-2:] = [0, 1], 0.5

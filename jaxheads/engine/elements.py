@@ -63,8 +63,9 @@ def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices, cop
 
     The gradient of a logit in a masked row is cut off. That of a learned value goes through every row, and 0 times an
     infinite slope is NaN. So for the loss of a head that has learned values, `copies` asks for masked rows that are
-    copies of a live one nearby: the formula must have a finite slope there anyway. Far from any live row (a padded end
-    of a batch) they are numbers inside the legal range at which no usual formula is special. If a loss looks at other
+    copies of a live one: the formula must have a finite slope there anyway. Where devices may share the batch, the live
+    row is one nearby; far from any (a padded end of a batch) they are numbers inside the legal range at which no usual
+    formula is special: copies from afar would cost a collective in each step. If a loss looks at other
     rows, the logits of masked rows are 0 all the same: the distance of a row to its copy is 0, where a root has an
     infinite slope. If it looks at the steps of a sequence, the fill may say where it ends: nothing is copied.
     """

@@ -90,7 +90,7 @@ def _cut_spreads(columns: tuple[jax.Array, ...], weights: jax.Array) -> jax.Arra
     """
     n, d = weights.shape[0], weights.shape[-1]
     known = isinstance(n, int) and n and weights.ndim > 1
-    blocks = math.gcd(n, math.lcm(_BLOCKS, meshes.size(weights))) if known else 1
+    blocks = math.gcd(n, math.lcm(_BLOCKS, meshes.count_devices(weights))) if known else 1
     columns, weights = jax.tree.map(lambda x: jnp.reshape(x, (blocks, -1, d)), (columns, weights))
     if d == 1:  # without the axis of targets XLA's CPU code takes half the time
         columns, weights = jax.tree.map(lambda x: jax.lax.squeeze(x, (2,)), (columns, weights))
@@ -168,7 +168,7 @@ class Spreads:
 
     @functools.cached_property
     def about_means(self) -> tuple[Any, ...]:
-        """The sums of squares of y, p and e about their means, and of the product of y and p about theirs."""
+        """The sums of squares of y, p and e about their means; that of y p about theirs; and `n mean(e)^2`."""
         xp, (high, low) = self.xp, self.words
         weight = xp.where(high[..., :1, :] == 0, xp.ones_like(high[..., :1, :]), high[..., :1, :])
         high = xp.concatenate([weight, high[..., 1:, :]], axis=-2)
@@ -178,13 +178,14 @@ class Spreads:
             return next(found), next(found)
 
         products = exact.multiply(pick(1, 2, 3, 1), pick(1, 2, 3, 2))
-        sums, _ = exact.subtract(pick(4, 5, 6, 7), exact.divide(products, pick(0, 0, 0, 0)))
+        shifts, less = exact.divide(products, pick(0, 0, 0, 0))
+        sums, _ = exact.subtract(pick(4, 5, 6, 7), (shifts, less))
         # What is smaller is rounding of double words: the numbers are all equal. A covariance may be of any size.
         least = 2.0**-42 if high.dtype == np.float32 else 2.0**-90
         squares = xp.where(
             sums[..., :3, :] <= least * high[..., 4:7, :], xp.zeros_like(high[..., :3, :]), sums[..., :3, :]
         )
-        return *(squares[..., i, :] for i in range(3)), sums[..., 3, :]
+        return *(squares[..., i, :] for i in range(3)), sums[..., 3, :], shifts[..., 2, :]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,22 +208,37 @@ class MomentsView(View):
 
     def r2(self) -> Any:
         """`1 - sum(e^2) / sum((y - mean(y))^2)`."""
-        return self._explain(self.spreads.words[0][..., 6, :])
+        own, square = self._error
+        return self._explain(self.xp.where(own, square, self.spreads.words[0][..., 6, :]))
 
     def explained_variance(self) -> Any:
         """`1 - sum((e - mean(e))^2) / sum((y - mean(y))^2)`."""
-        return self._explain(self.spreads.about_means[2])
+        _, _, spread, _, shift = self.spreads.about_means
+        own, square = self._error
+        return self._explain(self.xp.where(own & (2 * shift <= square), square - shift, spread))
 
     def pearson(self) -> Any:
         """`cov(y, p) / sqrt(var(y) var(p))`."""
-        y, p, _, product = self.spreads.about_means
+        y, p, _, product, _ = self.spreads.about_means
         value = self.ratio(product, self.xp.sqrt(y) * self.xp.sqrt(p))
         return self.xp.where((y != 0) & (p != 0), self.xp.clip(value, -1.0, 1.0), value)
+
+    @property
+    def _error(self) -> tuple[Any, Any]:
+        """Whether the float32 sum of e^2 tells more than the digits, and that sum, in the unit of e.
+
+        It does so where errors are small beside the labels, unless the squares leave the range of float32.
+        """
+        spread, (label, _, error) = self.spreads.about_means[0], self.spreads.units
+        square = self.error_square
+        for _ in range(2):
+            spread, square = exact.scale(spread, label, self.xp), exact.scale(square, -error, self.xp)
+        return self.xp.isfinite(self.error_square) & (spread >= 2.0**-70), square
 
     def _explain(self, part: Any) -> Any:
         """1 less a part of the spread of the labels. Errors and labels have units of their own."""
         spread, (label, _, error) = self.spreads.about_means[0], self.spreads.units
-        share = self.ratio(part, spread)
+        share = self.ratio(self.xp.maximum(part, 0.0), spread)
         for _ in range(2):
             share = exact.scale(share, self.xp.clip(error - label, -125, 125), self.xp)
         return self.xp.where(spread == 0, self.xp.full_like(share, self.undefined), 1 - share)

@@ -87,6 +87,9 @@ def metric_names(head: Any) -> tuple[str, ...]:
 
 _add = jax.jit(pairs.add)
 
+# Bins that leave a metric open are told of slices of so many elements.
+_MANY = 100
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -312,7 +315,8 @@ class Metrics:
             undefined, bounds, confidence: as for `compute`.
 
         Warns:
-            BadInputWarning, GridWarning: outside `jit`, as `compute`, of all data together.
+            BadInputWarning, GridWarning: outside `jit`, as `compute`; GridWarning also for a slice of at least 100
+                elements.
 
         >>> import numpy as np
         >>> import jaxheads as jh
@@ -326,11 +330,10 @@ class Metrics:
         with jax.debug_nans(False), np.errstate(all="ignore"):
             values, bad, xp = self._read_values(undefined, (0, slice(1, None)))
             counts = self._count_elements((0, slice(1, None)))
-            small = {name: count < slices.min_count for name, count in counts.items()}
 
-            def too_small(name: str | None) -> Any:
+            def too_small(name: str | None, least: int = slices.min_count) -> Any:
                 # In a MultiHead each head has seen rows of its own; elsewhere there is one count.
-                return small[name] if name in small else small[None]
+                return counts[name if name in counts else None] < least
 
             shown = {key: hide_small(x, too_small(key[1]), undefined, xp) for key, x in values.items()}
             out = name_values(shown, bounds, xp)
@@ -341,7 +344,10 @@ class Metrics:
                 measured = {key: hide_small(x, too_small(key[1]), np.nan, xp) for key, x in measured.items()}
                 add_quantiles(out, replicas, measured, confidence, undefined, xp, self._lead)
         self._warn_of_input(bad, xp)
-        self._warn_of_bins(None, xp)
+        large = (
+            {key: hide_small(x, too_small(key[1], _MANY), np.nan, xp) for key, x in shown.items()} if xp is np else {}
+        )
+        self._warn_of_bins(large, xp)
         names = {} if xp is jnp else {SLICE: np.asarray(slices.names or tuple(range(slices.n)))}
         sizes = {join_names(SLICE_SIZE, name): float32(count, xp) for name, count in counts.items()}
         if xp is np and not self._lead:
@@ -397,22 +403,23 @@ class Metrics:
                 stacklevel=3,
             )
 
-    def _warn_of_bins(self, values: Mapping[Any, Any] | None, xp: Any) -> None:
-        """Warns, if the state is on the host, that the bins are too coarse for the scores of all data: these values.
+    def _warn_of_bins(self, values: Mapping[Any, Any], xp: Any) -> None:
+        """Warns, if the state is on the host, that the bins are too coarse: for the values of all data, or for these.
 
-        Not for those of a small slice: of a few rows, two that share a bin of any width leave a metric open.
+        The values are not those of small slices. There, two rows that share a bin leave a metric open, however narrow
+        the bin is.
         """
         if xp is not np:
             return
-        if values is None:
-            with np.errstate(all="ignore"):
-                values = self._read_values(np.nan)[0]
-        intervals = {key: value for key, value in values.items() if isinstance(value, Interval)}
-        if any(np.any(interval.is_wide()) for interval in intervals.values()):
-            from jaxheads.metrics import text
+        with np.errstate(all="ignore"):
+            for found in (self._read_values(np.nan)[0], values):
+                intervals = {key: value for key, value in found.items() if isinstance(value, Interval)}
+                if any(np.any(interval.is_wide()) for interval in intervals.values()):
+                    from jaxheads.metrics import text
 
-            line = text.describe_bins(intervals, self._read_histograms().values())
-            warnings.warn(f"Metrics of {self.head!r}: {line}", GridWarning, stacklevel=3)
+                    line = text.describe_bins(intervals, self._read_histograms().values())
+                    warnings.warn(f"Metrics of {self.head!r}: {line}", GridWarning, stacklevel=3)
+                    return
 
     def _read_values(self, undefined: float, at: Any = (0, 0)) -> tuple[dict[tuple[str, str | None], Any], Any, Any]:
         """Values and intervals by key and name of the head; the bad count; the array module in use."""
@@ -443,13 +450,14 @@ class Metrics:
             slice: number or name of the slice whose data alone it shall be of.
 
         Warns:
-            GridWarning: as `compute`, if the bins are too coarse for the scores of all data.
+            GridWarning: as `compute`, of all data, and of a slice of at least 100 elements.
         """
         if kind not in ("roc", "pr"):
             raise ValueError(f'curve() knows "roc" and "pr". Given {kind!r}.')
         at = self._find_entry("curve()", slice)
         view = self._read_histograms(at)[self._find_scores("curve()", key, at)]
-        self._warn_of_bins(None, np)
+        many = slice is None or self._count_elements(at)[None] >= _MANY
+        self._warn_of_bins(self._read_values(np.nan, at)[0] if many else {}, np)
         return view.roc_curve() if kind == "roc" else view.pr_curve()
 
     def reliability(

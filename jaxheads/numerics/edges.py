@@ -124,7 +124,7 @@ def list_growing() -> tuple[float, ...]:
 
 
 def locate_growing(x: jax.Array, extra: tuple[float, ...]) -> jax.Array:
-    """`Edges.locate` among the edges of `list_growing`, and a few others.
+    """`Edges.locate` among the edges of `list_growing`, and a few others. Subnormal numbers count as 0, as to XLA.
 
     Nothing is looked up here either. Up to 16, the whole part of `64 |x|` counts edges on one side of 0. Beyond, the
     leading bits of a float32 do: its exponent and the first bits of its fraction, read as an integer, go up by 1 at

@@ -72,7 +72,7 @@ def _split(x: jax.Array, n: int) -> list[jax.Array]:
 
 
 def _list_digits(product: list[jax.Array]) -> list[jax.Array]:
-    """Digits of 8 bits of digits of 12 bits: three of two."""
+    """Digits of 8 bits from digits of 12 bits: three from each two."""
     digits = []
     for j in range(_PER_PRODUCT):
         i, shift = divmod(BITS * j, 12)

@@ -241,7 +241,7 @@ def _plan_blocks(x: jax.Array, width: int) -> tuple[Callable[[jax.Array], jax.Ar
 
         return cut, lambda x: pairs.fold(x, jnp.add)
     # Blocks that no two devices share, if the first axis is cut in equal parts: else rows would move.
-    each, rest = divmod(n, meshes.size(x))
+    each, rest = divmod(n, meshes.count_devices(x))
     rows = next((rows for rows in range(min(most, each), 0, -1) if each % rows == 0), 1)
     if rest or 16 * rows < min(most, each):
         return one

@@ -66,8 +66,9 @@ def keep_rows(mask: jax.Array, x: jax.Array, fill: float, copies: bool = False) 
     return copy_first(rows_like(mask, x), x, fill, shared, False) if copies else keep(rows_like(mask, x), x, fill)
 
 
-# Copies are looked for within so many blocks of a batch, or fewer: a power of two, so that devices that share a batch
-# hold whole blocks, and need no word from each other. Blocks of fewer rows are joined: they may have none to copy.
+# Where devices may share a batch, copies are looked for within so many blocks of it, or fewer. That is a power of two,
+# so devices hold whole blocks, and need no word from each other. Blocks of fewer rows are joined: a small block may
+# have no live row.
 _BLOCKS, _ROWS = 64, 8
 
 
@@ -80,7 +81,7 @@ def copy_first(mask: jax.Array, x: jax.Array, fill: float, lead: int, entries: b
     if any(isinstance(size, int) and size == 0 for size in x.shape):
         return x
     shape = x.shape
-    blocks = _count_blocks(shape[0], max(meshes.size(mask), meshes.size(x)))
+    blocks = 1 if all(map(meshes.has_all_rows, (mask, x))) else _count_blocks(mask, x)
     mask = jnp.broadcast_to(mask, shape)
     x, mask = (jnp.reshape(part, (blocks, -1, *shape[1:])) for part in (x, mask))
     found, there = jax.lax.stop_gradient(keep(mask, x, fill)), mask
@@ -101,8 +102,9 @@ def copy_first(mask: jax.Array, x: jax.Array, fill: float, lead: int, entries: b
     return jnp.reshape(out, shape)
 
 
-def _count_blocks(rows: Any, devices: int) -> int:
-    """Into how many blocks so many rows are cut; of a number of rows that is a symbol, in export, into one."""
+def _count_blocks(mask: jax.Array, x: jax.Array) -> int:
+    """Into how many blocks the rows are cut; of a number of rows that is a symbol, in export, into one."""
+    rows, devices = x.shape[0], max(map(meshes.count_devices, (mask, x)))
     blocks = math.gcd(rows, math.lcm(_BLOCKS, devices)) if isinstance(rows, int) else 1
     while blocks % (2 * devices) == 0 and rows // blocks < _ROWS:
         blocks //= 2

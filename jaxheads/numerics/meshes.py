@@ -34,9 +34,25 @@ def replicated(x: jax.Array) -> jax.Array:
     return x if mesh is None else jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*[None] * x.ndim)))
 
 
-def size(x: jax.Array) -> int:
-    """Over how many devices `x` may be spread, as far as its type tells."""
-    return max(jax.typeof(x).sharding.mesh.size, 1)  # the mesh of what is on no mesh has no devices
+def count_devices(x: jax.Array) -> int:
+    """Over how many devices the first axis of `x` may be cut, as far as its type tells.
+
+    A type names the Explicit axes that cut it. Any Auto axis of its mesh may cut it too. A Manual one has cut it
+    already.
+    """
+    sharding = jax.typeof(x).sharding
+    first = sharding.spec[0] if len(sharding.spec) else None
+    named = first if isinstance(first, tuple) else (first,)
+    mesh = sharding.mesh
+    if mesh.empty:
+        return 1
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return math.prod(mesh.shape[name] for name, kind in kinds.items() if name in named or kind == AxisType.Auto)
+
+
+def has_all_rows(x: jax.Array) -> bool:
+    """Whether one device is known to hold the whole first axis of `x`. Without a mesh `jit` may cut it in secret."""
+    return count_devices(x) == 1 and (not is_off_mesh(x) or jax.device_count() == 1)
 
 
 def check_axis(axis_name: Any) -> None:
