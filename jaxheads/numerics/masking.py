@@ -81,7 +81,7 @@ def copy_first(mask: jax.Array, x: jax.Array, fill: float, lead: int, entries: b
     if any(isinstance(size, int) and size == 0 for size in x.shape):
         return x
     shape = x.shape
-    blocks = 1 if all(map(meshes.has_all_rows, (mask, x))) else _count_blocks(mask, x)
+    blocks = _count_blocks(mask, x)
     mask = jnp.broadcast_to(mask, shape)
     x, mask = (jnp.reshape(part, (blocks, -1, *shape[1:])) for part in (x, mask))
     found, there = jax.lax.stop_gradient(keep(mask, x, fill)), mask
@@ -105,6 +105,8 @@ def copy_first(mask: jax.Array, x: jax.Array, fill: float, lead: int, entries: b
 def _count_blocks(mask: jax.Array, x: jax.Array) -> int:
     """Into how many blocks the rows are cut; of a number of rows that is a symbol, in export, into one."""
     rows, devices = x.shape[0], max(map(meshes.count_devices, (mask, x)))
+    if devices == 1:
+        return 1
     blocks = math.gcd(rows, math.lcm(_BLOCKS, devices)) if isinstance(rows, int) else 1
     while blocks % (2 * devices) == 0 and rows // blocks < _ROWS:
         blocks //= 2

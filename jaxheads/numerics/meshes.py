@@ -38,7 +38,7 @@ def count_devices(x: jax.Array) -> int:
     """Over how many devices the first axis of `x` may be cut, as far as its type tells.
 
     A type names the Explicit axes that cut it. Any Auto axis of its mesh may cut it too. A Manual one has cut it
-    already.
+    already. What is on no mesh lies on one device, but for what `jit(in_shardings=...)` cuts: no type tells of that.
     """
     sharding = jax.typeof(x).sharding
     first = sharding.spec[0] if len(sharding.spec) else None
@@ -48,11 +48,6 @@ def count_devices(x: jax.Array) -> int:
         return 1
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return math.prod(mesh.shape[name] for name, kind in kinds.items() if name in named or kind == AxisType.Auto)
-
-
-def has_all_rows(x: jax.Array) -> bool:
-    """Whether one device is known to hold the whole first axis of `x`. Without a mesh `jit` may cut it in secret."""
-    return count_devices(x) == 1 and (not is_off_mesh(x) or jax.device_count() == 1)
 
 
 def check_axis(axis_name: Any) -> None:
