@@ -498,6 +498,8 @@ def test_weights_that_are_all_tiny_are_refused():
     value, gradient = jax.jit(jax.value_and_grad(lambda z: mean.loss(rows[0], z, weights=rows[2])))(rows[1])
     assert np.isnan(value)
     assert np.isnan(gradient).all()
+    many = [np.repeat(x, 4000, axis=0) for x in rows]  # their sum is large enough
+    assert np.isnan(jax.jit(lambda labels, logits, weights: mean.loss(labels, logits, weights=weights))(*many))
     with pytest.warns(jh.BadInputWarning, match="add up to"):
         jax.jit(lambda *a: mean.measure(a[0], a[1], weights=a[2]))(*rows).compute()
     # One weight of a usual size, and the tiny ones add nothing that could be seen.

@@ -116,10 +116,10 @@ def _reduce(head: Any, normalizer: Any, sums: Any) -> _Reduced:
 def _divide(head: Any, normalizer: Any, sums: LossSums) -> jax.Array:
     """Returns the loss of a head without heads inside."""
     if normalizer is None or isinstance(normalizer, Divisor):
-        by = sums.divisor if normalizer is None else normalizer.value
+        by, live = (sums.divisor, sums.live) if normalizer is None else normalizer
         if head.loss_reduction is Reduction.MEAN:
-            # NaN, as for an illegal weight.
-            by = jnp.where((by > 0) & (by < reduction.SMALLEST_SUM), jnp.nan, by)
+            # NaN, as for an illegal weight. However many they are: the limit is for their mean.
+            by = jnp.where((by > 0) & (by < reduction.SMALLEST_SUM * live), jnp.nan, by)
         return sums.total if head.loss_reduction is Reduction.SUM else reduction.divide(sums.total, by)
     return reduction.divide(sums.total, jnp.asarray(normalizer, jnp.float32))
 
