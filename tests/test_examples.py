@@ -21,7 +21,7 @@ LOSSES = {"late": "log loss", "minutes": "absolute error, minutes", "departure":
 def multi_task(tmp_path_factory):
     """What the run printed, and the folder that it wrote."""
     out = tmp_path_factory.mktemp("multi_task")
-    return run_example("multi_task_flights.py", out, "--rows", "20000")[0], out
+    return run_example("multi_task_flights.py", out, "--rows", "20000", "--epochs", "3")[0], out
 
 
 @pytest.mark.slow

@@ -388,7 +388,14 @@ def test_each_multiplier_moves_as_if_it_were_alone():
     np.testing.assert_allclose(moved, 1 + 0.5 * ((LABELS * softplus(-z)).mean(0) - allowed), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["precision_at_recall", "recall_at_precision", "tpr_at_fpr", "precision_recall_auc"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "precision_at_recall",
+        "precision_recall_auc",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("recall_at_precision", "tpr_at_fpr")),
+    ],
+)
 def test_rates_move_the_multipliers_and_surrogates_the_network(name):
     """With `constraint="zero_one"`: the same value and gradient of the logits, and multipliers by counts."""
     target = None if name == "precision_recall_auc" else 0.7

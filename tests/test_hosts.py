@@ -97,6 +97,7 @@ def found(folder):
     return together("everything", folder)[0]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(found):
     check_trained([one["trained"] for one in found], ["ordinal"])
 
@@ -124,6 +125,7 @@ def measured(name: str, counts: tuple[int, int]) -> jh.Metrics:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "counts"), [("uneven", (3, 1)), ("none in one", (0, 2))])
 def test_evaluation_ends_on_both(found, case, counts):
     (first, steps), (second, others) = (one[case] for one in found)
@@ -132,6 +134,7 @@ def test_evaluation_ends_on_both(found, case, counts):
     devices.assert_close(first.compute(bounds=True), measured("binary", counts).compute(bounds=True))
 
 
+@pytest.mark.slow
 def test_processes_without_batches_end_or_say_so(found):
     for one in found:
         assert one["none at all"] == []
@@ -142,6 +145,7 @@ def test_processes_without_batches_end_or_say_so(found):
     assert found[1]["broken"] == "ValueError: cannot read this"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_spread_over_processes_is_refused(found):
     for one in found:
         assert "over 2 devices of this process" in one["odd rows"]
@@ -159,6 +163,7 @@ def test_what_cannot_be_spread_over_processes_is_refused(found):
     assert "Given [-1, 2] by process (-1: refused there)" in found[1]["odd rows in one"]
 
 
+@pytest.mark.slow
 def test_states_of_processes_merge_to_the_truth(found):
     entry = devices.entry_of("binary")
     parts = [metrics for one in found for metrics in one["own"]]
@@ -190,6 +195,7 @@ def test_both_killed_in_an_epoch_go_on(tmp_path):
         same(one, other)
 
 
+@pytest.mark.slow
 def test_a_process_without_a_device_merges_what_others_measured(found, folder):
     """It gets the states as files, and starts no backend; its values are those of a merge here, to the last bit."""
     command = [sys.executable, str(TESTS / "host_merge.py"), *map(str, sorted(folder.glob("own_*.pickle")))]

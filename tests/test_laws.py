@@ -83,7 +83,8 @@ def test_laws_that_need_no_oracle(entry, law):
 QUICK = ("regression_3_exp", "binary", "nested", "sequential")
 
 
-@pytest.mark.parametrize("entry", marked((entry for entry in ZOO if entry.name in (*ENGINE, *QUICK)), QUICK))
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", marked(entry for entry in ZOO if entry.name in (*ENGINE, *QUICK)))
 @pytest.mark.parametrize("law", STRICTER_ELSEWHERE)
 def test_laws_by_other_programs_with_stricter_relatives(entry, law):
     obey(law, entry)

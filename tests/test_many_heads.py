@@ -190,7 +190,7 @@ CASES: dict[str, Any] = {
 }
 
 
-QUICK = ("learned and running", "in turns")
+QUICK = ("learned and running",)
 
 
 @pytest.mark.parametrize("case", [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in CASES])

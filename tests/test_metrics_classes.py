@@ -551,6 +551,7 @@ def explained(mean: float, shift: float | None = None) -> jh.Metrics:
 @pytest.mark.parametrize(
     "mean", [*(pytest.param(x, marks=pytest.mark.slow) for x in (0.0, 3.0, 100.0, 1e3, 1e5)), -1e4]
 )
+@pytest.mark.rounding
 def test_labels_may_lie_far_from_zero(mean):
     """Float32 sums of squares would have lost the spread, of 1, at a mean of 10,000."""
     expected, metrics = explained_by_hand(**far_off(mean)), explained(mean)
@@ -560,6 +561,7 @@ def test_labels_may_lie_far_from_zero(mean):
     assert explained(mean, shift=mean).compute() == metrics.compute()
 
 
+@pytest.mark.rounding
 def test_parts_far_from_zero_add_up():
     """Parts with means of their own, one of them without a spread, in any order, on the host and in float32."""
     rng = np.random.default_rng(3)
@@ -581,6 +583,7 @@ def test_parts_far_from_zero_add_up():
 
 
 @pytest.mark.parametrize(("mean", "within"), [(1e4, 2e-6), (1e5, 5e-5)])
+@pytest.mark.rounding
 def test_compute_inside_jit_is_near_for_labels_far_from_zero(mean, within):
     rng = np.random.default_rng(4)
     labels = f32(mean + rng.standard_normal((1000, 1)))
@@ -591,6 +594,7 @@ def test_compute_inside_jit_is_near_for_labels_far_from_zero(mean, within):
         np.testing.assert_allclose(inside[key], value, rtol=within, err_msg=key)
 
 
+@pytest.mark.rounding
 def test_many_batches_far_from_zero_add_up_inside_jit():
     """More than a float32 digit would hold, were each batch not settled: 4,096 times the same rows."""
     labels, logits = f32(1e5 + np.arange(128.0))[:, None], f32(1e5 + np.arange(128.0) ** 1.01)[:, None]
@@ -601,6 +605,7 @@ def test_many_batches_far_from_zero_add_up_inside_jit():
 
 
 @pytest.mark.parametrize("scale", [1e-19, 1e18])
+@pytest.mark.rounding
 def test_a_spread_has_any_size(scale):
     data = far_off(2.0)
     expected = explained_by_hand(**data)

@@ -87,7 +87,7 @@ def learned_gradient(head, labels, logits, place=None, **rest):
 
 
 @pytest.mark.parametrize("head", [WeibullHead(), PowerHead(), RateHead(), PairsHead()], ids=lambda h: type(h).__name__)
-@pytest.mark.parametrize("hidden", [[1], [0, 2, 3], [0, 1, 2]])
+@pytest.mark.parametrize("hidden", [[1], [0, 2, 3], pytest.param([0, 1, 2], marks=pytest.mark.slow)])
 def test_masked_rows_do_not_reach_learned_fields(head, hidden):
     rng = np.random.default_rng(0)
     labels = rng.uniform(1, 3, (4, head.label_spec.size)).astype(np.float32)
@@ -256,6 +256,7 @@ def test_entries_that_are_missing_do_not_reach_learned_fields():
 # 3. What is predicted perfectly is told so.
 
 
+@pytest.mark.rounding
 def test_perfect_and_nearly_perfect_predictions_are_told_apart():
     head = jh.RegressionHead().with_metrics(M.R2Score(), M.ExplainedVariance())
     rng = np.random.default_rng(5)

@@ -387,7 +387,7 @@ def search_by_hand(optimizer: Any, noise: Any, steps: int = 3) -> tuple[list[flo
 
 
 @pytest.mark.parametrize(
-    "name", ["lbfgs", *(pytest.param(x, marks=pytest.mark.slow) for x in ("backtracking", "alone"))]
+    "name", ["backtracking", *(pytest.param(x, marks=pytest.mark.slow) for x in ("lbfgs", "alone"))]
 )
 def test_line_searches_are_those_by_hand(name):
     """Also with dropout: the loss of the search is that of the step."""
@@ -675,7 +675,9 @@ def nullable(values: Any, dtype: str) -> Any:
         (np.array([1, pd.NA, 0], object), [1, 1, 0, 0]),
     ],
 )
-@pytest.mark.parametrize("masked", ["where", "nullable where", "weights"])
+@pytest.mark.parametrize(
+    "masked", ["where", *(pytest.param(x, marks=pytest.mark.slow) for x in ("nullable where", "weights"))]
+)
 def test_padding_of_missing_labels_that_are_hidden(labels, expected, masked):
     """They have the dtype of the others, and the loss of a step is that of the rows that exist."""
     missing = np.array([x is None or x is pd.NA for x in labels])
