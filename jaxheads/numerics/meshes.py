@@ -38,7 +38,8 @@ def count_devices(x: jax.Array) -> int:
     """Over how many devices the first axis of `x` may be cut, as far as its type tells.
 
     A type names the Explicit axes that cut it. Any Auto axis of its mesh may cut it too. A Manual one has cut it
-    already. What is on no mesh lies on one device, but for what `jit(in_shardings=...)` cuts: no type tells of that.
+    already. What is on no mesh lies on one device, but for what `jit(in_shardings=...)` cuts: no type tells of that
+    (`findings/jax_mesh_of_no_mesh_has_no_devices.sh`).
     """
     sharding = jax.typeof(x).sharding
     first = sharding.spec[0] if len(sharding.spec) else None
