@@ -259,7 +259,7 @@ def test_entries_that_are_missing_do_not_reach_learned_fields():
 @pytest.mark.rounding
 def test_perfect_and_nearly_perfect_predictions_are_told_apart():
     head = jh.RegressionHead().with_metrics(M.R2Score(), M.ExplainedVariance())
-    rng = np.random.default_rng(5)
+    compute, rng = jax.jit(lambda metrics: metrics.compute()), np.random.default_rng(5)
     for spread in (0.1, 1, 3):
         labels = rng.lognormal(0, spread, (1024, 1)).astype(np.float32)
         weights = rng.uniform(0, 2, (1024, 1)).astype(np.float32)
@@ -270,7 +270,7 @@ def test_perfect_and_nearly_perfect_predictions_are_told_apart():
             for error in (1e-3, 0.1):
                 near = (scaled * (1 + error * rng.standard_normal((1024, 1)))).astype(np.float32)
                 metrics = head.measure(scaled, near, weights=weights)
-                inside = jax.device_get(jax.jit(lambda metrics: metrics.compute())(metrics))
+                inside = jax.device_get(compute(metrics))
                 y, p, w = (x[:, 0].astype(np.float64) for x in (scaled, near, weights))
                 for values in (metrics.compute(), inside):
                     np.testing.assert_allclose(values["r2_score"], sk.r2_score(y, p, sample_weight=w), atol=1e-7)

@@ -155,7 +155,8 @@ class GrowingGrid(AbstractGrid):
     def buckets(self, layout: Layout, logits: jax.Array) -> jax.Array:
         extra = np.setdiff1d(layout.edges.values, np.asarray(edges.list_growing(), np.float32))
         if len(extra) > edges.MOST_COMPARED:
-            return layout.edges.locate(logits)
+            # Looked up among themselves: a table for all edges would have large cells, as the grid is wide.
+            return edges.locate_growing(logits, ()) + edges.edges_of(tuple(extra.tolist())).locate(logits)
         return edges.locate_growing(logits, tuple(extra.tolist()))
 
     def finer(self, low: float, high: float) -> str:

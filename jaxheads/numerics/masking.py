@@ -82,14 +82,18 @@ def copy_first(mask: jax.Array, x: jax.Array, fill: float, lead: int, entries: b
         return x
     shape = x.shape
     blocks = _count_blocks(mask, x)
-    mask = jnp.broadcast_to(mask, shape)
-    x, mask = (jnp.reshape(part, (blocks, -1, *shape[1:])) for part in (x, mask))
-    found, there = jax.lax.stop_gradient(keep(mask, x, fill)), mask
-    levels = [(x, mask)]
+    if entries or mask.ndim != x.ndim or mask.shape[:lead] != shape[:lead]:
+        mask = jnp.broadcast_to(mask, shape)
+    x, mask = (jnp.reshape(part, (blocks, -1, *part.shape[1:])) for part in (x, mask))
+    whole_mask = jnp.broadcast_to(mask, x.shape)
+    found, there = jax.lax.stop_gradient(keep(whole_mask, x, fill)), mask
+    levels = [(x, whole_mask)]
     for axes in (range(1, lead + 1), *([range(lead + 1, x.ndim)] if entries else [])):
         for axis in axes:
-            index = meshes.index(found, axis, np.int32)
+            # A mask of whole rows has one column: finding the first is what takes time.
+            index = meshes.index(there, axis, np.int32)
             first = there & (index == jnp.argmax(there, axis, keepdims=True).astype(np.int32))
+            first = jnp.broadcast_to(first, found.shape)
             add = jnp.any if found.dtype == np.bool_ else jnp.sum
             found = add(keep(first, found, 0), axis, keepdims=True).astype(found.dtype)
             there = jnp.any(there, axis, keepdims=True)
