@@ -124,8 +124,8 @@ class ClassCounts(Decisions):
 
     def count(self, weights: jax.Array, groups: Any, n: int) -> jax.Array:
         """By label, and by prediction, in two histograms."""
-        k, right = len(self.names), self.labels == self.predicted
-        hits, misses = masking.keep(right, weights, 0), masking.keep(~right, weights, 0)
+        k = len(self.names)
+        hits, misses = masking.keep(self.right, weights, 0), masking.keep(~self.right, weights, 0)
         mistaken, first = masking.keep(self.predicted < np.int32(k), misses, 0), groups * np.int32(k)
         by_label = histogram(self.labels + first, (hits, misses), n * k)[:, 0]
         by_prediction = histogram(jnp.minimum(self.predicted, np.int32(k - 1)) + first, (mistaken,), n * k)[:, 0]

@@ -223,7 +223,7 @@ class MomentsView(View):
         value = self.ratio(product, self.xp.sqrt(y) * self.xp.sqrt(p))
         return self.xp.where((y != 0) & (p != 0), self.xp.clip(value, -1.0, 1.0), value)
 
-    @property
+    @functools.cached_property
     def _error(self) -> tuple[Any, Any]:
         """Whether the float32 sum of e^2 tells more than the digits, and that sum, in the unit of e.
 

@@ -284,7 +284,7 @@ class Metrics:
             values, bad, xp = self._read_values(undefined)
         if warn:
             self._warn_of_input(bad, xp)
-            self._warn_of_bins(values, xp)
+            self._warn_of_bins(values if xp is np else {})
         if warn and xp is np and self._lead:
             warnings.warn(
                 f"These metrics are several states in one, {np.shape(self.state)[:-2]}, and each value is an array of "
@@ -344,10 +344,11 @@ class Metrics:
                 measured = {key: hide_small(x, too_small(key[1]), np.nan, xp) for key, x in measured.items()}
                 add_quantiles(out, replicas, measured, confidence, undefined, xp, self._lead)
         self._warn_of_input(bad, xp)
-        large = (
-            {key: hide_small(x, too_small(key[1], _MANY), np.nan, xp) for key, x in shown.items()} if xp is np else {}
-        )
-        self._warn_of_bins(large, xp)
+        if xp is np:
+            with np.errstate(all="ignore"):
+                large = {key: hide_small(x, too_small(key[1], _MANY), np.nan, xp) for key, x in shown.items()}
+                whole, _, _ = self._read_values(np.nan)
+            self._warn_of_bins(whole, large)
         names = {} if xp is jnp else {SLICE: np.asarray(slices.names or tuple(range(slices.n)))}
         sizes = {join_names(SLICE_SIZE, name): float32(count, xp) for name, count in counts.items()}
         if xp is np and not self._lead:
@@ -403,23 +404,20 @@ class Metrics:
                 stacklevel=3,
             )
 
-    def _warn_of_bins(self, values: Mapping[Any, Any], xp: Any) -> None:
-        """Warns, if the state is on the host, that the bins are too coarse: for the values of all data, or for these.
+    def _warn_of_bins(self, *values: Mapping[Any, Any]) -> None:
+        """Warns once that the bins are too coarse, if they leave a metric among these values open.
 
         The values are not those of small slices. There, two rows that share a bin leave a metric open, however narrow
         the bin is.
         """
-        if xp is not np:
-            return
-        with np.errstate(all="ignore"):
-            for found in (self._read_values(np.nan)[0], values):
-                intervals = {key: value for key, value in found.items() if isinstance(value, Interval)}
-                if any(np.any(interval.is_wide()) for interval in intervals.values()):
-                    from jaxheads.metrics import text
+        for found in values:
+            intervals = {key: value for key, value in found.items() if isinstance(value, Interval)}
+            if any(np.any(interval.is_wide()) for interval in intervals.values()):
+                from jaxheads.metrics import text
 
-                    line = text.describe_bins(intervals, self._read_histograms().values())
-                    warnings.warn(f"Metrics of {self.head!r}: {line}", GridWarning, stacklevel=3)
-                    return
+                line = text.describe_bins(intervals, self._read_histograms().values())
+                warnings.warn(f"Metrics of {self.head!r}: {line}", GridWarning, stacklevel=3)
+                return
 
     def _read_values(self, undefined: float, at: Any = (0, 0)) -> tuple[dict[tuple[str, str | None], Any], Any, Any]:
         """Values and intervals by key and name of the head; the bad count; the array module in use."""
@@ -456,8 +454,12 @@ class Metrics:
             raise ValueError(f'curve() knows "roc" and "pr". Given {kind!r}.')
         at = self._find_entry("curve()", slice)
         view = self._read_histograms(at)[self._find_scores("curve()", key, at)]
-        many = slice is None or self._count_elements(at)[None] >= _MANY
-        self._warn_of_bins(self._read_values(np.nan, at)[0] if many else {}, np)
+        entries = [(0, 0)]
+        if slice is not None and self._count_elements(at)[None] >= _MANY:
+            entries.append(at)
+        with np.errstate(all="ignore"):
+            values = [self._read_values(np.nan, entry)[0] for entry in entries]
+        self._warn_of_bins(*values)
         return view.roc_curve() if kind == "roc" else view.pr_curve()
 
     def reliability(
