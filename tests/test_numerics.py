@@ -282,7 +282,7 @@ def test_histograms_of_spread_rows_are_one_all_reduce(name, form, axes):
 
 # Axes that are shorter than XLA's blocks of 32, beside longer ones and alone.
 @pytest.mark.parametrize(
-    "shape", [(30, 30, 30, 30), (32, 31, 31, 3), (16, 28, 28, 1), (2, 24, 40, 8), (961, 31), (8192,)]
+    "shape", [(30, 30, 30, 30), (32, 31, 31, 3), (31, 31, 900), (16, 28, 28, 1), (2, 24, 40, 8), (961, 31), (8192,)]
 )
 def test_sums_are_exact_whatever_the_axes(shape):
     x, y = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
@@ -299,6 +299,14 @@ def test_sums_are_exact_whatever_the_axes(shape):
         exact = squares.sum(tuple(range(len(shape) - kept)))
         np.testing.assert_allclose(got, exact, rtol=1e-6, err_msg=f"{kept} axes are kept")
     np.testing.assert_allclose(gradient, 2 * (x.astype(np.float64) - y), rtol=1e-5, atol=1e-6)
+
+
+def test_sums_by_axis_keep_what_is_infinite_or_nan():
+    x = np.ones((30, 30, 4), np.float32)
+    x[3, 3, 1:] = np.inf, -np.inf, np.nan
+    sums, slope = jax.jit(lambda x: (masking.column_totals(x), jax.grad(lambda x: masking.column_totals(x)[2])(x)))(x)
+    np.testing.assert_array_equal(sums, [900, np.inf, -np.inf, np.nan])
+    np.testing.assert_array_equal(slope, np.broadcast_to([0, 0, 1, 0], x.shape))
 
 
 def test_infinite_and_nan_weights_show_in_their_row():

@@ -256,6 +256,7 @@ def test_entries_that_are_missing_do_not_reach_learned_fields():
 # 3. What is predicted perfectly is told so.
 
 
+@pytest.mark.slow
 @pytest.mark.rounding
 def test_perfect_and_nearly_perfect_predictions_are_told_apart():
     head = jh.RegressionHead().with_metrics(M.R2Score(), M.ExplainedVariance())

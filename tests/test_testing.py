@@ -229,6 +229,7 @@ def test_a_broken_head_is_told_which_laws_it_breaks(head, broken, given):
     assert broken <= {finding.law for finding in report.broken}
 
 
+@pytest.mark.slow
 def test_a_formula_that_is_infinite_at_the_fill_obeys_the_laws():
     check_head(ScaledLogHead(), devices=())
 
