@@ -1,6 +1,7 @@
 """Labels and weights of a booster's dataset, as arrays that a head takes."""
 
 import functools
+import threading
 import weakref
 from typing import Any, NamedTuple
 
@@ -108,12 +109,22 @@ class RowsCache:
     Rows of a dataset are kept as long as the dataset lives, and are prepared again when its values change. Of the calls
     by arrays, which scikit-learn's wrappers make, the last few are kept, and found by their values. A copy or a pickle
     is empty.
+
+    Threads may share it, as four estimators share one objective. What a call found is its own from then on: a place in
+    a list may belong to another thread's labels a moment later.
     """
 
     def __init__(self):
+        self._lock = threading.Lock()
         self._of_datasets: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
-        self._of_arrays: list[_Kept] = []
-        self.calls = 0
+        self._of_arrays: tuple[_Kept, ...] = ()
+        self._calls = 0
+
+    def count_call(self) -> int:
+        """Counts a call, and returns how many there were."""
+        with self._lock:
+            self._calls += 1
+            return self._calls
 
     def __reduce__(self) -> Any:
         return RowsCache, ()
@@ -141,15 +152,20 @@ class RowsCache:
 
     def _find_rows(self, head: Head, dataset: Dataset) -> Rows:
         labels, weights = read_labels(dataset), read_weights(dataset)
-        kept = self._of_datasets.get(dataset)
+        with self._lock:
+            kept = self._of_datasets.get(dataset)
         if kept is None or not kept.are_of(labels, weights):
-            kept = self._of_datasets[dataset] = _Kept.of(head, labels, weights)
+            kept = _Kept.of(head, labels, weights)
+            with self._lock:
+                self._of_datasets[dataset] = kept
         return kept.rows
 
     def _find_rows_of_arrays(self, head: Head, labels: np.ndarray, weights: np.ndarray | None) -> Rows:
-        known = [i for i, kept in enumerate(self._of_arrays) if kept.are_of(labels, weights)]
-        kept = self._of_arrays.pop(known[0]) if known else _Kept.of(head, labels, weights)
-        self._of_arrays = [*self._of_arrays[1 - KEPT :], kept]
+        kept = next((kept for kept in self._of_arrays if kept.are_of(labels, weights)), None)
+        kept = _Kept.of(head, labels, weights) if kept is None else kept
+        with self._lock:
+            others = [other for other in self._of_arrays if other is not kept]
+            self._of_arrays = (*others[1 - KEPT :], kept)
         return kept.rows
 
 

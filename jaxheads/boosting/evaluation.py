@@ -81,9 +81,8 @@ class Evaluation:
 
     def _measure(self, rows: Rows, logits: np.ndarray) -> dict[str, float]:
         found = measure_rows(self.head, self.params, rows, logits)
-        self._cache.calls += 1
         # The margins of the first rounds always lie close together: that bins are too coarse says nothing yet.
-        late = self._cache.calls > FIRST
+        late = self._cache.count_call() > FIRST
         values = (_add_workers(found) if self.library == "xgboost" else found).compute(warn=late)
         return {key: float(values[key]) for key in self.keys}
 
