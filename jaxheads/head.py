@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxheads.contract import ABSENT, AbstractHead, Given
-from jaxheads.engine import evaluating, losing, measuring, predicting, reading
+from jaxheads.engine import declarations, evaluating, losing, measuring, predicting, reading
 from jaxheads.engine.gathering import gather
 from jaxheads.engine.readiness import bound, ready
-from jaxheads.metrics import Bootstrap, FunctionMetric, Metric, Metrics, Observation, Slices
+from jaxheads.metrics import FunctionMetric, Metric, Metrics, Observation
 from jaxheads.metrics.base import Path
 from jaxheads.metrics.state import metric_names, slots
 from jaxheads.numerics import fields, inputs
@@ -353,62 +353,10 @@ class Head(AbstractHead):
 
     def __post_init__(self):
         object.__setattr__(self, "loss_reduction", Reduction.of(self.loss_reduction))
-        self._check_declarations()
-        if self.name is not None and not isinstance(self.name, str):
-            raise ValueError(f"name must be a string or None. Given {self.name!r}.")
-        if not (self.weight_column is None or isinstance(self.weight_column, str) or callable(self.weight_column)):
-            raise ValueError(
-                "weight_column must be a key of features or a function features -> weights. Given type: "
-                f"{type(self.weight_column).__name__}."
-            )
-        if not isinstance(self.slices, (Slices, type(None))):
-            raise ValueError(f'slices must be jh.Slices("origin", 3), or None. Given {self.slices!r}.')
-        if not isinstance(self.bootstrap, (Bootstrap, type(None))):
-            raise ValueError(f"bootstrap must be jh.Bootstrap(200), or None. Given {self.bootstrap!r}.")
-        for metric in self.extra_metrics:
-            if not isinstance(metric, Metric):
-                raise ValueError(
-                    f"with_metrics() takes metrics, as jh.metrics.RocAuc(), and functions by name. Given {metric!r}."
-                )
-        if self.bootstrap is not None and (whole := [m for m in self.extra_metrics if m.unit == "sequence"]):
-            raise ValueError(
-                f"A bootstrap draws steps one by one, and {whole} counts whole sequences: its intervals would be too "
-                f"narrow. Given bootstrap={self.bootstrap!r}. Leave one of them out."
-            )
+        declarations.check(self)
         super().__post_init__()
         if self.extra_metrics:
             metric_names(fields.unbound(self))  # refuses names that clash, and metrics that read missing values
-
-    def _check_declarations(self) -> None:
-        """Refuses a field, or an attribute of an old version, whose name the contract uses for something else."""
-        flags = {
-            "signed": self.signed,
-            "per_logit_weights": self.per_logit_weights,
-            "per_logit_where": self.per_logit_where,
-            "reads_slices": self.reads_slices,
-            "takes_linear": self.takes_linear,
-            "samples": self.samples,
-        }
-        for name, value in flags.items():
-            if not isinstance(value, bool):
-                raise ValueError(
-                    f"{type(self).__name__}.{name} is a declaration, True or False: see jaxheads.contract. Given "
-                    f"{value!r}. If it is a field of your own, give it another name."
-                )
-        if not isinstance(self.wrapped, (AbstractHead, type(None))):
-            raise ValueError(
-                f"{type(self).__name__}.wrapped is a declaration, a head or None: see jaxheads.contract. Given "
-                f"{self.wrapped!r}. If it is a field of your own, give it another name."
-            )
-        if not callable(self.parts):
-            raise ValueError(
-                f"{type(self).__name__}.parts is a hook: see jaxheads.contract. Give the field another name."
-            )
-        if hasattr(type(self), "rowwise"):
-            raise ValueError(
-                f'{type(self).__name__} declares rowwise, which is now coupling: coupling = "row" where no row looks '
-                'at another, "batch" where rows do.'
-            )
 
 
 def check_unbound(head: Any) -> None:

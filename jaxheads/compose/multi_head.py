@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxheads.compose import _splitting
 from jaxheads.compose._abstract import AbstractCompositeHead
-from jaxheads.contract import Given, LinearLogits, learned, subheads
+from jaxheads.contract import Given, learned, subheads
 from jaxheads.engine import trees
 from jaxheads.head import Head
 from jaxheads.metrics.base import LOSS, join_names
 from jaxheads.metrics.state import metric_names
-from jaxheads.numerics import fields, inputs
+from jaxheads.numerics import fields
 from jaxheads.numerics.batch import ABSENT
 from jaxheads.spec import ExportOutput, merged_signatures
 
@@ -182,6 +182,10 @@ class MultiHead(AbstractCompositeHead):
         return self.weighting == "uncertainty" or any(head.signed for head in self.heads)
 
     @property
+    def _sizes(self) -> dict[str, int]:
+        return {name: head.logits_dimension for name, head in self.parts().items()}
+
+    @property
     def _weights(self) -> dict[str, float]:
         return dict(zip(self.parts(), self.head_weights or (1.0,) * len(self.heads), strict=True))
 
@@ -190,9 +194,12 @@ class MultiHead(AbstractCompositeHead):
         parts = dict.fromkeys(names, given)
         if given.logits is not ABSENT:
             asked = [name for name in names if not isinstance(given.keys, Mapping) or name in given.keys]
-            parts = {name: given.replace(logits=x) for name, x in self._split_logits(given.logits, asked).items()}
+            parts = {
+                name: given.replace(logits=x)
+                for name, x in _splitting.split_logits(self._sizes, given.logits, asked).items()
+            }
         if given.labels is not ABSENT:
-            labels = _select(given.labels, "labels", names)
+            labels = _splitting.select(given.labels, "labels", names)
             parts = {name: part.replace(labels=labels[name]) for name, part in parts.items()}
         weights, where = self._spread(given.weights, "weights"), self._spread(given.where, "where")
         normalizer, keys = self._spread(given.normalizer, "normalizer"), self._spread(given.keys, "keys")
@@ -224,44 +231,20 @@ class MultiHead(AbstractCompositeHead):
             raise ValueError(f"{what} given for heads that are not there: {unknown}. The heads are {names}.")
         return {name: value.get(name) for name in names}
 
-    def _split_logits(self, logits: Any, asked: Sequence[str]) -> dict[str, Any]:
-        """Returns the logits of the heads that are asked for, from a dict or one array."""
-        if isinstance(logits, Mapping):
-            return _select(logits, "logits", asked)
-        sizes = [head.logits_dimension for head in self.heads]
-        if isinstance(logits, LinearLogits):
-            logits.check()
-        else:
-            logits = inputs.as_numbers(logits, "logits")
-        shape = tuple(logits.shape)
-        if len(shape) < 2 or shape[-1] != sum(sizes):
-            raise ValueError(
-                f"Could not split logits of shape {shape} among the heads with individual logits dimensions: "
-                f"{sizes}. The last dimension of the logits tensor should equal {sum(sizes)} but is "
-                f"{shape[-1] if shape else None}, and the rank must be at least 2. A dict by head is taken too."
-            )
-        if isinstance(logits, jax.Array) and len(asked) == len(sizes) >= trees.LEAST:
-            return dict(zip(self.parts(), _split_columns(logits, sizes), strict=True))
-        ends, known = itertools.accumulate(sizes), set(asked)
-        columns = {x: (end - n, end) for x, n, end in zip(self.parts(), sizes, ends, strict=True) if x in known}
-        if isinstance(logits, LinearLogits):
-            return {name: logits.columns(start, end) for name, (start, end) in columns.items()}
-        return {name: logits[..., start:end] for name, (start, end) in columns.items()}
-
     # The methods for users.
 
     def losses(self, labels: Any, logits: Any) -> Any:
         """Returns the per-element losses of each head, by name."""
-        logits = self._split_logits(logits, [*self.parts()])
+        logits = _splitting.split_logits(self._sizes, logits, [*self.parts()])
         return {name: head.losses(labels[name], logits[name]) for name, head in self.parts().items()}
 
     def outputs(self, logits: Any) -> dict[str, Any]:
-        logits = self._split_logits(logits, [*self.parts()])
+        logits = _splitting.split_logits(self._sizes, logits, [*self.parts()])
         return {name: head.outputs(logits[name]) for name, head in self.parts().items()}
 
     def encode_labels(self, labels: Any, where: Any = None) -> Any:
         """Encodes each head's labels with that head; `where` is one mask for all heads, or a dict by head."""
-        masks, labels = self._spread(where, "where"), _select(labels, "labels", [*self.parts()])
+        masks, labels = self._spread(where, "where"), _splitting.select(labels, "labels", [*self.parts()])
         return trees.each(self, lambda head, labels, mask: head.encode_labels(labels, mask), labels, masks)
 
     def decode_predictions(self, predictions: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,27 +254,3 @@ class MultiHead(AbstractCompositeHead):
 
     def signatures(self, predictions: Mapping[str, Any]) -> dict[str, ExportOutput]:
         return merged_signatures({name: head.signatures(predictions[name]) for name, head in self.parts().items()})
-
-
-def _split_columns(logits: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
-    """Returns stretches of the last axis.
-
-    The gradient of many slices would be a sum of as many arrays. Stretches of equal size next to each other become the
-    first axis before they are cut: if they are stacked again, XLA makes one transposition of it all.
-    """
-    runs = [(size, len([*run])) for size, run in itertools.groupby(sizes)]
-    found, lead = [], logits.shape[:-1]
-    pieces = jax.lax.split(logits, [size * n for size, n in runs], logits.ndim - 1)
-    for piece, (size, n) in zip(pieces, runs, strict=True):
-        rows = jnp.moveaxis(piece.reshape(*lead, n, size), -2, 0)
-        found += [jax.lax.squeeze(x, (0,)) for x in jax.lax.split(rows, [1] * n, 0)]
-    return found
-
-
-def _select(value: Any, what: str, asked: Sequence[str]) -> dict[str, Any]:
-    """Returns the values of the heads that are asked for, from a dict by head."""
-    if not isinstance(value, Mapping):
-        raise ValueError(f"You must provide {what}: {what} must be a dict by head, {[*asked]}. Given: {value!r}.")
-    if missing := [name for name in asked if name not in value]:
-        raise ValueError(f"{what} has missing values for head(s): {missing}. Given {sorted(map(str, value))}.")
-    return {name: value[name] for name in asked}

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
+from jaxheads.compose import _steps
 from jaxheads.compose._abstract import AbstractWrapperHead
 from jaxheads.contract import Batch, Given, subheads
-from jaxheads.engine import gathering, trees
+from jaxheads.engine import trees
 from jaxheads.head import Head
 from jaxheads.numerics import columns, inputs
-from jaxheads.numerics.batch import ABSENT, Mask, Masks
+from jaxheads.numerics.batch import ABSENT
 
 AVERAGES = ("steps", "sequences")
 
@@ -113,10 +113,14 @@ class SequentialHeadWrapper(AbstractWrapperHead):
             return {"": given}
         # Slices of sequences or of steps are looked up in all columns, not only in the inner head's columns.
         every = given.features if given.columns is None else given.columns
-        if self._key is not None:
+        if (key := self._key) is not None:
             self._check_rank(given.logits)
-            mask = self._make_mask(columns.table(every), _find_lead(self.static_head, given), given.check)
-            given = given.replace(where=_add_mask(self.static_head, given.where, mask))
+            lead, column = _steps.find_lead(self.static_head, given), _steps.read_mask(key, columns.table(every))
+            if len(lead) < 2:
+                expected = f"[B, T, ..., {self.logits_dimension}]"
+                raise ValueError(f"logits of sequences must be {expected}. Given leading axes {lead}.")
+            mask = _steps.make_mask(column, key, bool(self.sequence_lengths), lead, given.check)
+            given = given.replace(where=_steps.add_mask(self.static_head, given.where, mask))
         if given.features is not None:
             self._check_columns(table)
             given = given.replace(features=self._select_columns(table), columns=every)
@@ -124,13 +128,13 @@ class SequentialHeadWrapper(AbstractWrapperHead):
 
     def prepared(self, batch: Batch) -> Batch:
         """Counts each step as its share of a sequence, if `average_over` is "sequences"."""
-        return batch if self.average_over == "steps" else batch.map_leaves(_scale_steps)
+        return batch if self.average_over == "steps" else batch.map_leaves(_steps.scale_steps)
 
     def served(self, predictions: dict[str, Any], features: Any) -> dict[str, Any]:
         """Adds the mask (or the lengths) to the predictions, so that a server can tell which steps exist."""
         if (key := self._key) is None:
             return predictions
-        mask = self._read_mask(columns.table(features))
+        mask = _steps.read_mask(key, columns.table(features))
         if key in predictions:
             raise ValueError(f"The key {key!r} of the mask is a prediction key too: {sorted(predictions)}. Rename it.")
         return {**predictions, key: mask}
@@ -140,43 +144,6 @@ class SequentialHeadWrapper(AbstractWrapperHead):
         if logits is ABSENT or isinstance(logits, Mapping) or len(shape := tuple(jnp.shape(logits))) > 2:
             return
         raise ValueError(f"logits of sequences must be [B, T, ..., {self.logits_dimension}]. Given shape {shape}.")
-
-    def _read_mask(self, features: Any) -> Any:
-        """Returns the column of the mask, or of the lengths."""
-        if features is None or self._key not in features:
-            found = None if features is None else sorted(map(str, features))
-            raise ValueError(
-                f"The provided key {self._key!r} of the mask or the lengths of sequences should be included in the "
-                f"features dictionary, but was not found. Found keys: {found}. With sequence_length_mask=None all "
-                "steps are there that where= says."
-            )
-        return inputs.as_array(features[self._key], f"features[{self._key!r}]")
-
-    def _make_mask(self, features: Any, lead: tuple[int, ...], check: bool | None) -> Mask:
-        """Returns the mask of the steps that exist, in the leading shape of the logits."""
-        mask, what = self._read_mask(features), f"features[{self._key!r}]"
-        xp, shape = (np if isinstance(mask, np.ndarray) else jnp), tuple(mask.shape)
-        if len(lead) < 2:
-            raise ValueError(
-                f"logits of sequences must be [B, T, ..., {self.logits_dimension}]. Given leading axes {lead}."
-            )
-        if self.sequence_lengths:
-            if shape != lead[:1] or inputs.dtype_kind(mask) != "int":
-                raise ValueError(
-                    f"{what} must be integer lengths of shape {lead[:1]}. Given {mask.dtype}{list(shape)}."
-                )
-            illegal = (mask < 0) | (mask > lead[1])
-            if inputs.is_readable(mask, check) and np.asarray(illegal).any():
-                raise ValueError(f"{what}: lengths must lie in 0 ... {lead[1]}. Given {np.asarray(mask)}.")
-            there = xp.arange(lead[1], dtype=np.int32)[None] < mask.astype(np.int32)[:, None]
-            # An illegal length that cannot be refused here becomes an illegal mask value, for the compiled check.
-            mask = xp.where(illegal[:, None], np.int32(2), there.astype(np.int32))
-        elif len(shape) != 2 or shape != lead[:2]:
-            raise ValueError(
-                f"Mask is expected to have two dimensions, those of the logits, {lead[:2]}. Given {what} of "
-                f"shape {shape}."
-            )
-        return Mask(xp.broadcast_to(xp.expand_dims(mask, tuple(range(2, len(lead)))), lead), what)
 
     def _check_columns(self, features: Any) -> None:
         """Refuses features without a listed column, and a weight column that is not listed."""
@@ -205,31 +172,3 @@ class SequentialHeadWrapper(AbstractWrapperHead):
                 )
             kept[key] = column[..., None] if column.ndim == 2 else column
         return kept
-
-
-def _scale_steps(batch: Batch) -> Batch:
-    """Returns the batch with the share of each step in its sequence as its scale."""
-    exists = gathering.existing(batch).astype(jnp.float32)
-    steps = jnp.sum(exists, axis=tuple(range(1, exists.ndim)), keepdims=True)
-    return batch.replace(scale=exists / jnp.maximum(steps, jnp.ones_like(steps)))
-
-
-def _find_lead(head: Head, given: Given) -> tuple[int, ...]:
-    """Returns the leading axes of the inputs of the heads inside."""
-    while inside := head.parts():
-        routed = head.route(given.replace(where=None, features=None)) if "" not in inside else {"": given}
-        name = next(iter(routed))
-        head, given = inside[name], routed[name]
-    return gathering.lead_of(head, given)
-
-
-def _add_mask(head: Head, where: Any, mask: Mask) -> Any:
-    """Adds the mask of the sequences to `where`, which is one for all heads or nested by head."""
-    inside = head.parts()
-    if not isinstance(where, Mapping):
-        return Masks((mask, *Masks.of(where)))
-    if "" in inside:
-        return _add_mask(inside[""], where, mask)
-    if unknown := [key for key in where if key not in inside]:
-        raise ValueError(f"where given for heads that are not there: {unknown}. The heads are {[*inside]}.")
-    return {name: _add_mask(inner, where.get(name), mask) for name, inner in inside.items()}
