@@ -84,11 +84,12 @@ def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices, cop
         return mask_of(spec, labels) & spec.illegal(labels, jnp)
 
     def fill(spec: LabelSpec, labels: Any, illegal: jax.Array, _: str) -> jax.Array:
-        labels = jnp.asarray(labels).astype(spec.dtype)
-        mask = mask_of(spec, labels) & ~illegal
+        labels, mask = jnp.asarray(labels).astype(spec.dtype), mask_of(spec, labels)
         if copies:
+            # An illegal label needs no copy: the gradient is NaN anyway. So without masks nothing is looked for.
+            labels = masking.keep(~illegal, labels, spec.inside)
             return masking.copy_first(mask, labels, spec.inside, live.ndim - 1, live.shape[-1] > 1)
-        return masking.keep(mask, labels, spec.fill)
+        return masking.keep(mask & ~illegal, labels, spec.fill)
 
     labels, bad = batch.labels, live & ~((weights > 0) & jnp.isfinite(weights))
     if specs:

@@ -25,6 +25,7 @@ from jaxheads.numerics.warned import MaskWarning
 
 def gather(head: AbstractHead, given: Given) -> Batch:
     """Returns the checked batch of a head. Without logits, for uses of labels alone, it has the shape of the labels."""
+    given = _enter_mesh(given)
     if inside := head.parts():
         routed, parts = head.route(given), {}
         if set(routed) != set(inside):
@@ -69,6 +70,17 @@ def gather(head: AbstractHead, given: Given) -> Batch:
     if head.samples or (given.with_slices and head.bootstrap is not None):
         batch = batch.replace(key=_key_of(head, given) if logits is not None else jax.random.key(0))
     return batch
+
+
+def _enter_mesh(given: Given) -> Given:
+    """Returns the same inputs. A function that is traced on an Explicit mesh may close over arrays on that mesh.
+
+    JAX's operations forget how such a constant is laid out; as arguments of a compiled function, they keep it.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return given
+    fields = ("labels", "logits", "features", "weights", "where")
+    return given.replace(**{name: jax.tree.map(meshes.enter, vars(given)[name]) for name in fields})
 
 
 def at(head: AbstractHead, batch: Batch, logits: Any) -> Batch:
