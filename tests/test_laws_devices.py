@@ -360,7 +360,7 @@ def test_eager_calls_on_sharded_arrays(entry, axes):
 CLOSED_OVER = [e for e in ZOO if e.name in {*ENGINE, "ordinal"} - {"error_rate"}]
 
 
-@pytest.mark.parametrize("entry", marked(CLOSED_OVER, quick=("binary",)))
+@pytest.mark.parametrize("entry", marked(CLOSED_OVER, quick=("ordinal",)))
 def test_a_compiled_function_may_close_over_sharded_data(entry):
     """As in a notebook: only the parameters are arguments. JAX's `full_like` forgets the layout of such a constant."""
     batch, params, mesh = draw(entry), jax.device_get(entry.params()), mesh_of(8)
