@@ -41,6 +41,7 @@ from jaxheads.metrics import ThresholdGrid as ThresholdGrid
 from jaxheads.numerics.linear import LinearLogits as LinearLogits
 from jaxheads.numerics.reduction import Reduction as Reduction
 from jaxheads.numerics.warned import BadInputWarning as BadInputWarning
+from jaxheads.numerics.warned import CheckpointWarning as CheckpointWarning
 from jaxheads.numerics.warned import GridWarning as GridWarning
 from jaxheads.numerics.warned import MaskWarning as MaskWarning
 from jaxheads.numerics.warned import RoundingWarning as RoundingWarning

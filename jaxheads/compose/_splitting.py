@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxheads.contract import LinearLogits
 from jaxheads.engine import trees
-from jaxheads.numerics import inputs
+from jaxheads.numerics import brief, inputs
 
 
 def split_logits(sizes: Mapping[str, int], logits: Any, asked: Sequence[str]) -> dict[str, Any]:
@@ -54,7 +54,9 @@ def _split_columns(logits: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
 def select(value: Any, what: str, asked: Sequence[str]) -> dict[str, Any]:
     """Returns the values of the heads that are asked for, from a dict by head."""
     if not isinstance(value, Mapping):
-        raise ValueError(f"You must provide {what}: {what} must be a dict by head, {[*asked]}. Given: {value!r}.")
+        raise ValueError(
+            f"You must provide {what}: {what} must be a dict by head, {[*asked]}. Given: {brief.tell(value)}."
+        )
     if missing := [name for name in asked if name not in value]:
-        raise ValueError(f"{what} has missing values for head(s): {missing}. Given {sorted(map(str, value))}.")
+        raise ValueError(f"{what} has missing values for head(s): {missing}. Given {brief.tell_names(value)}.")
     return {name: value[name] for name in asked}

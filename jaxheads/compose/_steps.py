@@ -9,14 +9,14 @@ import numpy as np
 from jaxheads.contract import Batch, Given
 from jaxheads.engine import gathering
 from jaxheads.head import Head
-from jaxheads.numerics import inputs
+from jaxheads.numerics import brief, inputs
 from jaxheads.numerics.batch import Mask, Masks
 
 
 def read_mask(key: str, features: Any) -> Any:
     """Returns the column of the mask, or of the lengths."""
     if features is None or key not in features:
-        found = None if features is None else sorted(map(str, features))
+        found = None if features is None else brief.tell_names(features)
         raise ValueError(
             f"The provided key {key!r} of the mask or the lengths of sequences should be included in the features "
             f"dictionary, but was not found. Found keys: {found}. With sequence_length_mask=None all steps are there "
@@ -34,7 +34,9 @@ def make_mask(column: Any, key: str, lengths: bool, lead: tuple[int, ...], check
             raise ValueError(f"{what} must be integer lengths of shape {lead[:1]}. Given {column.dtype}{list(shape)}.")
         illegal = (column < 0) | (column > lead[1])
         if inputs.is_readable(column, check) and np.asarray(illegal).any():
-            raise ValueError(f"{what}: lengths must lie in 0 ... {lead[1]}. Given {np.asarray(column)}.")
+            raise ValueError(
+                f"{what}: lengths must lie in 0 ... {lead[1]}. Given {np.asarray(column)[np.asarray(illegal)][0]}."
+            )
         there = xp.arange(lead[1], dtype=np.int32)[None] < column.astype(np.int32)[:, None]
         # An illegal length that cannot be refused here becomes an illegal mask value, for the compiled check.
         column = xp.where(illegal[:, None], np.int32(2), there.astype(np.int32))

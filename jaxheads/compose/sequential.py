@@ -10,9 +10,10 @@ from jaxheads.compose._abstract import AbstractWrapperHead
 from jaxheads.contract import Batch, Given, subheads
 from jaxheads.engine import trees
 from jaxheads.head import Head
-from jaxheads.numerics import columns, inputs
+from jaxheads.numerics import brief, columns, inputs
 from jaxheads.numerics.batch import ABSENT
 
+MASK = "sequence_length_mask"
 AVERAGES = ("steps", "sequences")
 
 
@@ -59,7 +60,7 @@ class SequentialHeadWrapper(AbstractWrapperHead):
     """
 
     static_head: Head = subheads()
-    sequence_length_mask: str | None = "sequence_length_mask"
+    sequence_length_mask: str | None = MASK
     feature_columns: Sequence[str] | str | None = None
     sequence_lengths: str | None = None
     average_over: str = "steps"
@@ -79,6 +80,13 @@ class SequentialHeadWrapper(AbstractWrapperHead):
         for field, key in keys.items():
             if not isinstance(key, str) and key is not None:
                 raise ValueError(f"{field} must be a string, a key of features. Given type: {type(key).__name__}.")
+            if key == "":
+                raise ValueError(f"{field} must be a key of features, or None. Given an empty string.")
+        if self.sequence_lengths is not None and self.sequence_length_mask not in (None, MASK):
+            raise ValueError(
+                "Give sequence_length_mask or sequence_lengths, not both: one would be ignored. Given "
+                f"{self.sequence_length_mask!r} and {self.sequence_lengths!r}."
+            )
         if not (self.feature_columns is None or isinstance(self.feature_columns, (str, tuple))):
             raise ValueError(
                 "feature_columns must be either a string or an iterable of strings. Given type: "
@@ -101,7 +109,7 @@ class SequentialHeadWrapper(AbstractWrapperHead):
     @property
     def _key(self) -> str | None:
         """The key of the lengths or of the mask; None if there is none."""
-        return self.sequence_lengths or self.sequence_length_mask
+        return self.sequence_length_mask if self.sequence_lengths is None else self.sequence_lengths
 
     # The hooks of a head made of heads, for the engine.
 
@@ -119,7 +127,7 @@ class SequentialHeadWrapper(AbstractWrapperHead):
             if len(lead) < 2:
                 expected = f"[B, T, ..., {self.logits_dimension}]"
                 raise ValueError(f"logits of sequences must be {expected}. Given leading axes {lead}.")
-            mask = _steps.make_mask(column, key, bool(self.sequence_lengths), lead, given.check)
+            mask = _steps.make_mask(column, key, self.sequence_lengths is not None, lead, given.check)
             given = given.replace(where=_steps.add_mask(self.static_head, given.where, mask))
         if given.features is not None:
             self._check_columns(table)
@@ -157,7 +165,7 @@ class SequentialHeadWrapper(AbstractWrapperHead):
             if key not in features:
                 raise ValueError(
                     f"{key!r} column (of feature_columns) expected in features dictionary. Found keys: "
-                    f"{sorted(map(str, features))}."
+                    f"{brief.tell_names(features)}."
                 )
 
     def _select_columns(self, features: Any) -> dict[str, Any]:

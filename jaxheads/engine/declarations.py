@@ -7,8 +7,8 @@ from jaxheads.metrics import Bootstrap, Metric, Slices
 def check(head: AbstractHead) -> None:
     """Refuses illegal values of the fields, and declarations of another kind."""
     _check_declarations(head)
-    if head.name is not None and not isinstance(head.name, str):
-        raise ValueError(f"name must be a string or None. Given {head.name!r}.")
+    if not (head.name is None or (isinstance(head.name, str) and head.name)):
+        raise ValueError(f"name must be a string that is not empty, or None. Given {head.name!r}.")
     if not (head.weight_column is None or isinstance(head.weight_column, str) or callable(head.weight_column)):
         raise ValueError(
             "weight_column must be a key of features or a function features -> weights. Given type: "

@@ -25,6 +25,8 @@ from jaxheads.numerics.warned import MaskWarning
 
 def gather(head: AbstractHead, given: Given) -> Batch:
     """Returns the checked batch of a head. Without logits, for uses of labels alone, it has the shape of the labels."""
+    if not (given.check is None or isinstance(given.check, (bool, np.bool_))):
+        raise ValueError(f"check must be True, False or None. Given {given.check!r}.")
     given = _enter_mesh(given)
     if inside := head.parts():
         routed, parts = head.route(given), {}

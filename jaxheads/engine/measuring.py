@@ -14,7 +14,8 @@ from jaxheads.engine.elements import Seen, average_term_of, observations_of, see
 from jaxheads.losses import terms
 from jaxheads.metrics import Count, Mean, Membership, Observation, reduced
 from jaxheads.metrics.base import COUNT
-from jaxheads.numerics import inputs, masking, meshes, pairs, tiles
+from jaxheads.metrics.reading import make_stamp
+from jaxheads.numerics import fields, inputs, masking, meshes, pairs, tiles
 from jaxheads.numerics.batch import Batch, Devices, Elements, mean_of_entries
 from jaxheads.numerics.linear import LinearLogits
 from jaxheads.numerics.reduction import Reduction
@@ -39,7 +40,7 @@ def measure(
         head, batch, losses = jax.tree.map(lambda x: stopped[id(x)], given)
     bad, *sums = _sums(head, batch, seen, Devices(axis_name), inside=False)
     kept = [] if losses is None else [jnp.stack([inputs.add_scalars(losses), jnp.float32(1)])]
-    return jnp.concatenate([bad, *kept, *sums])[:, None]
+    return jnp.concatenate([bad, make_stamp(fields.unbound(head)), *kept, *sums])[:, None]
 
 
 def without_gradient(x: Any) -> Any:

@@ -1,6 +1,6 @@
 """The results of a head without labels: predictions and export outputs. Also the best constant logits."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -25,11 +25,22 @@ def predict(head: Any, given: Given) -> dict[str, Any]:
     ones = jnp.ones((*lead, 1), jnp.float32)
     rows = Rows(ones > 0, ones, columns=found, key=given.key)
     outputs: dict[str, Any] = dict(hooks.call(head, "outputs", logits, rows=rows))
-    asked = (given.keys,) if isinstance(given.keys, str) else tuple(given.keys or outputs)
+    asked = _list_asked(given.keys, outputs)
     for key in asked:
         if key not in outputs:
             raise ValueError(f"Unknown prediction key {key!r}. Valid prediction keys include {list(outputs)}.")
     return {key: value() if callable(value) else value for key, value in outputs.items() if key in asked}
+
+
+def _list_asked(keys: Any, outputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Returns the keys that are asked for: all by default."""
+    if keys is None:
+        return tuple(outputs)
+    if isinstance(keys, str):
+        return (keys,)
+    if not isinstance(keys, Iterable):
+        raise ValueError(f"keys must be prediction keys, of {list(outputs)}; None for all. Given {keys!r}.")
+    return tuple(keys)
 
 
 def constants(head: Any, batch: Batch) -> np.ndarray:
@@ -62,7 +73,13 @@ def decoded(head: AbstractHead, predictions: Mapping[str, Any]) -> dict[str, np.
     if names is None or not out:
         return out
     if "class_ids" in out:
-        out["classes"] = np.asarray(names, object)[out["class_ids"]]
+        ids = out["class_ids"]
+        if (bad := (ids < 0) | (ids >= len(names))).any():
+            raise ValueError(
+                f"class_ids must lie in 0 ... {len(names) - 1}. Given {ids[bad][0]}, {int(bad.sum())} illegal in all. "
+                "Are these the predictions of another head, or padding?"
+            )
+        out["classes"] = np.asarray(names, object)[ids]
     rows = next(iter(out.values())).shape[0]
     out["all_classes"] = np.tile(np.asarray(names, object), (rows, 1))
     return out

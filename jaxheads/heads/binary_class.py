@@ -86,7 +86,7 @@ class BinaryClassHead(loss_functions.AbstractLossFnHead):
 
     def validate(self) -> None:
         vocabulary.check(self.label_vocabulary, 2, "BinaryClassHead")
-        scoring.check_thresholds(self.thresholds or ())
+        scoring.check_thresholds(self.thresholds)
         super().validate()
         scoring.check_bins(self.bins)
 

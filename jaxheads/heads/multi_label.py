@@ -97,7 +97,7 @@ class MultiLabelHead(loss_functions.AbstractLossFnHead):
         n = self.n_classes
         if not inputs.is_integer(n, 2):
             raise ValueError(f"n_classes must be an integer > 1 for multi-label classification. Given: {n!r}.")
-        scoring.check_thresholds(self.thresholds or ())
+        scoring.check_thresholds(self.thresholds)
         vocabulary.check(self.label_vocabulary, n, "MultiLabelHead")
         super().validate()
         scoring.check_bins(self.bins)
@@ -106,7 +106,7 @@ class MultiLabelHead(loss_functions.AbstractLossFnHead):
     def _find_watched(self) -> dict[str, int]:
         """Returns the ids of the classes with metrics of their own, by their names in metric keys."""
         names, watched = self.label_vocabulary, {}
-        chosen = self.classes_for_class_based_metrics or ()
+        chosen = () if self.classes_for_class_based_metrics is None else self.classes_for_class_based_metrics
         if not isinstance(chosen, tuple):
             raise ValueError(f"classes_for_class_based_metrics must be a list of ids or names. Given {chosen!r}.")
         for c in chosen:

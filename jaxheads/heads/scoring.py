@@ -19,6 +19,8 @@ HIGHER_IS_BETTER = MappingProxyType(
 
 def check_thresholds(thresholds: Any) -> None:
     """Refuses thresholds outside (0, 1), and two thresholds that print alike: they would share their metric keys."""
+    if thresholds is None:
+        return
     if not isinstance(thresholds, tuple):
         raise ValueError(f"thresholds must be a sequence of numbers in (0, 1). Given {thresholds!r}.")
     for t in thresholds:

@@ -1,7 +1,9 @@
 """How a packed state is laid out, and how what is read of it is named and given its intervals."""
 
+import dataclasses
 import functools
 import warnings
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,18 +13,62 @@ import numpy as np
 
 from jaxheads.metrics.base import Observation, Path, join_names
 from jaxheads.metrics.curves import Interval
+from jaxheads.metrics.groups import Grouped
+from jaxheads.numerics.brief import cut
+from jaxheads.numerics.describing import describe
 
 # A state of more numbers is refused: as pairs of float32 it takes 2.1 GB, which every update reads and writes.
 MOST_SLOTS = 2**28
+
+
+# A stamp has three slots: the number of batches, and that number times each of two small integers, the fingerprint. So
+# it adds like the rest of a state, through every sum, scan and device, and is exact for 65,000 batches in float32.
+STAMP = 3
+# How far a stamp may be off: a float32 sum of very many batches rounds.
+CLOSE = 1e-4
+
+
+@functools.lru_cache(maxsize=1024)
+def fingerprint(head: Any) -> tuple[int, int]:
+    """Two integers from 1 to 255 that tell what the slots of a head's state mean: their names, bins and classes."""
+    parts = [f"{join_names(*path)} {_describe(observation)}" for path, observation in head.observed().items()]
+    hashed = zlib.crc32("; ".join([*parts, describe(head.slices)]).encode())
+    return 1 + hashed % 255, 1 + hashed // 255 % 255
+
+
+def _describe(observation: Any) -> str:
+    static = [field.name for field in dataclasses.fields(observation) if field.metadata.get("static")]
+    found = {name: describe(vars(observation)[name]) for name in static}
+    inner = f" of {_describe(observation.inner)}" if isinstance(observation, Grouped) else ""
+    return f"{type(observation).__qualname__} {observation.size} {found}{inner}"
+
+
+def make_stamp(head: Any) -> np.ndarray:
+    """The stamp of one batch."""
+    return np.array([1, *fingerprint(head)], np.float32)
+
+
+def check_stamp(head: Any, stamp: np.ndarray) -> None:
+    """Refuses a state whose slots mean something else: `stamp [..., 3]`, in float64. An empty state has none."""
+    batches, *found = (stamp[..., i] for i in range(STAMP))
+    for expected, each in zip(fingerprint(head), found, strict=True):
+        wrong = np.abs(each - expected * batches) > CLOSE * np.abs(expected * batches)
+        if np.any(wrong):
+            raise ValueError(
+                "This state, or a part of it, was made by a head whose metrics mean something else: other bins, "
+                "thresholds, classes or groups, of equal number. It does not fit its head. Given a state for "
+                f"{cut(repr(head), 150)}. Restore it for the head that made it."
+            )
 
 
 @functools.lru_cache(maxsize=1024)
 def slots(head: Any, regularized: bool) -> tuple[dict[Path, tuple[int, Observation]], int]:
     """Where each observation of a head begins in its packed state, and the size of the state.
 
-    Slot 0 counts the bad elements; then the regularization's mean, if there is one; then what the head observes.
+    Slot 0 counts the bad elements; then the stamp; then the regularization's mean, if there is one; then what the head
+    observes.
     """
-    offset, layout = (3 if regularized else 1), {}
+    offset, layout = 1 + STAMP + (2 if regularized else 0), {}
     for path, observation in head.observed().items():
         layout[path] = (offset, observation)
         offset += observation.size

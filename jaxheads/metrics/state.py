@@ -28,7 +28,9 @@ from jaxheads.metrics.base import (
 from jaxheads.metrics.curves import Interval, ScoresView
 from jaxheads.metrics.groups import Bootstrap, Grouped, Slices
 from jaxheads.metrics.reading import (
+    STAMP,
     add_quantiles,
+    check_stamp,
     find_middle,
     float32,
     hide_small,
@@ -87,6 +89,18 @@ def metric_names(head: Any) -> tuple[str, ...]:
 
 _add = jax.jit(pairs.add)
 
+# A state of fewer numbers is pickled as it is.
+SMALL = 1024
+
+
+def _unpack(shape: tuple[int, ...], places: np.ndarray, bits: np.ndarray, head: Any, regularized: bool) -> "Metrics":
+    """Makes metrics of what a pickle holds: which numbers are not 0, and their bits."""
+    size = int(np.prod(shape))
+    state = np.zeros(size, np.uint32)
+    state[np.unpackbits(places, count=size).astype(bool)] = bits
+    return Metrics(state.view(np.float32).reshape(shape), head, regularized)
+
+
 # Bins that leave a metric open are told of slices of so many elements.
 _MANY = 100
 
@@ -124,8 +138,9 @@ class Metrics:
         if not isinstance(other, Metrics):
             return NotImplemented
         self.check_same_kind(other)
-        self.check_size()
-        other.check_size()
+        for each in (self, other):
+            each.check_size()
+            each.check_stamp()
         a, b = jnp.shape(self.state)[:-2], jnp.shape(other.state)[:-2]
         if a and b and a != b:
             raise ValueError(
@@ -139,14 +154,15 @@ class Metrics:
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     @classmethod
-    def merge(cls, states: "Iterable[Metrics]") -> "Metrics":
+    def merge(cls, states: "Iterable[Metrics]", head: Any = None) -> "Metrics":
         """The metrics of all states, added on the host in float64: no device is needed, nor is one touched.
 
         For the combiners of Beam, Ray or Spark, and for states that processes computed on their own: pickled, a state
         is a NumPy array, as is what this returns.
 
         Args:
-            states: at least one, of equal leading axes.
+            states: of equal leading axes; at least one, unless a head is given.
+            head: what they are metrics of. An empty list then gives its zero metrics: a combiner has an identity.
 
         Raises:
             ValueError: no states, states of different heads or shapes.
@@ -161,13 +177,19 @@ class Metrics:
         if isinstance(states, Metrics):
             raise ValueError("merge() takes several states. Given one Metrics alone; of one, pass a list, [metrics].")
         states = list(states)
+        if head is not None:
+            states = states or [cls(np.zeros((slots(head, False)[1], 2), np.float32), head)]
         if not states or not all(isinstance(state, Metrics) for state in states):
             kinds = sorted({type(state).__name__ for state in states})
-            raise ValueError(f"merge() needs at least one Metrics, and nothing else. Given {kinds or 'nothing'}.")
-        first = states[0]
+            raise ValueError(
+                f"merge() needs at least one Metrics, and nothing else. Given {kinds or 'nothing'}. With head=, an "
+                "empty list gives zero metrics."
+            )
+        first = states[0] if head is None else Metrics(None, head, states[0].regularized)
         for state in states:
             first.check_same_kind(state)
             state.check_size()
+            state.check_stamp()
         leads = {np.shape(state.state)[:-2] for state in states}
         if len(leads) > 1:
             raise ValueError(f"merge() adds states of equal leading axes. Given {sorted(leads)} of {first.head!r}.")
@@ -178,8 +200,13 @@ class Metrics:
             return dataclasses.replace(first, state=pairs.merge([on_host(state.state) for state in states]))
 
     def __reduce__(self) -> Any:
-        # Where it is unpickled there may be no device.
+        # Where it is unpickled there may be no device. Of a state with many slices or bins, most sums are 0.
         state = np.asarray(on_host(self.state)) if isinstance(self.state, jax.Array) else self.state
+        if isinstance(state, np.ndarray) and state.dtype == np.float32 and state.size > SMALL:
+            bits = np.ascontiguousarray(state).view(np.uint32).ravel()
+            if np.count_nonzero(bits) < state.size / 2:
+                packed = state.shape, np.packbits(bits != 0), bits[bits != 0]
+                return _unpack, (*packed, self.head, self.regularized)
         return type(self), (state, self.head, self.regularized)
 
     def __deepcopy__(self, memo: Any) -> "Metrics":
@@ -226,6 +253,11 @@ class Metrics:
                 "bins, thresholds or metrics?"
             )
 
+    def check_stamp(self) -> None:
+        """Refuses a state on the host whose slots mean something else. One on a device is checked when it is read."""
+        if isinstance(self.state, np.ndarray):
+            check_stamp(self.head, np.asarray(self.state[..., 1 : 1 + STAMP, :], np.float64).sum(-1))
+
     def psum(self, axis_name: Any) -> "Metrics":
         """The merged metrics of all devices along `axis_name`, the same on each, in one all-reduce."""
         return dataclasses.replace(self, state=pairs.psum(self.state, axis_name))
@@ -252,8 +284,11 @@ class Metrics:
                 part, observation = observation.pick(part, at), observation.inner
             return observation.read(add(part), xp, undefined)
 
+        start = 1 + STAMP
+        if xp is np:
+            check_stamp(self.head, add(state[..., 1:start, :]))
         views = {path: view(start, observation) for path, (start, observation) in layout.items()}
-        return views, add(state[..., 0, :]), add(state[..., 1:3, :]) if self.regularized else None, xp
+        return views, add(state[..., 0, :]), add(state[..., start : start + 2, :]) if self.regularized else None, xp
 
     def compute(
         self,

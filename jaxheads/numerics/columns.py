@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxheads.numerics import inputs
+from jaxheads.numerics import brief, inputs
 
 
 class Columns(dict):
@@ -72,7 +72,7 @@ def column(features: Any, key: str, what: str) -> Any:
     """One column, or an error that says what it is for and which there are."""
     found = table(features)
     if found is None or key not in found:
-        given = features if found is None else sorted(map(str, found))
+        given = brief.tell(features) if found is None else brief.tell_names(found)
         raise ValueError(f"Feature {key} ({what}) is not in features. Given features: {given}.")
     return found[key]
 
@@ -97,6 +97,10 @@ def numeric_columns(features: Any) -> Columns:
 def _read_column(value: Any) -> Any:
     """A feature as an array of numbers, or in words what it is instead."""
     kind = type(value).__name__
+    if isinstance(value, np.ma.MaskedArray):
+        if np.ma.is_masked(value):
+            return "a masked array with masked values"
+        value = value.data
     if isinstance(value, (list, tuple)):
         first = value
         while isinstance(first, (list, tuple)):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.numerics import masking, meshes
+from jaxheads.numerics import brief, masking, meshes
 
 WIDTH = 64
 LARGEST = np.finfo(np.float32).max
@@ -28,7 +28,7 @@ class Edges:
     def __init__(self, values):
         self.values = np.unique(np.asarray(values, np.float32))
         if not self.values.size or not np.isfinite(self.values).all():
-            raise ValueError(f"Edges must be finite numbers, at least one. Given {values!r}.")
+            raise ValueError(f"Edges must be finite numbers, at least one. Given {brief.tell(values)}.")
         m = self.values.size
         low, high = float(self.values[0]), float(self.values[-1])
         self.cells = max(16, 8 * m)

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxheads.numerics import brief
+
 _KIND = "jaxheads_kind"
 STATIC, LEARNED, RUNNING, HEADS = "static", "learned", "running", "heads"
 
@@ -110,8 +112,8 @@ def freeze(name: str, value: Any) -> Any:
         hash(value)
     except TypeError as error:
         raise ValueError(
-            f"{name} is a static field and must be hashable. Given a {type(value).__name__}: {value!r}. Pass a "
-            "list or a tuple."
+            f"{name} is a static field and must be hashable. Given a {type(value).__name__}: {brief.tell(value)}. Pass "
+            "a list or a tuple."
         ) from error
     return value
 

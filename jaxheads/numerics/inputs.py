@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxheads.numerics import missing
+from jaxheads.numerics import brief, missing
 from jaxheads.numerics.reduction import Divisor
 
 
@@ -50,6 +50,8 @@ def as_array(x: Any, what: str, *, names: bool | None = None) -> np.ndarray | ja
 
     `names` is for labels: whether they may be names, and objects may stand among strings.
     """
+    if isinstance(x, np.ma.MaskedArray):
+        x = _unmask(x, what)
     if isinstance(x, np.ndarray) and x.dtype == object:
         return x if (column := missing.read(x)) is None else missing.as_floats(column)
     if isinstance(x, (jax.Array, np.ndarray)):
@@ -75,6 +77,16 @@ def as_array(x: Any, what: str, *, names: bool | None = None) -> np.ndarray | ja
     return array
 
 
+def _unmask(x: np.ma.MaskedArray, what: str) -> np.ndarray:
+    """The data of a masked array in which nothing is masked: what a mask hides would count."""
+    if hidden := int(np.ma.count_masked(x)):
+        raise ValueError(
+            f"{what} must be an array without a mask of its own. Given a NumPy masked array with {hidden} masked "
+            "values, which would count as they are. Pass x.data, and which rows exist: where=~np.ma.getmaskarray(x)."
+        )
+    return x.data
+
+
 def is_integer(x: Any, low: int, high: float = math.inf) -> TypeGuard[int]:
     """Whether `x` is a Python or NumPy integer, not a bool, from `low` to `high`."""
     return isinstance(x, (int, np.integer)) and not isinstance(x, bool) and bool(low <= x <= high)
@@ -88,11 +100,29 @@ def is_text(x: Any) -> bool:
 
 
 def dtype_kind(x: Any) -> str:
-    """`"bool"`, `"int"`, `"float"` or `"other"`; bfloat16 and the 8-bit floats are floats."""
+    """`"bool"`, `"int"`, `"float"` or `"other"`; bfloat16 and the 8-bit floats are floats, times are none of these."""
+    if is_time(x.dtype):  # NumPy counts a timedelta64 among the integers
+        return "other"
     for kind, dtype in (("bool", jnp.bool_), ("int", jnp.integer), ("float", jnp.floating)):
         if jnp.issubdtype(x.dtype, dtype):
             return kind
     return "other"
+
+
+def is_time(dtype: Any) -> bool:
+    """Whether the values are points in time or durations."""
+    return isinstance(dtype, np.dtype) and dtype.kind in "mM"
+
+
+def mend_time(dtype: Any) -> str:
+    """How to make numbers of times; empty for another dtype."""
+    if not is_time(dtype):
+        return ""
+    duration = "x" if dtype.kind == "m" else "(x - x.min())"
+    column = "series" if dtype.kind == "m" else "(series - series.min())"
+    return (
+        f" A duration is a number only in a unit: {duration} / np.timedelta64(1, 's'), or {column}.dt.total_seconds()."
+    )
 
 
 def cast(x: Any, dtype: Any) -> Any:
@@ -108,7 +138,8 @@ def as_numbers(x: Any, what: str, *, kinds: tuple[str, ...] = ("bool", "int", "f
     array = as_array(x, what)
     if dtype_kind(array) not in kinds:
         given = f"strings (dtype {array.dtype})" if is_text(array) else f"dtype {array.dtype}"
-        raise ValueError(f"{what} must have a dtype of {' or '.join(kinds)}. Given {given}.")
+        mend = mend_time(array.dtype)
+        raise ValueError(f"{what} must have a dtype of {' or '.join(kinds)}. Given {given}.{mend}")
     return cast(array, jnp.float32)
 
 
@@ -225,7 +256,7 @@ def as_normalizer(x: Any) -> Any:
         return array
     value = cast(array, jnp.float32)
     if not (np.isfinite(value) and value >= 0):
-        raise ValueError(f"normalizer must be finite and not negative (0 gives a loss of 0). Given {x!r}.")
+        raise ValueError(f"normalizer must be finite and not negative (0 gives a loss of 0). Given {brief.tell(x)}.")
     return value
 
 

@@ -226,6 +226,7 @@ def settle_labels(
     kinds = {"float": ("bool", "int", "float"), "int": ("int",), "bool": ("bool", "int")}[spec.kind]
     if inputs.dtype_kind(array) not in kinds:
         fix = f" Suggested Fix: if these are class ids, cast them: {what}.astype(int)." if spec.kind == "int" else ""
+        fix = inputs.mend_time(array.dtype) or fix
         raise ValueError(
             f"{what} must be {spec.describe()} with a dtype of {' or '.join(kinds)}. Given dtype {array.dtype}.{fix}"
         )

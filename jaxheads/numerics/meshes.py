@@ -62,6 +62,12 @@ def count_devices(x: jax.Array) -> int:
 
 def check_axis(axis_name: Any) -> None:
     """Refuses a name that no mapped axis has here."""
+    names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    if any(isinstance(name, (bool, int, float)) or name == "" for name in names):
+        raise ValueError(
+            f"axis_name must be the name of a mapped axis, or a tuple of names; None if there is none. Given "
+            f"{axis_name!r}."
+        )
     try:
         jax.lax.axis_size(axis_name)
     except NameError as error:

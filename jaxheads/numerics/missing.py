@@ -53,6 +53,8 @@ def read(x: Any) -> np.ma.MaskedArray | None:
     there = [value for value, missing in zip(flat, mask, strict=True) if not missing]
     if not all(isinstance(value, (bool, int, float, np.bool_, np.number)) for value in there):
         return None
+    if any(isinstance(value, np.timedelta64) for value in there):  # to NumPy, a kind of integer
+        return None
     if declared not in ("b", "i", "u") and not (there and mask.any()):
         return None
     kept = np.asarray(there, {"b": bool, "i": np.int64, "u": np.uint64}.get(declared or ""))

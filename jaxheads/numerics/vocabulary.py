@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxheads.numerics import brief
+
 
 def check(vocabulary: Any, n: int, head: str) -> None:
     """Refuses a vocabulary that is not a tuple or list of `n` distinct names."""
@@ -49,8 +51,9 @@ def refuse(labels: np.ndarray, unknown: np.ndarray, vocabulary: tuple[str, ...] 
     if unknown.any():
         position = tuple(int(i) for i in np.argwhere(unknown)[0])
         raise ValueError(
-            f"label {_show(labels[position])} at index {position} is not in the label_vocabulary {vocabulary!r}, "
-            f"{int(unknown.sum())} such in all. Add it there, or leave the row out with where=False."
+            f"label {_show(labels[position])} at index {position} is not in the label_vocabulary "
+            f"{brief.tell(vocabulary)}, {int(unknown.sum())} such in all. Add it there, or leave the row out with "
+            "where=False."
         )
 
 
@@ -82,7 +85,9 @@ def multi_hot(labels: Any, n: int, vocabulary: tuple[str, ...] | None) -> Encode
     """Lists of ids or names, one an example, nested as deep as the leading axes: int32 `[..., n]`."""
     depth = _count_levels(labels)
     if depth < 2 and len(labels):
-        raise ValueError(f"labels must be lists of class ids or names, one list a row: [[...], ...]. Given {labels!r}.")
+        raise ValueError(
+            f"labels must be lists of class ids or names, one list a row: [[...], ...]. Given {brief.tell(labels)}."
+        )
     if not len(labels):
         return Encoded(np.zeros((0, n), np.int32), {})
     lead = _measure_lead(labels, depth - 1)
@@ -92,11 +97,12 @@ def multi_hot(labels: Any, n: int, vocabulary: tuple[str, ...] | None) -> Encode
     ids: dict[Any, int] = {name: i for i, name in enumerate(vocabulary or ())}
     array = np.zeros((len(rows), n), np.int32)
     strangers = {}
-    flags = all(len(row) == n and all(type(x) is int and x in (0, 1) for x in row) for row in rows)
-    if flags and len(rows) > 1 and any(len(set(row)) < n for row in rows):
+    full = all(len(row) == n and all(type(x) is int for x in row) for row in rows)
+    if full and len(rows) > 1 and any(len(set(row)) < n for row in rows):
+        # Ids do not repeat in a row: these are multi-hot, or meant to be.
         raise ValueError(
-            f"labels: {rows[0]!r} and all other rows read as multi-hot, not as lists of class ids. Pass multi-hot "
-            "labels as an array, np.asarray(labels)."
+            f"labels: {brief.tell(rows[0])} and all other rows read as multi-hot, not as lists of class ids. Pass "
+            "multi-hot labels as an array of 0 and 1, np.asarray(labels)."
         )
     for i, row in enumerate(rows):
         for name in row:
@@ -114,7 +120,11 @@ def refuse_strangers(strangers: dict[tuple[int, ...], Any], live: np.ndarray, n:
     """Refuses ids and names without a class in rows `live [..., 1]`, naming the first."""
     for position, name in strangers.items():
         if live.any() if live.ndim == 0 else live[position].any():
-            where = f"in the label_vocabulary {vocabulary!r}" if vocabulary else f"one of the class ids 0 ... {n - 1}"
+            where = (
+                f"in the label_vocabulary {brief.tell(vocabulary)}"
+                if vocabulary
+                else f"one of the class ids 0 ... {n - 1}"
+            )
             raise ValueError(
                 f"labels: {_show(name)} in the row at index {position} is not {where}. Rows are lists of class ids or "
                 "names; leave a row out with where=False."
@@ -130,7 +140,9 @@ def _count_levels(labels: Any) -> int:
 def _measure_lead(labels: Any, depth: int) -> tuple[int, ...]:
     """The leading shape of lists whose rows are `depth` levels down."""
     if not isinstance(labels, (list, tuple)):
-        raise ValueError(f"labels must be lists of class ids or names, one list a row. Given {labels!r} for a row.")
+        raise ValueError(
+            f"labels must be lists of class ids or names, one list a row. Given {brief.tell(labels)} for a row."
+        )
     if depth <= 0:
         return ()
     shapes = {_measure_lead(inner, depth - 1) for inner in labels}
@@ -159,4 +171,4 @@ def _decode(name: Any) -> str | None:
 
 def _show(name: Any) -> str:
     text = _decode(name)
-    return repr(text if text is not None else name.item() if isinstance(name, np.generic) else name)
+    return brief.tell(text if text is not None else name.item() if isinstance(name, np.generic) else name)

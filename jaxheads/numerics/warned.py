@@ -5,6 +5,10 @@ class BadInputWarning(UserWarning):
     """Elements with an illegal label, weight or slice were left out of the metrics; or weights are too small to add."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint is damaged, and training goes on from an older one, or without the best state so far."""
+
+
 class GridWarning(UserWarning):
     """The bins of a score histogram leave more than 1e-2 of a metric open."""
 

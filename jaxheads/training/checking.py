@@ -15,7 +15,7 @@ from jaxheads.numerics import columns, inputs
 from jaxheads.numerics.batch import Given
 
 KEYS = ("features", "labels", "weights", "where")
-HEAD = "jaxheads_head"
+HEAD, OPTIMIZER = "jaxheads_head", "jaxheads_optimizer"
 
 
 @runtime_checkable
@@ -25,18 +25,27 @@ class Indexed(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-def attach_head(step: Any, head: Head) -> Any:
-    """Notes the head of a step, so that a loop can look at batches before the step is called."""
-    vars(step)[HEAD] = head
+def attach_head(step: Any, head: Head, optimizer: Any = None) -> Any:
+    """Notes the head and the optimizer of a step, so that a loop can look at batches and know the run by them."""
+    vars(step).update({HEAD: head, OPTIMIZER: optimizer})
     return step
 
 
 def head_of(step: Any) -> Head | None:
     """Returns the head of a step, also if it is compiled, mapped or partial; None for a function of another origin."""
+    return _find_noted(step, HEAD)
+
+
+def optimizer_of(step: Any) -> Any:
+    """Returns the optimizer of a step, likewise."""
+    return _find_noted(step, OPTIMIZER)
+
+
+def _find_noted(step: Any, name: str) -> Any:
     inner = inspect.unwrap(step)
     if isinstance(inner, functools.partial):
-        return head_of(inner.func)
-    return vars(inner).get(HEAD) if inspect.isfunction(inner) else None
+        return _find_noted(inner.func, name)
+    return vars(inner).get(name) if inspect.isfunction(inner) else None
 
 
 def check_batches(batches: Any, what: str) -> Any:

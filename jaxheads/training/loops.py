@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -11,15 +12,18 @@ import numpy as np
 
 from jaxheads.metrics import Metrics
 from jaxheads.metrics.base import LOSS, join_names
-from jaxheads.training.checking import check_batch, check_batches, check_function_of_epochs, looked_at
-from jaxheads.training.progress import (
-    TRAIN,
-    VALIDATION,
-    Checkpoints,
-    bar_of,
-    check_monitor,
-    mean_loss_and_metrics,
+from jaxheads.numerics import describing
+from jaxheads.numerics.warned import CheckpointWarning
+from jaxheads.training.checking import (
+    check_batch,
+    check_batches,
+    check_function_of_epochs,
+    head_of,
+    looked_at,
+    optimizer_of,
 )
+from jaxheads.training.checkpoints import Checkpoints, Damaged, locked
+from jaxheads.training.progress import TRAIN, VALIDATION, Progress, bar_of, check_monitor, mean_loss_and_metrics
 from jaxheads.training.state import TrainState
 from jaxheads.training.text import describe
 
@@ -90,6 +94,7 @@ def fit(
     patience: int | None = None,
     directory: Any = None,
     checkpoint_every: int | None = None,
+    allow_changes: bool = False,
     writer: Any = None,
     progress: bool = True,
 ) -> Fitted:
@@ -110,8 +115,12 @@ def fit(
             have no direction, for example a mean of predictions: they need this argument.
         patience: training stops after this many epochs in a row without a better value.
         directory: the folder for checkpoints. If it holds a checkpoint, training continues there, and ends at the same
-            numbers if `batches` returns the same for the same epoch. Use a new directory for a new run.
+            numbers if `batches` returns the same for the same epoch. Use a new directory for a new run: the checkpoint
+            of another head or optimizer is refused. If the newest checkpoint is damaged, training continues from the
+            one before it, with a `CheckpointWarning`. One run at a time holds the directory.
         checkpoint_every: the number of batches between checkpoints; by default there is one after each epoch.
+        allow_changes: True goes on with the checkpoint of another head or optimizer, for example to lower the learning
+            rate, or with batches of another size in an epoch that was begun.
         writer: an object with `add_scalar(tag, value, step)`, like a `tensorboardX.SummaryWriter`; it gets the history.
         progress: whether to print a line for each epoch, and to show a bar in terminals and notebooks (if tqdm is
             installed).
@@ -120,7 +129,8 @@ def fit(
         ValueError: `eval_step` or `validation` alone; an unknown `monitor`; `patience` or a `monitor` without
             validation, or `checkpoint_every` without a directory; one batch in place of a list of them; epochs without
             batches; in the first batch of an epoch, values that are no arrays of numbers, or illegal labels in host
-            arrays; a loss that is not finite; a checkpoint of another head.
+            arrays; a loss that is not finite; a checkpoint of another run, or of more epochs; a directory that cannot
+            be written, or that another process is using; no checkpoint that is intact.
     """
     if (eval_step is None) != (validation is None) or (patience is not None and validation is None):
         raise ValueError("eval_step and validation belong together, and patience needs them: pass both, or none.")
@@ -142,23 +152,71 @@ def fit(
             f"monitor={monitor!r}, higher_is_better={higher_is_better!r} without eval_step and validation. Pass both, "
             "or leave these two out."
         )
-    step, folders = _compile(train_step, donate_argnums=0), ("latest", "best")
-    latest, kept = (Checkpoints(None if directory is None else pathlib.Path(directory) / x) for x in folders)
-    state, at = latest.restore(jax.tree.map(jnp.copy, state))
-    best = kept.restore(state, at.best_epoch)[0] if at.best_epoch else state
+    if not isinstance(allow_changes, bool):
+        raise ValueError(f"allow_changes must be True or False. Given {allow_changes!r}.")
+    plan = _Plan(batches, epochs, eval_step, validation, monitor, bool(higher_is_better), patience, checkpoint_every)
+    folder = None if directory is None else pathlib.Path(directory)
+    with locked(folder):
+        return _train(state, train_step, plan, folder, allow_changes, writer, progress)
+
+
+class _Plan(NamedTuple):
+    """The checked arguments of `fit` that say what is trained, and how long."""
+
+    batches: Any
+    epochs: int
+    eval_step: Any
+    validation: Any
+    monitor: str
+    higher_is_better: bool
+    patience: int | None
+    checkpoint_every: int | None
+
+
+def _train(
+    state: TrainState,
+    train_step: Any,
+    plan: _Plan,
+    folder: pathlib.Path | None,
+    allow_changes: bool,
+    writer: Any,
+    progress: bool,
+) -> Fitted:
+    step, known = _compile(train_step, donate_argnums=0), {"head": head_of, "optimizer": optimizer_of}
+    run = {name: describing.describe(found) for name, find in known.items() if (found := find(train_step)) is not None}
+    latest, kept = (Checkpoints(None if folder is None else folder / name) for name in ("latest", "best"))
+    state = jax.tree.map(jnp.copy, state)
+    state, at = latest.restore(state, run, allow_changes) or (state, Progress())
+    if at.epoch > plan.epochs:
+        raise ValueError(
+            f"directory={str(folder)!r} holds {at.epoch} epochs. Given epochs={plan.epochs}, the number in all. Give "
+            "at least as many, or another directory."
+        )
+    best = _restore_best(kept, state, at, run, allow_changes) if plan.validation is not None else state
+    begun = at.run.get(BATCHES)
+    at.run = run
     if progress and (at.epoch or at.batch):
-        print(f"going on after epoch {at.epoch}, batch {at.batch} of {directory}")
-    while at.epoch < epochs and (patience is None or at.stale < patience):
+        print(f"going on after epoch {at.epoch}, batch {at.batch} of {folder}")
+    while at.epoch < plan.epochs and (plan.patience is None or at.stale < plan.patience):
         metrics, skipped = None, at.batch
-        given: Any = batches(at.epoch) if callable(batches) else batches
+        given: Any = plan.batches(at.epoch) if callable(plan.batches) else plan.batches
         check_batches(given, "batches")
-        for i, batch in enumerate(bar_of(given, f"epoch {at.epoch + 1}/{epochs}", progress)):
+        for i, batch in enumerate(bar_of(given, f"epoch {at.epoch + 1}/{plan.epochs}", progress)):
+            if i == 0:
+                shapes = _describe_batch(batch)
+                if skipped and begun is not None and begun != shapes and not allow_changes:
+                    raise ValueError(
+                        f"Epoch {at.epoch + 1} was begun with batches of {begun}, and goes on with {shapes}: some rows "
+                        "would be trained on twice, others not at all. Give the same batches to as many processes, or "
+                        "pass allow_changes=True."
+                    )
+                at.run = {**run, BATCHES: shapes}
             if i < skipped:
                 continue
             if i == skipped:
                 check_batch(batch, train_step, f"The first batch of epoch {at.epoch + 1}")
             # Checkpoints are written before a batch, not after it: a resumed epoch then has at least one batch left.
-            if checkpoint_every is not None and i > skipped and i % checkpoint_every == 0:
+            if plan.checkpoint_every is not None and i > skipped and i % plan.checkpoint_every == 0:
                 at.check()
                 latest.save(int(state.step), state, at)
             state, out = step(state, batch)
@@ -169,16 +227,43 @@ def fit(
         at.check()
         metrics = None if metrics is None else dataclasses.replace(metrics, state=at.sums[1:])
         values = _flatten(TRAIN, float(at.sums[0].sum()) / at.batch, metrics)
-        if eval_step is not None and validation is not None:
-            bar = looked_at(bar_of(validation, VALIDATION, progress), eval_step, "The first batch of validation")
-            values |= _flatten(VALIDATION, *mean_loss_and_metrics(state, _compile(eval_step), bar))
-        _report(at.epoch + 1, int(state.step), values, writer, monitor if progress else None)
+        if plan.validation is not None:
+            bar = bar_of(plan.validation, VALIDATION, progress)
+            bar = looked_at(bar, plan.eval_step, "The first batch of validation")
+            values |= _flatten(VALIDATION, *mean_loss_and_metrics(state, _compile(plan.eval_step), bar))
+        _report(at.epoch + 1, int(state.step), values, writer, plan.monitor if progress else None)
         at.end_epoch({"epoch": at.epoch + 1, "step": int(state.step), **values})
-        if validation is not None and at.improved(monitor, bool(higher_is_better)):
+        if plan.validation is not None and at.improved(plan.monitor, plan.higher_is_better):
             best = jax.tree.map(jnp.copy, state)
             kept.save(at.epoch, best, at)
         latest.save(int(state.step), state, at)
-    return Fitted(state, state if validation is None else best, at.history)
+    return Fitted(state, state if plan.validation is None else best, at.history)
+
+
+# The batches of an epoch that is not finished, in the texts that identify a run.
+BATCHES = "batches"
+
+
+def _describe_batch(batch: Any) -> str:
+    """Returns the shapes of a batch, and the number of processes that train."""
+    shapes = [f"[{', '.join(map(str, np.shape(x)))}]" for x in jax.tree.leaves(batch)]
+    return f"{', '.join(shapes)} in {jax.process_count()} process(es)"
+
+
+def _restore_best(kept: Checkpoints, state: TrainState, at: Progress, run: Any, allow_changes: bool) -> TrainState:
+    """Returns the best state so far. If its checkpoint is damaged, the next epoch is taken as the best."""
+    if not at.best_epoch:
+        return state
+    try:
+        return kept.read(at.best_epoch, state, run, allow_changes)[0]
+    except Damaged as error:
+        warnings.warn(
+            f"{error} The best state so far, of epoch {at.best_epoch}, is lost: the next epoch counts as the best.",
+            CheckpointWarning,
+            stacklevel=4,
+        )
+        at.best_epoch, at.stale = 0, 0
+        return state
 
 
 @runtime_checkable

@@ -1,11 +1,12 @@
-"""The progress of `fit`, and its checkpoints with orbax, for which `TrainState` and `Metrics` are plain pytrees."""
+"""The progress of `fit`, beside the state of training: epochs, sums, the best value, the history."""
 
 import base64
 import builtins
 import dataclasses
+import hashlib
 import importlib.util
+import json
 import math
-import pathlib
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -43,6 +44,7 @@ class Progress:
         stale: how many epochs in a row were not better.
         compared: the monitored metric, and whether a higher value is better.
         history: a dict for each epoch.
+        run: texts that identify the run: its head, its optimizer, and the batches of an epoch that is not finished.
     """
 
     epoch: int = 0
@@ -53,6 +55,7 @@ class Progress:
     stale: int = 0
     compared: str = ""
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    run: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def add(self, out: Any) -> None:
         """Adds the loss and the metrics of one step."""
@@ -90,16 +93,29 @@ class Progress:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Returns text and numbers; arrays keep every bit."""
+        """Returns text and numbers, with a checksum; arrays keep every bit."""
         sums = None if self.sums is None else base64.b64encode(np.asarray(self.sums, "<f4").tobytes()).decode()
-        return {**vars(self), "sums": sums}
+        values = {**vars(self), "sums": sums}
+        return {**values, CHECKSUM: _sum_of(values)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
-        """Reads the result of `to_json`."""
+        """Reads the result of `to_json`, or raises `ValueError` if anything has changed in it."""
+        values, expected = dict(values), values[CHECKSUM]
+        del values[CHECKSUM]
+        if _sum_of(values) != expected:
+            raise ValueError("the progress does not fit its checksum")
         if (sums := values["sums"]) is not None:
             sums = np.frombuffer(base64.b64decode(sums), "<f4").reshape(-1, 2)
         return cls(**{**values, "sums": sums})
+
+
+CHECKSUM = "checksum"
+
+
+def _sum_of(values: dict[str, Any]) -> str:
+    """Returns the checksum of text and numbers; a NaN is a NaN, and an integer is not a float."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 @jax.jit
@@ -164,47 +180,6 @@ def _list_ranks(head: Any) -> dict[str, int]:
         return {key: jnp.ndim(x.value if isinstance(x, Interval) else x) for key, x in values.items()}
 
     return read_nothing(head, read)
-
-
-class Checkpoints:
-    """A folder of checkpoints. With None as the folder, nothing is written and nothing is found.
-
-    A checkpoint is written completely or not at all (orbax renames a finished folder). So a process may be killed at
-    any moment.
-    """
-
-    def __init__(self, directory: pathlib.Path | None):
-        self.manager: Any = None
-        if directory is not None:
-            import orbax.checkpoint as ocp
-
-            # Not in the background: the next step would overwrite the donated buffers. Two checkpoints are kept,
-            # because the best state is written before the progress that names it.
-            options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-            self.manager = ocp.CheckpointManager(directory.absolute(), options=options)
-
-    def save(self, number: int, state: Any, progress: Progress) -> None:
-        """Writes a state and the progress of training."""
-        if self.manager is None:
-            return
-        import orbax.checkpoint as ocp
-
-        if number in self.manager.all_steps():
-            self.manager.delete(number)
-        items = {"state": ocp.args.StandardSave(state), "progress": ocp.args.JsonSave(progress.to_json())}
-        self.manager.save(number, args=ocp.args.Composite(**items))
-
-    def restore(self, like: Any, number: int | None = None) -> tuple[Any, Progress]:
-        """Returns the state and the progress of a checkpoint, by default the last; else `like` and no progress."""
-        if self.manager is None or (number is None and self.manager.latest_step() is None):
-            return like, Progress()
-        number = self.manager.latest_step() if number is None else number
-        import orbax.checkpoint as ocp
-
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        items = {"state": ocp.args.StandardRestore(shapes), "progress": ocp.args.JsonRestore()}
-        found = self.manager.restore(number, args=ocp.args.Composite(**items))
-        return found.state, Progress.from_json(found.progress)
 
 
 def bar_of(batches: Iterable[Any], title: str, progress: bool) -> Iterator[Any]:

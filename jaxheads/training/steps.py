@@ -186,7 +186,7 @@ def make_train_step(
             metrics = dataclasses.replace(metrics, state=pairs.fold(exact, pairs.add))
         return jnp.sum(losses), grads, metrics, carried
 
-    return attach_head(train_step, head)
+    return attach_head(train_step, head, optimizer)
 
 
 def make_eval_step(
