@@ -26,6 +26,7 @@ import pytest
 from zoo import bounds_of
 
 import jaxheads as jh
+from jaxheads.metrics.reading import STAMP
 from jaxheads.training import lockstep, shard_batch
 
 TESTS = pathlib.Path(__file__).parent
@@ -209,15 +210,19 @@ def test_a_process_without_a_device_merges_what_others_measured(found, folder):
 
 
 def state_of(slots: Any) -> jh.Metrics:
-    """With the same in every slot: a pair, or one number."""
+    """With the same in every slot but those of the stamp: a pair, or one number."""
     zero = HEAD.metrics()
-    return dataclasses.replace(
-        zero, state=np.broadcast_to(np.float32(slots), (*np.shape(zero.state)[:1], np.size(slots)))
-    )
+    state = np.broadcast_to(np.float32(slots), (*np.shape(zero.state)[:1], np.size(slots))).copy()
+    state[STAMPED] = 0
+    return dataclasses.replace(zero, state=state)
+
+
+STAMPED = slice(1, 1 + STAMP)
 
 
 def total(metrics: jh.Metrics) -> np.ndarray:
-    return np.asarray(metrics.state, np.float64).sum(-1)
+    """The sums of a state, without its stamp."""
+    return np.delete(np.asarray(metrics.state, np.float64).sum(-1), STAMPED, -1)
 
 
 def test_merged_counts_do_not_stop():
@@ -308,12 +313,11 @@ def test_merge_refuses_what_does_not_add():
 def test_leading_axes_are_kept():
     values = np.arange(6, dtype=np.float32).reshape(3, 2)
     zero = HEAD.metrics()
-    parts = [
-        dataclasses.replace(zero, state=np.broadcast_to(x[:, None, None], (3, *np.shape(zero.state)[:1], 1)))
-        for x in values.T
-    ]
-    merged = jh.Metrics.merge(parts)
-    np.testing.assert_array_equal(total(merged), np.broadcast_to([[1], [5], [9]], (3, np.shape(zero.state)[0])))
+    states = [np.broadcast_to(x[:, None, None], (3, *np.shape(zero.state)[:1], 1)).copy() for x in values.T]
+    for state in states:
+        state[:, STAMPED] = 0
+    merged = jh.Metrics.merge(dataclasses.replace(zero, state=state) for state in states)
+    np.testing.assert_array_equal(total(merged), np.broadcast_to([[1], [5], [9]], total(merged).shape))
     labels, logits = np.arange(8, dtype=np.float32).reshape(2, 4, 1), np.zeros((4, 1), np.float32)
     measured = jax.jit(jax.vmap(lambda y: HEAD.measure(labels=y, logits=logits)))(labels)
     got = jh.Metrics.merge([measured, measured]).compute()
@@ -327,8 +331,10 @@ def test_regularization_losses_merge_to_their_mean():
 
 
 def test_states_over_devices_merge():
+    ones = np.ones((8, *np.shape(HEAD.metrics().state)), np.float32)
+    ones[:, STAMPED] = 0
     sharded = jax.device_put(
-        np.ones((8, *np.shape(HEAD.metrics().state)), np.float32),
+        ones,
         jax.sharding.NamedSharding(devices.mesh_of(8), jax.sharding.PartitionSpec("d")),
     )
     metrics = dataclasses.replace(HEAD.metrics(), state=sharded)

@@ -40,6 +40,7 @@ from laws import engine
 from zoo import ENGINE, ZOO, bounds_of, marked
 
 import jaxheads as jh
+from jaxheads.metrics.reading import STAMP
 from jaxheads.numerics import duals
 
 each = pytest.mark.parametrize("entry", marked(ZOO))
@@ -489,6 +490,7 @@ def test_psum_of_accumulated_states_keeps_the_pairs(way, n):
     rng = np.random.default_rng(3)
     large = (rng.integers(1, 2**20, (n, slots)) * 2.0**11).astype(np.float32)
     small = rng.integers(0, 64, (n, slots)).astype(np.float32)
+    large[:, 1 : 1 + STAMP] = small[:, 1 : 1 + STAMP] = 0  # a stamp of no batches fits
     pairs = dataclasses.replace(head.metrics(), state=np.zeros((n, slots, 2), np.float32))
     for part in (large, small, small, small):
         pairs = pairs + dataclasses.replace(pairs, state=part[..., None])

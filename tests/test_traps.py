@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxheads as jh
+from jaxheads.metrics.reading import STAMP
 
 MSE = jh.RegressionHead()
 
@@ -206,7 +207,7 @@ def test_a_float32_counter_does_not_stop():
         metrics = metrics + one
     # The weights of the mean of ones: as float32 the true number, 2^24 + 7, is 2^24 + 8.
     total = np.asarray(metrics.state, np.float64).sum(-1)
-    assert total.max() == 2**24 + 7
+    assert total[1 + STAMP :].max() == 2**24 + 7
     # One zero beside them, told apart from none.
     share = (metrics + average(column(0))).compute()["label/mean"]
     np.testing.assert_allclose(share, 1 - 1 / (2**24 + 8), rtol=1e-7)

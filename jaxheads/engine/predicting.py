@@ -33,14 +33,14 @@ def predict(head: Any, given: Given) -> dict[str, Any]:
 
 
 def _list_asked(keys: Any, outputs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Returns the keys that are asked for: all by default."""
+    """Returns the keys that are asked for: all by default, and where the list is empty."""
     if keys is None:
         return tuple(outputs)
     if isinstance(keys, str):
         return (keys,)
     if not isinstance(keys, Iterable):
         raise ValueError(f"keys must be prediction keys, of {list(outputs)}; None for all. Given {keys!r}.")
-    return tuple(keys)
+    return tuple(keys) or tuple(outputs)
 
 
 def constants(head: Any, batch: Batch) -> np.ndarray:

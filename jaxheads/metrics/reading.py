@@ -52,7 +52,8 @@ def check_stamp(head: Any, stamp: np.ndarray) -> None:
     """Refuses a state whose slots mean something else: `stamp [..., 3]`, in float64. An empty state has none."""
     batches, *found = (stamp[..., i] for i in range(STAMP))
     for expected, each in zip(fingerprint(head), found, strict=True):
-        wrong = np.abs(each - expected * batches) > CLOSE * np.abs(expected * batches)
+        with np.errstate(invalid="ignore"):  # an infinite state, as one that has overflown, tells nothing
+            wrong = np.isfinite(each) & (np.abs(each - expected * batches) > CLOSE * np.abs(expected * batches))
         if np.any(wrong):
             raise ValueError(
                 "This state, or a part of it, was made by a head whose metrics mean something else: other bins, "

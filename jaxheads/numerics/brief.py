@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 # Of the values of a user so many are shown, and of the text of each so many characters.
 VALUES, CHARACTERS = 3, 40
 
@@ -23,7 +25,9 @@ def tell(value: Any) -> str:
     ('[3, 1, 4, ...] of length 5', "a dict with the keys ['a']", "'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...")
     """
     if isinstance(value, _Array):
-        return f"an array {value.dtype}{list(value.shape)}" if tuple(value.shape) else cut(repr(value))
+        few = isinstance(value, (np.ndarray, np.generic)) and value.size <= VALUES
+        shown = f": {cut(str(value.tolist()))}" if few else ""
+        return f"an array {value.dtype}{list(value.shape)}{shown}"
     if isinstance(value, Mapping):
         return f"a dict with the keys {tell_names(value)}"
     if isinstance(value, (list, tuple)) and (len(value) > VALUES or any(len(repr(x)) > CHARACTERS for x in value)):
