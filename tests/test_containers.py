@@ -37,7 +37,7 @@ NUMBERS: list[Any] = [
     pd.Series(pd.arrays.SparseArray([0, 1, 2])),
     pd.Index([0, 1, 2]),
     pd.DataFrame({"y": [0, 1, 2]}),
-    memoryview(np.array([0, 1, 2])),
+    memoryview(np.array([0, 1, 2])),  # pyright: ignore[reportArgumentType]  # from Python 3.12 on arrays declare it
     masked([0, 1, 2], False),
     masked([0.0, 1.0, 2.0], [False] * 3),
     jnp.arange(3),
@@ -89,6 +89,7 @@ def test_a_mask_of_numpys_own_is_refused_whatever_ran_before():
     for _ in range(2):
         HEAD.loss(plain, Z)
         HEAD.measure(plain, Z, weights=plain)
+        given: dict[str, Any]
         for given in ({"labels": hidden}, {"labels": plain, "weights": hidden}, {"labels": plain, "where": hidden}):
             with pytest.raises(ValueError, match="masked array"):
                 HEAD.measure(logits=Z, **given)
@@ -152,8 +153,8 @@ LARGE = 50_000
         lambda: jh.MultiLabelHead(3).encode_labels(list(range(LARGE))),
         lambda: jh.MultiLabelHead(LARGE).encode_labels([[1] * LARGE] * 2),
         lambda: jh.MultiHead([jh.RegressionHead(name="a")]).loss([0.5] * LARGE, np.zeros((LARGE, 1))),
-        lambda: jh.RegressionHead("w").loss(np.zeros(3), Z, [0.5] * LARGE),
-        lambda: jh.RegressionHead("w").loss(np.zeros(3), Z, {f"column {i}": Z for i in range(LARGE)}),
+        lambda: jh.RegressionHead(weight_column="w").loss(np.zeros(3), Z, [0.5] * LARGE),
+        lambda: jh.RegressionHead(weight_column="w").loss(np.zeros(3), Z, {f"column {i}": Z for i in range(LARGE)}),
         lambda: jh.SequentialHeadWrapper(HEAD, sequence_lengths="n").loss(
             np.zeros((LARGE, 2)), np.zeros((LARGE, 2, 1)), {"n": np.full(LARGE, 3)}
         ),
@@ -188,7 +189,7 @@ def test_pickles_of_many_slices_are_small_and_exact():
 
 def test_an_empty_merge_is_the_identity_of_a_head():
     head = jh.BinaryClassHead()
-    some = head.measure([1, 0, 1], np.float32([[1], [2], [3]]))
+    some = head.measure([1, 0, 1], np.array([[1], [2], [3]], np.float32))
     zero = jh.Metrics.merge([], head=head)
     assert jh.Metrics.merge([zero, jax.device_get(some)]).compute() == jh.Metrics.merge([some], head=head).compute()
     with pytest.raises(ValueError, match="different heads"):

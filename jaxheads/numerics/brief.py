@@ -24,10 +24,10 @@ def tell(value: Any) -> str:
     >>> tell([3, 1, 4, 1, 5]), tell({"a": 1}), tell("x" * 100)
     ('[3, 1, 4, ...] of length 5', "a dict with the keys ['a']", "'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...")
     """
+    if isinstance(value, (np.ndarray, np.generic)) and value.size <= VALUES:
+        return f"an array {value.dtype}{list(value.shape)}: {cut(str(value.tolist()))}"
     if isinstance(value, _Array):
-        few = isinstance(value, (np.ndarray, np.generic)) and value.size <= VALUES
-        shown = f": {cut(str(value.tolist()))}" if few else ""
-        return f"an array {value.dtype}{list(value.shape)}{shown}"
+        return f"an array {value.dtype}{list(value.shape)}"
     if isinstance(value, Mapping):
         return f"a dict with the keys {tell_names(value)}"
     if isinstance(value, (list, tuple)) and (len(value) > VALUES or any(len(repr(x)) > CHARACTERS for x in value)):

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 # Functions of these packages differ by their names and by what they hold; the numbers in their code stay the same.
 KNOWN = ("jax", "optax", "flax", "chex", "jaxheads", "functools", "numpy")
@@ -83,9 +85,9 @@ def _describe_function(function: types.FunctionType, outer: tuple[int, ...]) -> 
 
 def _describe_array(value: Any) -> str:
     kind = f"{value.dtype}{list(np.shape(value))}"
-    if isinstance(value, jax.core.Tracer) or not getattr(value, "is_fully_addressable", True):
+    if isinstance(value, Tracer) or not getattr(value, "is_fully_addressable", True):
         return kind
-    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         value = jax.random.key_data(value)
     return f"{kind}:{hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()[:12]}"
 

@@ -62,7 +62,8 @@ def count_devices(x: jax.Array) -> int:
 
 def check_axis(axis_name: Any) -> None:
     """Refuses a name that no mapped axis has here."""
-    names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    given: Any = axis_name
+    names = tuple(given) if isinstance(given, (tuple, list)) else (given,)
     if any(isinstance(name, (bool, int, float)) or name == "" for name in names):
         raise ValueError(
             f"axis_name must be the name of a mapped axis, or a tuple of names; None if there is none. Given "

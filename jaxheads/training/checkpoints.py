@@ -199,7 +199,7 @@ def _check_types(state: Any, like: Any) -> None:
 
 
 def _is_key(x: Any) -> bool:
-    return isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _check_shapes(kept: Mapping[str, str], now: Mapping[str, str], folder: Any) -> None:
