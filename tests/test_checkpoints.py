@@ -20,7 +20,7 @@ import pytest
 from test_fit import EVALUATE, HEAD, OPTIMIZER, STEP, VALIDATION, apply, batches, same, start
 
 import jaxheads as jh
-from jaxheads.numerics.describing import describe
+from jaxheads.numerics.describing import describe, describe_code
 from jaxheads.training import checkpoints
 from jaxheads.training.progress import Progress
 
@@ -95,10 +95,75 @@ def test_the_same_run_is_known_again(tmp_path):
     assert len(fit(tmp_path, epochs=2, **other(dataclasses.replace(HEAD))).history) == 2
 
 
+class Power:
+    """A loss with a setting, as an object that is called and as a method."""
+
+    def __init__(self, power):
+        self.power = power
+
+    def __call__(self, labels, logits):
+        return jax.numpy.abs(labels - logits) ** self.power
+
+    def loss(self, labels, logits):
+        return self(labels, logits)
+
+
+def adam_in_steps(rate, steps=4):
+    return optax.MultiSteps(optax.adam(rate), steps).gradient_transformation()
+
+
+NAMES = np.array(["rock", "paper"], object)
+# Makers of a value, and others of a value that differs from it.
+DIFFERENT: list[Any] = [
+    (lambda: optax.adam(1e-3), lambda: optax.adam(2e-3)),
+    (lambda: optax.adam(optax.cosine_decay_schedule(0.1, 8)), lambda: optax.adam(optax.cosine_decay_schedule(0.1, 9))),
+    (lambda: adam_in_steps(0.1), lambda: adam_in_steps(9.0)),
+    (lambda: adam_in_steps(0.1), lambda: adam_in_steps(0.1, 5)),
+    (lambda: optax.inject_hyperparams(optax.sgd)(0.1), lambda: optax.inject_hyperparams(optax.sgd)(0.2)),
+    (lambda: Power(2), lambda: Power(3)),
+    (lambda: Power(2).loss, lambda: Power(3).loss),
+    (lambda: lambda y, z: (lambda a: 3 * a)(y - z), lambda: lambda y, z: (lambda a: 4 * a)(y - z)),
+    (lambda: lambda y: y in (1.0, 2.0), lambda: lambda y: y in (1.0, 3.0)),
+    (lambda: {"names": NAMES}, lambda: {"names": NAMES[::-1]}),
+    (lambda: list(range(5000)), lambda: [*range(4999), 0]),
+    (lambda: jax.random.key(0), lambda: jax.random.key(1)),
+    (lambda: jh.BinaryClassHead(thresholds=[0.3]), lambda: jh.BinaryClassHead(thresholds=[0.4])),
+]
+
+
+@pytest.mark.parametrize(("make", "make_other"), DIFFERENT)
+def test_a_description_is_of_the_value(make, make_other):
+    one, again, other = describe(make()), describe(make()), describe(make_other())
+    assert one == again != other
+    assert "0x" not in one
+    assert len(one) < 5000
+
+
+def test_a_description_does_not_change_as_a_schedule_is_used():
+    """Cosine schedules of optax make a float of the number of their steps when they are first traced."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 0.1, 4, 100)
+    before = describe(schedule)
+    jax.eval_shape(schedule, np.float32(3))
+    assert describe(schedule) == before
+
+
+def test_other_code_is_told_where_names_and_numbers_are_the_same():
+    one, other = (lambda y, z: (y - z) * 2), (lambda y, z: (y + z) * 2)
+    assert describe(one) == describe(other)
+    assert describe_code(one) == describe_code(lambda y, z: (y - z) * 2) != describe_code(other)
+    assert describe_code(optax.adam(1e-3)) == {}
+
+
 def test_fewer_epochs_than_there_are_and_other_batches_are_refused(tmp_path):
     fit(tmp_path / "done", epochs=2)
     with pytest.raises(ValueError, match=r"holds 2 epochs\. Given epochs=1"):
         fit(tmp_path / "done", epochs=1)
+    with pytest.raises(Stop):
+        fit(tmp_path / "done", stopping_at(2, 5), epochs=3, checkpoint_every=2)
+    with pytest.raises(ValueError, match=r"holds 2 epochs and 4 batches\. Given epochs=2"):
+        fit(tmp_path / "done", epochs=2)
+    with pytest.raises(ValueError, match=r"Epoch 3 was begun with 4 batches"):
+        fit(tmp_path / "done", list(batches(2))[:4], epochs=3)
     with pytest.raises(Stop):
         fit(tmp_path / "begun", stopping_at(0, 5), checkpoint_every=2)
     halves = [{key: jax.tree.map(lambda x: x[:4], value) for key, value in batch.items()} for batch in batches(0)]
@@ -112,8 +177,71 @@ def test_another_width_is_named(tmp_path):
     wide = {"w": np.zeros((4, 1), np.float32)}
     optimizer = optax.sgd(0.5, momentum=0.9)
     state = jh.TrainState.create(params=wide, optimizer=optimizer, head=HEAD, key=jax.random.key(0))
-    with pytest.raises(ValueError, match=r"w has shape \[3x1\] there, and \[4x1\] now \(2 arrays differ\)"):
+    with pytest.raises(ValueError, match=r"w is float32\[3, 1\] there, and float32\[4, 1\] now \(2 arrays differ\)"):
         fit(tmp_path, epochs=2, state=state)
+
+
+def test_another_kind_of_numbers_or_of_key_is_named(tmp_path):
+    fit(tmp_path)
+    for change, match in (
+        ({"params": {"w": np.zeros((3, 1), jax.numpy.bfloat16)}}, r"float32\[3, 1\] there, and bfloat16\[3, 1\]"),
+        ({"params": {"w": np.zeros((3, 1), np.float32), "e": {}}}, "another state"),
+    ):
+        given = {"params": {"w": np.zeros((3, 1), np.float32)}, "key": jax.random.key(0)} | change
+        state = jh.TrainState.create(**given, optimizer=OPTIMIZER, head=HEAD)
+        with pytest.raises(ValueError, match=match):
+            fit(tmp_path, epochs=2, state=state)
+
+
+def test_changes_once_allowed_are_not_held_against_the_best(tmp_path):
+    rest = {"eval_step": EVALUATE, "validation": VALIDATION}
+    fit(tmp_path, epochs=2, **rest)
+    still = other(optimizer=optax.sgd(1e-9, momentum=0.9))
+    fit(tmp_path, epochs=3, allow_changes=True, **still, **rest)
+    assert len(fit(tmp_path, epochs=4, **still, **rest).history) == 4
+
+
+def test_files_beside_a_checkpoint_are_no_damage(tmp_path):
+    fit(tmp_path, epochs=2)
+    for step in (tmp_path / "latest").iterdir():
+        (step / ".DS_Store").write_text("")
+    assert len(fit(tmp_path, epochs=3).history) == 3
+
+
+@pytest.mark.parametrize(
+    ("directory", "match"),
+    [
+        ("", "path of a folder"),
+        (5, "path of a folder"),
+        (b"abc", "path of a folder"),
+        ("a\0b", "path of a folder"),
+        ("gs://bucket/run", "file system that is mounted"),
+    ],
+)
+def test_what_is_no_path_is_refused(directory, match):
+    with pytest.raises(ValueError, match=match):
+        fit(directory)
+
+
+@pytest.mark.parametrize("name", ["lock", "latest", "best"])
+def test_names_that_are_taken_are_told(name, tmp_path):
+    if name == "lock":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=rf"{name} must be a f"):
+        fit(tmp_path, **VALIDATED)
+
+
+def test_a_path_stays_where_it_was_when_training_began(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def moving(epoch):
+        os.chdir("/")
+        return batches(epoch)
+
+    fit("run", moving)
+    assert len(fit(tmp_path / "run", epochs=2).history) == 2
 
 
 def test_no_flipped_bit_of_the_progress_passes():
@@ -205,7 +333,7 @@ def test_where_no_checkpoint_is_intact_that_is_said(two_epochs, tmp_path):
         cut(path)
     with (
         pytest.warns(jh.CheckpointWarning, match=r"checkpoint 16 of .* is damaged(.|\n)*goes on from .* 8"),
-        pytest.raises(ValueError, match=r"checkpoint 8 of .* is damaged(.|\n)*There is no older one"),
+        pytest.raises(ValueError, match=r"checkpoint 8 of .* is damaged(.|\n)*No other in .* is intact"),
     ):
         fit(folder, **VALIDATED)
 

@@ -131,7 +131,7 @@ def test_options_that_exclude_each_other_or_mean_nothing():
 
 def test_rows_of_flags_are_not_read_as_ids():
     head = jh.MultiLabelHead(3)
-    for labels in ([[2, 1, 1], [1, 0, 0], [1, 1, 0]], [[1, 1, 0], [0, 0, 1]]):
+    for labels in ([[2, 1, 1], [1, 0, 0], [1, 1, 0]], [[1, 1, 0], [0, 0, 1]], [*map(list, np.eye(3, dtype=int))]):
         with pytest.raises(ValueError, match=r"multi-hot"):
             head.encode_labels(labels)
     np.testing.assert_array_equal(head.encode_labels([[2, 1, 0], [1], []]), [[1, 1, 1], [0, 1, 0], [0, 0, 0]])
@@ -192,13 +192,23 @@ def test_an_empty_merge_is_the_identity_of_a_head():
     some = head.measure([1, 0, 1], np.array([[1], [2], [3]], np.float32))
     zero = jh.Metrics.merge([], head=head)
     assert jh.Metrics.merge([zero, jax.device_get(some)]).compute() == jh.Metrics.merge([some], head=head).compute()
+    losses = head.measure([1, 0], np.zeros((2, 1), np.float32), regularization_losses=[np.float32(2)])
+    assert jh.Metrics.merge([zero, losses], head=head).compute()["regularization_loss"] == 2
+    with pytest.raises(ValueError, match="head must be a head"):
+        jh.Metrics.merge([], head=3)
     with pytest.raises(ValueError, match="different heads"):
         jh.Metrics.merge([some], head=jh.BinaryClassHead(thresholds=[0.3]))
     with pytest.raises(ValueError, match="With head="):
         jh.Metrics.merge([])
 
 
+def cube(labels, logits):
+    return jnp.abs(labels - logits) ** 3
+
+
 TWINS = [
+    (jh.BinaryClassHead(label_vocabulary=["no", "yes"]), jh.BinaryClassHead(label_vocabulary=["yes", "no"])),
+    (jh.RegressionHead(loss_fn=cube), jh.RegressionHead()),
     (jh.BinaryClassHead(thresholds=[0.3]), jh.BinaryClassHead(thresholds=[0.4])),
     (jh.BinaryClassHead(bins=jh.LogitGrid(-8, 8, 64)), jh.BinaryClassHead(bins=jh.LogitGrid(-4, 4, 64))),
     (jh.BinaryClassHead(bins=jh.LogitGrid(-8, 8, 199)), jh.BinaryClassHead(bins=jh.ThresholdGrid(200))),

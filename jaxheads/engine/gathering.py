@@ -82,7 +82,13 @@ def _enter_mesh(given: Given) -> Given:
     if jax.sharding.get_abstract_mesh().empty:
         return given
     fields = ("labels", "logits", "features", "weights", "where")
-    return given.replace(**{name: jax.tree.map(meshes.enter, vars(given)[name]) for name in fields})
+    return given.replace(**{name: _enter_all(vars(given)[name]) for name in fields})
+
+
+def _enter_all(x: Any) -> Any:
+    if isinstance(x, Mapping):
+        return {key: _enter_all(inner) for key, inner in x.items()}
+    return jax.tree.map(meshes.enter, x) if isinstance(x, LinearLogits) else meshes.enter(x)
 
 
 def at(head: AbstractHead, batch: Batch, logits: Any) -> Batch:

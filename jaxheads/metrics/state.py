@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +38,12 @@ from jaxheads.metrics.reading import (
     on_host,
     slots,
 )
-from jaxheads.numerics import inputs, meshes, pairs
+from jaxheads.numerics import brief, inputs, meshes, pairs
 from jaxheads.numerics.reduction import SMALLEST_SUM
 from jaxheads.numerics.warned import BadInputWarning, GridWarning, StackedWarning
 
 
+@runtime_checkable
 class Reader(Protocol):
     """What a state asks of its head."""
 
@@ -178,6 +179,8 @@ class Metrics:
             raise ValueError("merge() takes several states. Given one Metrics alone; of one, pass a list, [metrics].")
         states = list(states)
         if head is not None:
+            if not isinstance(head, Reader):
+                raise ValueError(f"head must be a head, such as jh.BinaryClassHead(). Given {brief.tell(head)}.")
             states = states or [cls(np.zeros((slots(head, False)[1], 2), np.float32), head)]
         if not states or not all(isinstance(state, Metrics) for state in states):
             kinds = sorted({type(state).__name__ for state in states})
@@ -185,6 +188,9 @@ class Metrics:
                 f"merge() needs at least one Metrics, and nothing else. Given {kinds or 'nothing'}. With head=, an "
                 "empty list gives zero metrics."
             )
+        if len({state.regularized for state in states}) > 1:
+            # An empty state keeps no regularization, and adds nothing to one that does.
+            states = [state for state in states if state.regularized or np.any(on_host(state.state))]
         first = states[0] if head is None else Metrics(None, head, states[0].regularized)
         for state in states:
             first.check_same_kind(state)

@@ -120,7 +120,7 @@ def _copy_first_row(mask: jax.Array, x: jax.Array, fill: float, lead: int) -> ja
     return jnp.reshape(jnp.where(live, rows, copy), x.shape)
 
 
-# The first live row is looked for in so many rows, and in all only if it is not there.
+# The first live row is looked for among so many rows first, then among all.
 _NEAR = 1024
 _NOWHERE = np.int32(np.iinfo(np.int32).max)
 

@@ -97,7 +97,7 @@ def multi_hot(labels: Any, n: int, vocabulary: tuple[str, ...] | None) -> Encode
     ids: dict[Any, int] = {name: i for i, name in enumerate(vocabulary or ())}
     array = np.zeros((len(rows), n), np.int32)
     strangers = {}
-    full = all(len(row) == n and all(type(x) is int for x in row) for row in rows)
+    full = all(len(row) == n and all(isinstance(x, (int, np.integer)) for x in row) for row in rows)
     if full and len(rows) > 1 and any(len(set(row)) < n for row in rows):
         # Ids do not repeat in a row: these are multi-hot, or meant to be.
         raise ValueError(

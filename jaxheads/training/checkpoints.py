@@ -15,12 +15,16 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from jaxheads.numerics import brief
 from jaxheads.numerics.describing import find_changes
 from jaxheads.numerics.warned import CheckpointWarning
 from jaxheads.training.progress import Progress
 
 # How much of another library's message an error repeats.
 SHOWN = 120
+
+# Errors of file systems that know no locks.
+UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 # The list of a checkpoint's files, and up to which size they have checksums there.
 FILES, SMALL = "files.json", 2**20
@@ -32,6 +36,9 @@ class Shaped(Protocol):
 
     @property
     def shape(self) -> Any: ...
+
+    @property
+    def dtype(self) -> Any: ...
 
 
 class Damaged(ValueError):
@@ -50,6 +57,8 @@ class Checkpoints:
         if folder is not None:
             import orbax.checkpoint as ocp
 
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"{folder} must be a folder of checkpoints. Given a file: remove it.")
             # Not in the background: the next step would overwrite the donated buffers.
             options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
             # With handlers, it can tell the shapes of a checkpoint before it restores any.
@@ -72,15 +81,16 @@ class Checkpoints:
                 if other >= number:
                     self.manager.delete(other)
             written = self.manager.save(number, args=ocp.args.Composite(**items), force=True)
+            if written and self.folder is not None and jax.process_index() == 0:
+                _list_files(self.folder / str(number))
         except (OSError, ValueError, RuntimeError) as error:
+            fix = " The disk is full: make room, and call fit again." if "No space left" in str(error) else ""
             raise ValueError(
-                f"The checkpoint {number} could not be written to {self.folder}: {_shorten(error)}. Is the disk full? "
-                "Older checkpoints are as they were: call fit again to go on from there."
+                f"The checkpoint {number} could not be written to {self.folder}: {_shorten(error)}. Older checkpoints "
+                f"are as they were.{fix}"
             ) from error
         if not written:
             raise ValueError(f"Orbax has not written the checkpoint {number} to {self.folder}, and does not say why.")
-        if self.folder is not None and jax.process_index() == 0:
-            _list_files(self.folder / str(number))
 
     def restore(self, like: Any, run: Mapping[str, str], allow_changes: bool) -> tuple[Any, Progress] | None:
         """Returns the state and the progress of the newest checkpoint that is intact; None if there is none at all.
@@ -100,7 +110,7 @@ class Checkpoints:
             except Damaged as error:
                 if i + 1 == len(numbers):
                     raise ValueError(
-                        f"{error} There is no older one in {self.folder}. To begin anew, delete the directory or give "
+                        f"{error} No other in {self.folder} is intact. To begin anew, delete the directory or give "
                         "another one."
                     ) from error
                 warnings.warn(
@@ -130,7 +140,7 @@ class Checkpoints:
             shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
             items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
             state = self.manager.restore(number, args=items).state
-            _check_types(state, like)
+        _check_types(state, like, self.folder)
         return state, progress
 
     @contextlib.contextmanager
@@ -138,7 +148,16 @@ class Checkpoints:
         """Turns what a damaged file causes, which may be any exception at all, into `Damaged`."""
         try:
             yield
+        except (MemoryError, PermissionError):
+            raise  # the files may be as they should
         except Exception as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            if "tree structures do not match" in str(error):
+                raise ValueError(
+                    f"The checkpoint in {self.folder} is of another state: {_shorten(error)}. Build the same network, "
+                    "head and optimizer, or give another directory."
+                ) from error
             raise Damaged(f"The checkpoint {number} of {self.folder} is damaged: {_shorten(error)}.") from error
 
 
@@ -147,7 +166,9 @@ def _list_files(folder: pathlib.Path) -> None:
 
     Large ones hold arrays, of which orbax keeps checksums. The small ones say what the arrays are, and have none.
     """
-    (folder / FILES).write_text(json.dumps(_describe_files(folder)), encoding="utf-8")
+    half = folder / f"{FILES}.tmp"
+    half.write_text(json.dumps(_describe_files(folder)), encoding="utf-8")
+    half.replace(folder / FILES)
 
 
 def _check_files(folder: pathlib.Path) -> None:
@@ -158,10 +179,10 @@ def _check_files(folder: pathlib.Path) -> None:
     if not (folder / FILES).exists():
         return
     listed, found = json.loads((folder / FILES).read_text(encoding="utf-8")), _describe_files(folder)
-    for name in sorted({*listed, *found}):
+    for name in sorted(listed):
         if name not in found:
             raise ValueError(f"its file {name} is missing")
-        if listed.get(name) != found[name]:
+        if listed[name] != found[name]:
             raise ValueError(f"its file {name} has changed")
 
 
@@ -170,7 +191,7 @@ def _describe_files(folder: pathlib.Path) -> dict[str, list[int]]:
     return {
         name: [(size := path.stat().st_size), zlib.crc32(path.read_bytes()) if size <= SMALL else 0]
         for name, path in files.items()
-        if name != FILES
+        if name not in (FILES, f"{FILES}.tmp")
     }
 
 
@@ -185,17 +206,22 @@ def _list_shapes(tree: Any) -> dict[str, str]:
     tree = jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
     leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Shaped))
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): "x".join(map(str, leaf.shape))
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}[{', '.join(map(str, leaf.shape))}]"
         for path, leaf in leaves
         if isinstance(leaf, Shaped) and leaf.shape is not None
     }
 
 
-def _check_types(state: Any, like: Any) -> None:
-    """Refuses a state of other types. Orbax restores a typed key as plain numbers if the file that says so is gone."""
-    kinds = [jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree) for tree in (state, like)]
-    if kinds[0] != kinds[1] or jax.tree.structure(state) != jax.tree.structure(like):
-        raise ValueError("arrays have other types than they were saved with")
+def _check_types(state: Any, like: Any, folder: Any) -> None:
+    """Refuses a state of other types: orbax restores a typed key as plain numbers, if it was saved as such."""
+    for (path, kept), now in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(like), strict=True):
+        one, other = jnp.result_type(kept), jnp.result_type(now)
+        if one != other:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"The checkpoint in {folder} is of another state: {name} is {one} there, and {other} now. Make it the "
+                "same way, or give another directory."
+            )
 
 
 def _is_key(x: Any) -> bool:
@@ -208,8 +234,8 @@ def _check_shapes(kept: Mapping[str, str], now: Mapping[str, str], folder: Any) 
     if changed:
         name = changed[0]
         raise ValueError(
-            f"The checkpoint in {folder} is of another network: {name} has shape [{kept[name]}] there, and "
-            f"[{now[name]}] now ({len(changed)} arrays differ). Build the same network, or give another directory."
+            f"The checkpoint in {folder} is of another network: {name} is {kept[name]} there, and {now[name]} now "
+            f"({len(changed)} arrays differ). Build the same network, or give another directory."
         )
     if set(kept) != set(now):
         missing, new = sorted(set(kept) - set(now)), sorted(set(now) - set(kept))
@@ -226,6 +252,17 @@ def _check_run(kept: Mapping[str, str], now: Mapping[str, str], folder: Any) -> 
             f"{folder} holds the training of another {name}. There: {one}. Now: {other}. Give a new run a new "
             "directory. If you mean to go on with it, pass allow_changes=True."
         )
+
+
+def as_folder(directory: Any) -> pathlib.Path | None:
+    """Returns the path of a directory for checkpoints, which stays the same if the process changes its own."""
+    if directory is None:
+        return None
+    if not isinstance(directory, (str, os.PathLike)) or not str(directory) or "\0" in str(directory):
+        raise ValueError(f"directory must be the path of a folder, or None. Given {brief.tell(directory)}.")
+    if "://" in str(directory):
+        raise ValueError(f"directory must be a path on a file system that is mounted here. Given {str(directory)!r}.")
+    return pathlib.Path(directory).expanduser().absolute()
 
 
 @contextlib.contextmanager
@@ -251,21 +288,37 @@ def locked(directory: pathlib.Path | None) -> Iterator[None]:
     except ImportError:  # on Windows there is no such lock
         yield
         return
-    with (directory / "lock").open("a+", encoding="utf-8") as file:
+    try:
+        file = (directory / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{directory / 'lock'} must be a file that can be written: {_shorten(error)}.") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise ValueError(f"directory={str(directory)!r} cannot be locked: {_shorten(error)}.") from error
+            if error.errno in UNKNOWN:
+                warnings.warn(
+                    f"directory={str(directory)!r} is on a file system without locks: see to it yourself that no other "
+                    "run uses it.",
+                    CheckpointWarning,
+                    stacklevel=4,
+                )
+                yield
+                return
             file.seek(0)
             raise ValueError(
-                f"directory={str(directory)!r} is in use by {_name_owner(file.read())}. Two runs would overwrite each "
-                "other's checkpoints: wait for the other, stop it, or give another directory."
+                f"directory={str(directory)!r} is in use by {_name_owner(file.read())}, or by one that it has started. "
+                "Two runs would overwrite each other's checkpoints: wait for the other, stop it, or give another "
+                "directory."
             ) from error
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            # Closing it is not enough: a child of this process, such as a reader of data, may hold it open too.
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _name_owner(text: str) -> str:

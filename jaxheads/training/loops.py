@@ -22,7 +22,7 @@ from jaxheads.training.checking import (
     looked_at,
     optimizer_of,
 )
-from jaxheads.training.checkpoints import Checkpoints, Damaged, locked
+from jaxheads.training.checkpoints import Checkpoints, Damaged, Shaped, as_folder, locked
 from jaxheads.training.progress import TRAIN, VALIDATION, Progress, bar_of, check_monitor, mean_loss_and_metrics
 from jaxheads.training.state import TrainState
 from jaxheads.training.text import describe
@@ -155,7 +155,7 @@ def fit(
     if not isinstance(allow_changes, bool):
         raise ValueError(f"allow_changes must be True or False. Given {allow_changes!r}.")
     plan = _Plan(batches, epochs, eval_step, validation, monitor, bool(higher_is_better), patience, checkpoint_every)
-    folder = None if directory is None else pathlib.Path(directory)
+    folder = as_folder(directory)
     with locked(folder):
         return _train(state, train_step, plan, folder, allow_changes, writer, progress)
 
@@ -182,17 +182,17 @@ def _train(
     writer: Any,
     progress: bool,
 ) -> Fitted:
-    step, known = _compile(train_step, donate_argnums=0), {"head": head_of, "optimizer": optimizer_of}
-    run = {name: describing.describe(found) for name, find in known.items() if (found := find(train_step)) is not None}
+    step, run = _compile(train_step, donate_argnums=0), {} if folder is None else _describe_run(train_step)
     latest, kept = (Checkpoints(None if folder is None else folder / name) for name in ("latest", "best"))
     state = jax.tree.map(jnp.copy, state)
     state, at = latest.restore(state, run, allow_changes) or (state, Progress())
-    if at.epoch > plan.epochs:
+    if (at.epoch, at.batch) > (plan.epochs, 0):
+        begun = f" and {at.batch} batches" if at.batch else ""
         raise ValueError(
-            f"directory={str(folder)!r} holds {at.epoch} epochs. Given epochs={plan.epochs}, the number in all. Give "
-            "at least as many, or another directory."
+            f"directory={str(folder)!r} holds {at.epoch} epochs{begun}. Given epochs={plan.epochs}, the number in all. "
+            "Give more, or another directory."
         )
-    best = _restore_best(kept, state, at, run, allow_changes) if plan.validation is not None else state
+    best = _restore_best(kept, state, at) if plan.validation is not None else state
     begun = at.run.get(BATCHES)
     at.run = run
     if progress and (at.epoch or at.batch):
@@ -222,6 +222,10 @@ def _train(
             state, out = step(state, batch)
             at.add(out)
             metrics = out.metrics
+        if at.batch == skipped > 0:
+            raise ValueError(
+                f"Epoch {at.epoch + 1} was begun with {skipped} batches, and now has no more. Give the same batches."
+            )
         if at.batch == skipped:
             raise ValueError("fit() was given an epoch without batches. An iterator that was used up? Pass a list.")
         at.check()
@@ -240,22 +244,34 @@ def _train(
     return Fitted(state, state if plan.validation is None else best, at.history)
 
 
+def _describe_run(train_step: Any) -> dict[str, str]:
+    """Returns texts about the head and the optimizer of a step, and about the code of their functions."""
+    both = {"head": head_of(train_step), "optimizer": optimizer_of(train_step)}
+    texts = {name: describing.describe(found) for name, found in both.items() if found is not None}
+    return texts | describing.describe_code(list(both.values()))
+
+
 # The batches of an epoch that is not finished, in the texts that identify a run.
 BATCHES = "batches"
 
 
 def _describe_batch(batch: Any) -> str:
-    """Returns the shapes of a batch, and the number of processes that train."""
-    shapes = [f"[{', '.join(map(str, np.shape(x)))}]" for x in jax.tree.leaves(batch)]
-    return f"{', '.join(shapes)} in {jax.process_count()} process(es)"
+    """Returns the shapes of the arrays in a batch, and the number of processes that train."""
+
+    def shapes(x: Any) -> list[str]:
+        if isinstance(x, Mapping):
+            return [shape for key in sorted(x, key=str) for shape in shapes(x[key])]
+        return [f"[{', '.join(map(str, x.shape))}]"] if isinstance(x, Shaped) else []
+
+    return f"{', '.join(shapes(batch))} in {jax.process_count()} process(es)"
 
 
-def _restore_best(kept: Checkpoints, state: TrainState, at: Progress, run: Any, allow_changes: bool) -> TrainState:
+def _restore_best(kept: Checkpoints, state: TrainState, at: Progress) -> TrainState:
     """Returns the best state so far. If its checkpoint is damaged, the next epoch is taken as the best."""
     if not at.best_epoch:
         return state
     try:
-        return kept.read(at.best_epoch, state, run, allow_changes)[0]
+        return kept.read(at.best_epoch, state, at.run, allow_changes=True)[0]  # the newest vouches for the run
     except Damaged as error:
         warnings.warn(
             f"{error} The best state so far, of epoch {at.best_epoch}, is lost: the next epoch counts as the best.",
