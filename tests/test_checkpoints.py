@@ -187,7 +187,7 @@ def test_another_kind_of_numbers_or_of_key_is_named(tmp_path):
         ({"params": {"w": np.zeros((3, 1), jax.numpy.bfloat16)}}, r"float32\[3, 1\] there, and bfloat16\[3, 1\]"),
         ({"params": {"w": np.zeros((3, 1), np.float32), "e": {}}}, "another state"),
     ):
-        given = {"params": {"w": np.zeros((3, 1), np.float32)}, "key": jax.random.key(0)} | change
+        given: dict[str, Any] = {"params": {"w": np.zeros((3, 1), np.float32)}, "key": jax.random.key(0)} | change
         state = jh.TrainState.create(**given, optimizer=OPTIMIZER, head=HEAD)
         with pytest.raises(ValueError, match=match):
             fit(tmp_path, epochs=2, state=state)
