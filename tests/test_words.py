@@ -184,3 +184,49 @@ def test_other_unknown_names_stay_what_they_are():
 
     with pytest.raises(NameError, match="logit"):
         TypoHead().loss(LABELS, LOGITS)
+
+
+class NothingHead(jh.Head):
+    """Hooks that forget to return."""
+
+    logits_dimension = 1
+    coupling = "row"
+
+    def losses(self, labels, logits):
+        return (labels - logits) ** 2
+
+    def outputs(self, logits):  # pyright: ignore[reportIncompatibleMethodOverride]  # what is tested
+        return None
+
+    def observe(self, labels, logits):  # pyright: ignore[reportIncompatibleMethodOverride]  # what is tested
+        return None
+
+
+COLUMN, ZEROS = np.zeros(3, np.float32), np.zeros((3, 1), np.float32)
+SAMPLED: Any = jh.RegressionHead(bootstrap=jh.Bootstrap(3))
+UNTYPED: Any = jh  # to a type checker all of these are wrong
+SLIPS: list[Any] = [
+    (lambda: UNTYPED.BinaryClassHead(extra_metrics=UNTYPED.metrics.BrierScore()), "put it in a list"),
+    (lambda: UNTYPED.BinaryClassHead().init(0), r"random key, such as jax\.random\.key\(0\)\. Given 0"),
+    (lambda: SAMPLED.measure(COLUMN, ZEROS, key=0), "random key"),
+    (lambda: UNTYPED.LogitGrid(-1, 1, 10**12), r"at most \d+ bins(.|\n)*GB of state"),
+    (lambda: UNTYPED.ThresholdGrid(10**12), "GB of state"),
+    (lambda: UNTYPED.RegressionHead(bootstrap=UNTYPED.Bootstrap(10**9)).metrics(), "GB of state"),
+    (lambda: UNTYPED.RegressionHead(slices=UNTYPED.Slices("g", 10**9)).metrics(), "GB of state"),
+    (lambda: UNTYPED.LabelSpec(size=-1), "at least 1"),
+    (lambda: UNTYPED.LabelSpec(size=2.0), "at least 1"),
+    (lambda: NothingHead().predictions(ZEROS), r"NothingHead\.outputs must return a dict by key\. Given None"),
+    (lambda: NothingHead().measure(COLUMN, ZEROS), r"NothingHead\.observe must return a dict"),
+    (lambda: UNTYPED.BinaryClassHead().decode_predictions(3), "must be a dict"),
+    (lambda: UNTYPED.MultiClassHead(3).decode_predictions({"class_ids": np.array(1)}), "leading axis"),
+    (lambda: UNTYPED.Metrics.merge(3), "takes a list of states"),
+    (lambda: UNTYPED.evaluate(None, 3, []), r"jh\.make_eval_step"),
+    (lambda: UNTYPED.fit(None, 3, []), r"jh\.make_train_step"),
+    (lambda: UNTYPED.fit(None, print, [{}], writer=2), r"add_scalar(.|\n)*Given a int"),
+]
+
+
+@pytest.mark.parametrize(("slip", "match"), SLIPS)
+def test_a_slip_is_told_in_our_words(slip, match):
+    with pytest.raises(ValueError, match=match):
+        slip()

@@ -18,6 +18,8 @@ def check(head: AbstractHead) -> None:
         raise ValueError(f'slices must be jh.Slices("origin", 3), or None. Given {head.slices!r}.')
     if not isinstance(head.bootstrap, (Bootstrap, type(None))):
         raise ValueError(f"bootstrap must be jh.Bootstrap(200), or None. Given {head.bootstrap!r}.")
+    if not isinstance(head.extra_metrics, (list, tuple)):
+        raise ValueError(f"extra_metrics must be a list of metrics. Given {head.extra_metrics!r}: put it in a list.")
     for metric in head.extra_metrics:
         if not isinstance(metric, Metric):
             raise ValueError(

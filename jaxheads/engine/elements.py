@@ -15,7 +15,7 @@ from jaxheads.losses import terms
 from jaxheads.losses.terms import Term
 from jaxheads.metrics import Membership, Observation
 from jaxheads.metrics.base import KEPT
-from jaxheads.numerics import hooks, masking
+from jaxheads.numerics import brief, hooks, masking
 from jaxheads.numerics import labels as rules
 from jaxheads.numerics.batch import Batch, Devices, Elements, Rows
 from jaxheads.numerics.labels import LabelSpec
@@ -193,10 +193,17 @@ def average_term_of(head: AbstractHead, seen: Seen) -> Term:
     return term_of(head, seen.elements, "average_losses")
 
 
+def as_mapping(head: AbstractHead, hook: str, found: Any) -> Mapping[str, Any]:
+    """Returns what a hook gave by key, or refuses another kind of value, such as None."""
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{type(head).__name__}.{hook} must return a dict by key. Given {brief.tell(found)}.")
+    return found
+
+
 def observations_of(head: AbstractHead, elements: Elements, extra: bool = True) -> dict[str, Observation]:
     """Returns the checked observations of `observe` and (if `extra`) of the metrics from `with_metrics`."""
     labels, logits, rows = elements.labels, elements.logits, elements.rows
-    observations = dict(hooks.call(head, "observe", labels, logits, rows=rows))
+    observations = dict(as_mapping(head, "observe", hooks.call(head, "observe", labels, logits, rows=rows)))
     sources: Mapping[str, Callable[[], Observation]] = {}
     added = head.extra_metrics if extra else ()
     if added:

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxheads.contract import AbstractHead
 from jaxheads.engine.trees import naming
-from jaxheads.numerics import columns, inputs, masking, meshes, vocabulary
+from jaxheads.numerics import columns, fields, inputs, masking, meshes, vocabulary
 from jaxheads.numerics import labels as rules
 from jaxheads.numerics.batch import ABSENT, Batch, Given, Masks
 from jaxheads.numerics.labels import LabelSpec
@@ -81,8 +81,8 @@ def _enter_mesh(given: Given) -> Given:
     """
     if jax.sharding.get_abstract_mesh().empty:
         return given
-    fields = ("labels", "logits", "features", "weights", "where")
-    return given.replace(**{name: _enter_all(vars(given)[name]) for name in fields})
+    names = ("labels", "logits", "features", "weights", "where")
+    return given.replace(**{name: _enter_all(vars(given)[name]) for name in names})
 
 
 def _enter_all(x: Any) -> Any:
@@ -309,4 +309,5 @@ def _key_of(head: AbstractHead, given: Given) -> Any:
             f"{type(head).__name__} has {why} and needs key= for each batch: key=jax.random.fold_in(key, step), and in "
             "shard_map or pmap folded with jax.lax.axis_index too."
         )
+    fields.check_key(given.key)
     return given.key

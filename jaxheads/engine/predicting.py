@@ -9,9 +9,9 @@ import numpy as np
 
 from jaxheads.contract import AbstractHead
 from jaxheads.engine import trees
-from jaxheads.engine.elements import clean, dense_logits
+from jaxheads.engine.elements import as_mapping, clean, dense_logits
 from jaxheads.engine.gathering import leading_shape
-from jaxheads.numerics import columns, hooks
+from jaxheads.numerics import brief, columns, hooks
 from jaxheads.numerics.batch import Batch, Given, Rows
 
 
@@ -24,7 +24,7 @@ def predict(head: Any, given: Given) -> dict[str, Any]:
     found = columns.numeric_columns(given.features) if head.reads_features and given.features is not None else None
     ones = jnp.ones((*lead, 1), jnp.float32)
     rows = Rows(ones > 0, ones, columns=found, key=given.key)
-    outputs: dict[str, Any] = dict(hooks.call(head, "outputs", logits, rows=rows))
+    outputs: dict[str, Any] = dict(as_mapping(head, "outputs", hooks.call(head, "outputs", logits, rows=rows)))
     asked = _list_asked(given.keys, outputs)
     for key in asked:
         if key not in outputs:
@@ -68,7 +68,11 @@ def constants(head: Any, batch: Batch) -> np.ndarray:
 
 def decoded(head: AbstractHead, predictions: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns predictions as NumPy arrays, with the names of classes."""
+    if not isinstance(predictions, Mapping):
+        raise ValueError(f"predictions must be a dict, as head.predictions gives it. Given {brief.tell(predictions)}.")
     out = {key: np.asarray(value) for key, value in predictions.items()}
+    if flat := [key for key, value in out.items() if not value.ndim]:
+        raise ValueError(f"predictions must have a leading axis of examples. Given {flat} without: add one, x[None].")
     names = head.class_names()
     if names is None or not out:
         return out

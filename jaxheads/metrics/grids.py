@@ -56,9 +56,16 @@ class AbstractGrid(abc.ABC):
         """The grid to use where scores between two logits share too few bins, as text."""
 
 
+# More bins are refused before memory is asked for. No scores need as many: float32 has fewer numbers from 1 to 2.
+MOST_BINS = 2**22
+
+
 def _check_size(grid: Any, n: Any, least: int) -> None:
     if not inputs.is_integer(n, least):
         raise ValueError(f"{type(grid).__name__} needs an integer n of at least {least}. Given {n!r}.")
+    if n > MOST_BINS:
+        size = n * 16 / 1e9
+        raise ValueError(f"{type(grid).__name__} takes at most {MOST_BINS} bins. Given {n}: {size:.1f} GB of state.")
     object.__setattr__(grid, "n", int(n))
 
 

@@ -31,7 +31,6 @@ MOST = 15
 CLOSE = 1e-3
 
 
-@functools.lru_cache(maxsize=1024)
 def fingerprint(head: Any) -> tuple[int, ...]:
     """Three integers from 1 to 15 that tell what the slots of a head's state mean: their names, bins and classes."""
     parts = [f"{join_names(*path)} {_describe(observation)}" for path, observation in head.observed().items()]
@@ -55,6 +54,7 @@ def _describe(observation: Any) -> str:
     return f"{type(observation).__qualname__} {observation.size} {found}{inner}"
 
 
+@functools.lru_cache(maxsize=1024)
 def make_stamp(head: Any) -> np.ndarray:
     """The stamp of one batch."""
     return np.array([1, *fingerprint(head)], np.float32)
@@ -62,16 +62,18 @@ def make_stamp(head: Any) -> np.ndarray:
 
 def check_stamp(head: Any, stamp: np.ndarray) -> None:
     """Refuses a state whose slots mean something else: `stamp [..., 4]`, in float64. An empty state has none."""
-    batches, *found = (stamp[..., i] for i in range(STAMP))
-    for expected, each in zip(fingerprint(head), found, strict=True):
-        with np.errstate(invalid="ignore"):  # an infinite state, as one that has overflown, tells nothing
-            wrong = np.isfinite(each) & (np.abs(each - expected * batches) > CLOSE * np.abs(expected * batches))
-        if np.any(wrong):
-            raise ValueError(
-                "This state, or a part of it, was made by a head whose metrics mean something else: other bins, "
-                "thresholds, classes or groups, of equal number. It does not fit its head. Given a state for "
-                f"{cut(repr(head), 150)}. Restore it for the head that made it."
-            )
+    expected = stamp[..., :1] * make_stamp(head)[1:]
+    found = stamp[..., 1:]
+    if np.array_equal(found, expected):
+        return
+    with np.errstate(invalid="ignore"):  # an infinite state, as one that has overflown, tells nothing
+        wrong = np.isfinite(found) & (np.abs(found - expected) > CLOSE * np.abs(expected))
+    if np.any(wrong):
+        raise ValueError(
+            "This state, or a part of it, was made by a head whose metrics mean something else: other bins, "
+            "thresholds, classes or groups, of equal number. It does not fit its head. Given a state for "
+            f"{cut(repr(head), 150)}. Restore it for the head that made it."
+        )
 
 
 @functools.lru_cache(maxsize=1024)

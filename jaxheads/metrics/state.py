@@ -177,6 +177,8 @@ class Metrics:
         """
         if isinstance(states, Metrics):
             raise ValueError("merge() takes several states. Given one Metrics alone; of one, pass a list, [metrics].")
+        if not isinstance(states, Iterable):
+            raise ValueError(f"merge() takes a list of states. Given {brief.tell(states)}.")
         states = list(states)
         if head is not None:
             if not isinstance(head, Reader):
@@ -188,7 +190,7 @@ class Metrics:
                 f"merge() needs at least one Metrics, and nothing else. Given {kinds or 'nothing'}. With head=, an "
                 "empty list gives zero metrics."
             )
-        if len({state.regularized for state in states}) > 1:
+        if head is not None and len({state.regularized for state in states}) > 1:
             # An empty state keeps no regularization, and adds nothing to one that does.
             states = [state for state in states if state.regularized or np.any(on_host(state.state))]
         first = states[0] if head is None else Metrics(None, head, states[0].regularized)

@@ -202,6 +202,7 @@ def with_values(node: Any, changes: Mapping[str, Any]) -> Any:
 
 def init(node: Any, key: jax.Array) -> dict[str, Any]:
     """The first values of the learned fields, nested by the names of the heads inside."""
+    check_key(key)
     learned_fields = of_kind(type(node), LEARNED)
     made = {f.name: initializer(f)(node, jax.random.fold_in(key, i)) for i, f in enumerate(learned_fields)}
     values = _as_arrays(node, made)
@@ -209,6 +210,14 @@ def init(node: Any, key: jax.Array) -> dict[str, Any]:
         if inner := init(child, jax.random.fold_in(key, i)):
             values[name] = inner
     return values
+
+
+def check_key(key: Any) -> None:
+    """Refuses a value that is no random key, such as a seed."""
+    if not isinstance(key, (jax.Array, np.ndarray)) or not (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or (key.dtype == np.uint32 and key.ndim)
+    ):
+        raise ValueError(f"key must be a random key, such as jax.random.key(0). Given {brief.tell(key)}.")
 
 
 def _as_arrays(node: Any, made: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,11 @@ class LabelSpec:
     def __post_init__(self):
         if self.kind not in ("float", "int", "bool"):
             raise ValueError(f'A label is of kind "float", "int" or "bool". Given {self.kind!r}.')
+        if not isinstance(self.axes, tuple) or not all(n is None or inputs.is_integer(n, 1) for n in self.event):
+            raise ValueError(
+                "A label's size must be an integer of at least 1, or None for any, and its axes a tuple of these. "
+                f"Given size={self.size!r}, axes={self.axes!r}."
+            )
         for name, value in (("low", self.low), ("high", self.high), ("fill", self.fill)):
             # NumPy's scalars have a dtype of their own, which strict promotion would refuse to compare.
             if isinstance(value, np.generic):

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxheads.metrics import Metrics
 from jaxheads.metrics.base import LOSS, join_names
-from jaxheads.numerics import describing
+from jaxheads.numerics import brief, describing
 from jaxheads.numerics.warned import CheckpointWarning
 from jaxheads.training.checking import (
     check_batch,
@@ -76,6 +76,8 @@ def evaluate(
         ValueError: one batch in place of a list of them; no batches; in the first batch, values that are no arrays of
             numbers, or illegal labels in host arrays.
     """
+    if not callable(eval_step):
+        raise ValueError(f"eval_step must be a step, as jh.make_eval_step makes it. Given {brief.tell(eval_step)}.")
     bar = bar_of(check_batches(batches, "batches"), "evaluate", progress)
     bar = looked_at(bar, eval_step, "The first batch")
     return mean_loss_and_metrics(state, _compile(eval_step), bar, key)[1]
@@ -151,6 +153,14 @@ def fit(
             "monitor and higher_is_better compare epochs by validation. Given "
             f"monitor={monitor!r}, higher_is_better={higher_is_better!r} without eval_step and validation. Pass both, "
             "or leave these two out."
+        )
+    for name, given in (("train_step", train_step), ("eval_step", eval_step)):
+        if given is not None and not callable(given):
+            raise ValueError(f"{name} must be a step, as jh.make_{name} makes it. Given {brief.tell(given)}.")
+    if writer is not None and not isinstance(writer, Writer):
+        raise ValueError(
+            "writer must have add_scalar(tag, value, step), as tensorboardX.SummaryWriter has. Given a "
+            f"{type(writer).__name__}."
         )
     if not isinstance(allow_changes, bool):
         raise ValueError(f"allow_changes must be True or False. Given {allow_changes!r}.")
@@ -280,6 +290,13 @@ def _restore_best(kept: Checkpoints, state: TrainState, at: Progress) -> TrainSt
         )
         at.best_epoch, at.stale = 0, 0
         return state
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """A log of numbers, such as a `tensorboardX.SummaryWriter`."""
+
+    def add_scalar(self, tag: str, scalar_value: Any, global_step: Any) -> Any: ...
 
 
 @runtime_checkable

@@ -57,6 +57,7 @@ class TrainState:
         """
         check_unbound(head)
         check_optimizer(optimizer)
+        fields.check_key(key)
         params, model_state = _copy(params, "params"), _copy(model_state, "model_state")
         init_key, key = jax.random.split(key)
         head_params = _copy(head.init(init_key), "head_params")
