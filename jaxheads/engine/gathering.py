@@ -77,7 +77,8 @@ def gather(head: AbstractHead, given: Given) -> Batch:
 def _enter_mesh(given: Given) -> Given:
     """Returns the same inputs. A function that is traced on an Explicit mesh may close over arrays on that mesh.
 
-    JAX's operations forget how such a constant is laid out; as arguments of a compiled function, they keep it.
+    `full_like` forgets how such a constant is laid out, but not how an argument of a compiled function is
+    (`findings/jax_full_like_of_a_constant_forgets_its_layout.sh`).
     """
     if jax.sharding.get_abstract_mesh().empty:
         return given
