@@ -411,3 +411,54 @@ def test_the_death_of_the_owner_frees_a_directory(tmp_path):
         owner.send_signal(signal.SIGKILL)
         owner.wait()
     assert len(fit(tmp_path).history) == 1
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def unknown(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", unknown)
+    with pytest.warns(jh.CheckpointWarning, match="without locks"), checkpoints.locked(tmp_path):
+        pass
+
+
+def test_an_owner_without_a_name_is_another_process(tmp_path, monkeypatch):
+    with checkpoints.locked(tmp_path):
+        (tmp_path / "lock").write_text("{")
+        with pytest.raises(ValueError, match="in use by another process"), checkpoints.locked(tmp_path):
+            pass
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    with checkpoints.locked(tmp_path):
+        pass
+
+
+def test_what_is_no_damage_is_passed_on(tmp_path, monkeypatch):
+    fit(tmp_path)
+    for error in (MemoryError(), PermissionError("not yours"), RuntimeError("RESOURCE_EXHAUSTED: out of memory")):
+
+        def fail(*args: Any, error: Exception = error, **rest: Any) -> None:
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr("orbax.checkpoint.CheckpointManager.restore", fail)
+            with pytest.raises(type(error)):
+                fit(tmp_path, epochs=2)
+    with monkeypatch.context() as patched:
+        patched.setattr("orbax.checkpoint.CheckpointManager.save", lambda *args, **rest: False)
+        with pytest.raises(ValueError, match="does not say why"):
+            fit(tmp_path, epochs=2)
+    for path in (tmp_path / "latest").glob("*/files.json"):
+        path.unlink()  # as a process that was killed before it wrote the list
+    assert len(fit(tmp_path, epochs=2).history) == 2
+
+
+def test_other_leaves_and_other_keys_are_named(tmp_path):
+    fit(tmp_path)
+    for change, match in (
+        ({"params": {"w": np.zeros((3, 1), np.float32), "b": np.zeros(1, np.float32)}}, r"only now(.|\n)*params/b"),
+        ({"key": jax.random.PRNGKey(0)}, "key is key<fry> there, and uint32 now"),
+    ):
+        given: dict[str, Any] = {"params": {"w": np.zeros((3, 1), np.float32)}, "key": jax.random.key(0)} | change
+        state = jh.TrainState.create(**given, optimizer=OPTIMIZER, head=HEAD)
+        with pytest.raises(ValueError, match=match):
+            fit(tmp_path, epochs=2, state=state)

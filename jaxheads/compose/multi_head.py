@@ -132,8 +132,6 @@ class MultiHead(AbstractCompositeHead):
                 f"Names of heads in a MultiHead must not hold a slash or be one of {RESERVED}: those are keys of "
                 f"metrics and exports. Given {reserved}."
             )
-        if len(set(names)) < len(names):
-            raise ValueError(f"Heads of a MultiHead must have different names. Given: {names}.")
         slices, bootstraps = {head.slices for head in self.heads}, {head.bootstrap for head in self.heads}
         for what, found in (("slices", slices), ("bootstrap", bootstraps)):
             if len(found) > 1:
