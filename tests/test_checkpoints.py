@@ -63,11 +63,33 @@ def other(head: jh.Head = HEAD, optimizer: Any = OPTIMIZER) -> dict[str, Any]:
     ("first", "second", "match"),
     [
         (other(), other(jh.RegressionHead()), r"another head. There: BinaryClassHead\(\). Now: RegressionHead\(\)"),
-        (other(), other(jh.BinaryClassHead(name="a")), r"another head. There: BinaryClassHead\(\). Now: .*name='a'"),
-        (other(), other(jh.BinaryClassHead(loss_reduction="sum")), "another head(.|\n)*SUM"),
-        (other(jh.BinaryClassHead(thresholds=[0.3])), other(jh.BinaryClassHead(thresholds=[0.4])), "another head"),
-        (other(jh.RegressionHead(loss_fn=square)), other(jh.RegressionHead(loss_fn=triple)), "square(.|\n)*triple"),
-        (other(), other(optimizer=optax.sgd(0.25, momentum=0.9)), r"another optimizer(.|\n)*-0\.5(.|\n)*-0\.25"),
+        pytest.param(
+            other(),
+            other(jh.BinaryClassHead(name="a")),
+            r"another head. There: BinaryClassHead\(\). Now: .*name='a'",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            other(), other(jh.BinaryClassHead(loss_reduction="sum")), "another head(.|\n)*SUM", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            other(jh.BinaryClassHead(thresholds=[0.3])),
+            other(jh.BinaryClassHead(thresholds=[0.4])),
+            "another head",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            other(jh.RegressionHead(loss_fn=square)),
+            other(jh.RegressionHead(loss_fn=triple)),
+            "square(.|\n)*triple",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            other(),
+            other(optimizer=optax.sgd(0.25, momentum=0.9)),
+            r"another optimizer(.|\n)*-0\.5(.|\n)*-0\.25",
+            marks=pytest.mark.slow,
+        ),
         (other(), other(optimizer=optax.sgd(0.5, momentum=0.9, nesterov=True)), r"nesterov=False(.|\n)*nesterov=True"),
     ],
 )
@@ -193,6 +215,7 @@ def test_another_kind_of_numbers_or_of_key_is_named(tmp_path):
             fit(tmp_path, epochs=2, state=state)
 
 
+@pytest.mark.slow
 def test_changes_once_allowed_are_not_held_against_the_best(tmp_path):
     rest = {"eval_step": EVALUATE, "validation": VALIDATION}
     fit(tmp_path, epochs=2, **rest)

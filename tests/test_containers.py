@@ -172,13 +172,13 @@ def test_an_error_shows_few_values(call):
 
 
 def test_pickles_of_many_slices_are_small_and_exact():
-    head = jh.BinaryClassHead(slices=jh.Slices("g", 100))
+    head = jh.BinaryClassHead(slices=jh.Slices("g", 30))
     rng = np.random.default_rng(0)
     labels, logits = rng.integers(0, 2, 200), rng.normal(size=(200, 1)).astype(np.float32)
-    metrics = head.metrics() + head.measure(labels, logits, {"g": rng.integers(0, 100, 200)})
+    metrics = head.metrics() + head.measure(labels, logits, {"g": rng.integers(0, 30, 200)})
     pickled = pickle.dumps(metrics)
     again = pickle.loads(pickled)
-    assert len(pickled) < 0.1 * metrics.state.nbytes
+    assert len(pickled) < 0.2 * metrics.state.nbytes
     np.testing.assert_array_equal(np.asarray(again.state).view(np.uint32), np.asarray(metrics.state).view(np.uint32))
     assert again.head == head
     state = np.zeros_like(metrics.state)
@@ -227,7 +227,9 @@ TWINS = [
 ]
 
 
-@pytest.mark.parametrize(("one", "other"), TWINS)
+@pytest.mark.parametrize(
+    ("one", "other"), [*TWINS[:3], *(pytest.param(*twins, marks=pytest.mark.slow) for twins in TWINS[3:])]
+)
 def test_a_state_of_another_meaning_is_refused_though_it_fits(one, other):
     """As a checkpoint restores it: an array of the size that the head expects."""
     n = one.logits_dimension

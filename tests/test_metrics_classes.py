@@ -561,6 +561,7 @@ def test_labels_may_lie_far_from_zero(mean):
     assert explained(mean, shift=mean).compute() == metrics.compute()
 
 
+@pytest.mark.slow
 @pytest.mark.rounding
 def test_parts_far_from_zero_add_up():
     """Parts with means of their own, one of them without a spread, in any order, on the host and in float32."""
