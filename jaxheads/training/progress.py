@@ -200,5 +200,6 @@ def bar_of(batches: Iterable[Any], title: str, progress: bool) -> Iterator[Any]:
 
 def _is_notebook() -> bool:
     """Tells whether this process is the kernel of a notebook. It does not import IPython."""
-    get_shell = getattr(sys.modules.get("IPython"), "get_ipython", None) or getattr(builtins, "get_ipython", None)
+    known = {**vars(builtins), **({} if (ipython := sys.modules.get("IPython")) is None else vars(ipython))}
+    get_shell = known.get("get_ipython")
     return get_shell is not None and any(base.__name__ == NOTEBOOK for base in type(get_shell()).__mro__)
