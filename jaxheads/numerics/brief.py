@@ -10,7 +10,9 @@ VALUES, CHARACTERS = 3, 40
 
 
 @runtime_checkable
-class _Array(Protocol):
+class Shaped(Protocol):
+    """An array, or what another library keeps about one."""
+
     @property
     def dtype(self) -> Any: ...
 
@@ -26,7 +28,7 @@ def tell(value: Any) -> str:
     """
     if isinstance(value, (np.ndarray, np.generic)) and value.size <= VALUES:
         return f"an array {value.dtype}{list(value.shape)}: {cut(str(value.tolist()))}"
-    if isinstance(value, _Array):
+    if isinstance(value, Shaped):
         return f"an array {value.dtype}{list(value.shape)}"
     if isinstance(value, Mapping):
         return f"a dict with the keys {tell_names(value)}"

@@ -10,14 +10,16 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxheads.numerics import brief
+from jaxheads.numerics.brief import Shaped
 from jaxheads.numerics.describing import find_changes
 from jaxheads.numerics.warned import CheckpointWarning
+from jaxheads.training.batches import is_key
 from jaxheads.training.progress import Progress
 
 # How much of another library's message an error repeats.
@@ -28,17 +30,6 @@ UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 # The list of a checkpoint's files, and up to which size they have checksums there.
 FILES, SMALL = "files.json", 2**20
-
-
-@runtime_checkable
-class Shaped(Protocol):
-    """An array, or what orbax keeps about one."""
-
-    @property
-    def shape(self) -> Any: ...
-
-    @property
-    def dtype(self) -> Any: ...
 
 
 class Damaged(ValueError):
@@ -63,7 +54,7 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
             # With handlers, it can tell the shapes of a checkpoint before it restores any.
             handlers = {"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
-            self.manager: Any = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+            self.manager: Any = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
     def save(self, number: int, state: Any, progress: Progress) -> None:
         """Writes a state and the progress of training.
@@ -196,14 +187,13 @@ def _describe_files(folder: pathlib.Path) -> dict[str, list[int]]:
 
 
 def _shorten(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:SHOWN]}{'...' if len(text) > SHOWN else ''}"
+    return f"{type(error).__name__}: {brief.cut(' '.join(str(error).split()), SHOWN)}"
 
 
 def _list_shapes(tree: Any) -> dict[str, str]:
     """Returns the shapes of the leaves, by path: of a state, or of what orbax has kept of one."""
     # Orbax keeps a dataclass as a dict, a tuple as a list, and a typed key as its data: simple names are the same.
-    tree = jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
+    tree = jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
     leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Shaped))
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}[{', '.join(map(str, leaf.shape))}]"
@@ -222,10 +212,6 @@ def _check_types(state: Any, like: Any, folder: Any) -> None:
                 f"The checkpoint in {folder} is of another state: {name} is {one} there, and {other} now. Make it the "
                 "same way, or give another directory."
             )
-
-
-def _is_key(x: Any) -> bool:
-    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _check_shapes(kept: Mapping[str, str], now: Mapping[str, str], folder: Any) -> None:

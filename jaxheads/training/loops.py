@@ -13,6 +13,7 @@ import numpy as np
 from jaxheads.metrics import Metrics
 from jaxheads.metrics.base import LOSS, join_names
 from jaxheads.numerics import brief, describing
+from jaxheads.numerics.brief import Shaped
 from jaxheads.numerics.warned import CheckpointWarning
 from jaxheads.training.checking import (
     check_batch,
@@ -22,7 +23,7 @@ from jaxheads.training.checking import (
     looked_at,
     optimizer_of,
 )
-from jaxheads.training.checkpoints import Checkpoints, Damaged, Shaped, as_folder, locked
+from jaxheads.training.checkpoints import Checkpoints, Damaged, as_folder, locked
 from jaxheads.training.progress import TRAIN, VALIDATION, Progress, bar_of, check_monitor, mean_loss_and_metrics
 from jaxheads.training.state import TrainState
 from jaxheads.training.text import describe
