@@ -77,7 +77,8 @@ class Head(AbstractHead):
         )
         batch = gather(head, given)
         traced = axis_name is not None or inputs.is_traced((head, batch))
-        loss = (evaluating.loss_of if traced else evaluating.compiled_loss)(head, batch, axis_name)
+        run = evaluating.loss_of if traced else evaluating.programs(fields.unbound(self)).loss
+        loss = run(head, batch, axis_name)
         regularization = inputs.as_scalars(regularization_losses)
         return loss if regularization is None else loss + inputs.add_scalars(regularization)
 
@@ -136,7 +137,7 @@ class Head(AbstractHead):
         eval_metrics.check_one_state()
         eval_metrics.check_same_kind(Metrics(None, fields.unbound(self), losses is not None))
         traced = axis_name is not None or inputs.is_traced((eval_metrics, head, batch, losses))
-        update = measuring.update if traced else evaluating.compiled_update
+        update = measuring.update if traced else evaluating.programs(fields.unbound(self)).update
         return dataclasses.replace(eval_metrics, state=update(eval_metrics.state, head, batch, losses, axis_name))
 
     def with_metrics(self, *metrics: Metric, **functions: Callable[[Any, jax.Array], Any]) -> Self:
@@ -181,7 +182,7 @@ class Head(AbstractHead):
         given = Given(labels, logits, features, weights, where, with_slices=True, key=key, check=check)
         batch, losses = gather(head, given), inputs.as_scalars(regularization_losses)
         traced = axis_name is not None or inputs.is_traced((head, batch, losses))
-        measure = measuring.measure if traced else evaluating.compiled_measure
+        measure = measuring.measure if traced else evaluating.programs(fields.unbound(self)).measure
         return Metrics(measure(head, batch, losses, axis_name), fields.unbound(self), losses is not None)
 
     def constant_logits(

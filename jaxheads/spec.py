@@ -1,4 +1,4 @@
-"""What a step gives as a pytree: `EstimatorSpec`; and what a server returns, by signature: export outputs."""
+"""The results of a step as a pytree, `EstimatorSpec`, and the results of a server by signature, export outputs."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -66,7 +66,7 @@ ExportOutput: TypeAlias = ClassificationOutput | RegressionOutput | PredictOutpu
 
 
 def regression_signatures(predictions: Mapping[str, Any], key: str) -> dict[str, ExportOutput]:
-    """`serving_default` and `regression` of one key; `predict` of all."""
+    """Returns `serving_default` and `regression` of one key; `predict` of all."""
     value = RegressionOutput(predictions[key])
     return {"serving_default": value, "regression": value, "predict": PredictOutput(dict(predictions))}
 
@@ -74,7 +74,7 @@ def regression_signatures(predictions: Mapping[str, Any], key: str) -> dict[str,
 def classification_signatures(
     predictions: Mapping[str, Any], names: tuple[str, ...], regression: str | None = None
 ) -> dict[str, ExportOutput]:
-    """`serving_default` and `classification` of the probabilities; `regression` of a key; `predict` of all."""
+    """Returns `serving_default` and `classification` of probabilities; `regression` of a key; `predict` of all."""
     scores = ClassificationOutput(predictions["probabilities"], names)
     signatures: dict[str, ExportOutput] = {"serving_default": scores, "classification": scores}
     if regression is not None:
@@ -83,7 +83,7 @@ def classification_signatures(
 
 
 def merged_signatures(by_head: Mapping[str, Mapping[str, ExportOutput]]) -> dict[str, ExportOutput]:
-    """Those of several heads: the first is served by default, all under `HEAD/signature`, `predict` has everything."""
+    """Returns the signatures of several heads: the first by default, all as `HEAD/signature`, `predict` for all."""
     merged: dict[str, ExportOutput] = {}
     outputs: dict[str, Any] = {}
     classes: list[tuple[str, tuple[str, ...]]] = []
@@ -101,12 +101,12 @@ def merged_signatures(by_head: Mapping[str, Mapping[str, ExportOutput]]) -> dict
 
 
 class TrainOp(NamedTuple):
-    """What a training step changes, as it is afterwards.
+    """The values that a training step changes, as they are afterwards.
 
     Attributes:
         params: the trainable variables.
         opt_state: the state of the optimizer.
-        model_state: what `logits` returned beside the logits (batch statistics); None if nothing.
+        model_state: the value that `logits` returned beside the logits (batch statistics); None if nothing.
         head_state: the running fields of the head, as `head.init_state()` makes them; `{}` if there are none.
     """
 
@@ -119,18 +119,18 @@ class TrainOp(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EstimatorSpec:
-    """All that a step of training, evaluation or prediction gives; what does not belong to its mode is None.
+    """The results of a step of training, evaluation or prediction; a result that is not of its mode is None.
 
     Attributes:
         mode: "train", "eval" or "infer"; static.
         predictions: as `head.predictions` gives them; for sequences in "infer" with their mask.
         loss: the regularized loss, float32, in "train" and "eval".
         metrics: the `Metrics` of this batch, in "train" and "eval".
-        train_op: in "train" a `TrainOp`, or what `train_op_fn` returned.
-        update_ops: in "train" what was given as `update_ops`, with functions called.
-        export_outputs: in "infer" what a server returns, by signature.
+        train_op: in "train" a `TrainOp`, or the result of `train_op_fn`.
+        update_ops: in "train" the given `update_ops`, with functions called.
+        export_outputs: in "infer" the results of a server, by signature.
         summaries: in "train" the scalars to write, by tag: `loss/NAME`, `regularization_loss/NAME`.
-        model_state: in "train" what `logits` returned beside the logits, floating parts averaged over `axis_name`.
+        model_state: in "train" the value that `logits` returned beside the logits, floats averaged over `axis_name`.
         head_state: in "train" the next running fields, as `head.init_state()` makes them; `{}` if there are none.
     """
 

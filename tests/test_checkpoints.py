@@ -191,6 +191,9 @@ def test_fewer_epochs_than_there_are_and_other_batches_are_refused(tmp_path):
     halves = [{key: jax.tree.map(lambda x: x[:4], value) for key, value in batch.items()} for batch in batches(0)]
     with pytest.raises(ValueError, match=r"begun with batches of \[8, 3\], \[8\](.|\n)*goes on with \[4, 3\], \[4\]"):
         fit(tmp_path / "begun", halves, checkpoint_every=2)
+    others = list(batches(1))
+    with pytest.raises(ValueError, match=r"Epoch 1 was begun with other values in its first batch(.|\n)*as the seed"):
+        fit(tmp_path / "begun", others, checkpoint_every=2)
     fit(tmp_path / "begun", halves, checkpoint_every=2, allow_changes=True)
 
 

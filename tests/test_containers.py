@@ -187,6 +187,57 @@ def test_pickles_of_many_slices_are_small_and_exact():
     np.testing.assert_array_equal(odd.view(np.uint32), state.view(np.uint32))
 
 
+def test_tables_of_any_library_are_features():
+    polars, pyarrow = pytest.importorskip("polars"), pytest.importorskip("pyarrow")
+    # A column of pandas may have the name by which pyarrow gives the names of its columns.
+    frame = pd.DataFrame({"w": [1.0, 2.0, 3.0], "column_names": [0, 1, 1]})
+    arrow = pyarrow.Table.from_pandas(frame)
+    head = jh.RegressionHead(weight_column="w", slices=jh.Slices("column_names", 2))
+    expected = head.measure(np.zeros(3), Z, {"w": np.array([1.0, 2, 3]), "column_names": np.array([0, 1, 1])})
+    for features in (frame, polars.from_pandas(frame), arrow, arrow.to_batches()[0]):
+        metrics = head.measure(np.zeros(3), Z, features)
+        np.testing.assert_array_equal(metrics.state, expected.state)
+        padded = jh.pad_batch({"features": features, "labels": np.zeros(3)}, 4)
+        assert {name: column.tolist() for name, column in padded["features"].items()} == {
+            "w": [1, 2, 3, 3],
+            "column_names": [0, 1, 1, 1],
+        }
+
+
+@pytest.mark.parametrize("kind", ["list", "series", "arrays", "pyarrow", "nested"])
+def test_columns_of_lists_become_arrays(kind):
+    rows = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+    column: Any = rows
+    if kind == "series":
+        column = pd.Series(rows)
+    elif kind == "arrays":
+        column = pd.Series([np.array(row) for row in rows])
+    elif kind == "pyarrow":
+        column = pytest.importorskip("pyarrow").array(rows)
+    elif kind == "nested":
+        column = pd.Series([[np.array(row), np.array(row)] for row in rows])
+    padded = jh.pad_batch({"features": {"x": column}, "labels": np.zeros(3)}, 4)["features"]["x"]
+    expected = np.array([*rows, rows[-1]])
+    np.testing.assert_array_equal(padded, np.stack([expected] * 2, 1) if kind == "nested" else expected)
+    assert padded.dtype == np.float64
+
+
+def test_columns_of_uneven_lists_are_refused():
+    mesh = jax.make_mesh((1,), ("data",))
+    for rows in ([[1.0, 2.0], [3.0]], pd.Series([[1.0, 2.0], [3.0]]), pd.Series([[1.0], None]), [[1.0], 2.0]):
+        for call in (lambda x: jh.pad_batch(x, 4), lambda x: jh.training.shard_batch(x, mesh)):
+            with pytest.raises(ValueError, match=r"Each row of \['features'\]\['x'\] must(.|\n)*to one length"):
+                call({"features": {"x": rows}, "labels": np.zeros(2)})
+            with pytest.raises(ValueError, match=r"encode_labels"):
+                call({"features": {"x": np.zeros(2)}, "labels": rows})
+
+
+def test_lists_that_jit_took_apart_are_refused():
+    for given in ({"labels": [0.0, 1.0, 2.0]}, {"labels": np.zeros(3), "weights": (1.0, 1.0, 2.0)}):
+        with pytest.raises(ValueError, match=r"3 values that jit has traced(.|\n)*np\.asarray"):
+            jax.jit(lambda given: HEAD.loss(logits=Z, **given))(given)
+
+
 def test_an_empty_merge_is_the_identity_of_a_head():
     head = jh.BinaryClassHead()
     some = head.measure([1, 0, 1], np.array([[1], [2], [3]], np.float32))

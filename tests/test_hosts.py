@@ -37,7 +37,10 @@ RNG = np.random.default_rng(0)
 
 
 def together(job: str, folder: pathlib.Path, fails: bool = False) -> tuple[list[Any], str]:
-    """What two processes found, and what they printed. Neither outlives the time-out, nor the other's end by much."""
+    """Returns what two processes found (their exit codes, if they fail), and what they printed.
+
+    Neither outlives the time-out, nor the other's end by much.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -62,7 +65,7 @@ def together(job: str, folder: pathlib.Path, fails: bool = False) -> tuple[list[
     printed = "".join(log.read_text() for log in logs)
     codes = [process.returncode for process in running]
     assert all(codes) if fails else codes == [0, 0], f"{codes}\n{printed[-6000:]}"
-    return [] if fails else [pickle.loads((folder / f"{job}_{i}.pickle").read_bytes()) for i in range(2)], printed
+    return codes if fails else [pickle.loads((folder / f"{job}_{i}.pickle").read_bytes()) for i in range(2)], printed
 
 
 def rows(batch: Any, some: slice) -> Any:
@@ -194,6 +197,16 @@ def test_both_killed_in_an_epoch_go_on(tmp_path):
     assert printed.count("going on after epoch 1, batch 2 of") == 2
     for one, other in zip(whole, resumed, strict=True):
         same(one, other)
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_both(tmp_path):
+    """It does not wait for the other at its end, so the other fails in its next step: nobody has to kill it."""
+    codes, printed = together("raises", tmp_path, fails=True)
+    assert codes[1] == 1
+    assert codes[0] not in (0, -9)  # -9: it was killed after waiting for 20 s
+    assert "RuntimeError: no room for train/loss in the log" in printed
+    assert "Process 1 of 2 ends with this RuntimeError" in printed
 
 
 @pytest.mark.slow

@@ -122,7 +122,11 @@ def with_labels(dataset: DatasetT, labels: Any, where: Any = None) -> DatasetT:
     if labels is None:
         raise ValueError("with_labels needs labels. Given None.")
     if not isinstance(dataset, (_Sliceable, _Subsettable)):
-        raise ValueError(f"with_labels needs an xgboost.DMatrix or a lightgbm.Dataset. Given {dataset!r}.")
+        raise ValueError(
+            "with_labels needs an xgboost.DMatrix or a lightgbm.Dataset. The matrices of Dask and Spark send their own "
+            "columns to the workers, and no Python object: what is attached to them would be lost. Given a "
+            f"{type(dataset).__name__}. There, put the labels into its own columns, DaskDMatrix(..., label=labels)."
+        )
     # Rows are prepared once for all rounds: the caller's later changes to the arrays must not reach some of them.
     return _attach(dataset, Attached(copy.deepcopy(labels), copy.deepcopy(where)))
 

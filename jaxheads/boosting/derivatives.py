@@ -14,7 +14,9 @@ from jaxheads.engine.gathering import gather
 from jaxheads.engine.readiness import ready
 from jaxheads.head import Head
 from jaxheads.heads import RegressionHead
+from jaxheads.numerics import fields
 from jaxheads.numerics.batch import Batch, Devices, Elements
+from jaxheads.numerics.kept import compiled, per_head
 from jaxheads.numerics.linear import LinearLogits
 
 
@@ -73,7 +75,7 @@ def derivatives(
     # On the host, so that shapes, dtypes and values are checked as everywhere.
     bound = ready(head, params)
     batch = gather(bound, Given(labels, logits, features, weights, where))
-    return _differentiate_compiled(bound, batch, options)
+    return _compile(fields.unbound(head))(bound, batch, options)
 
 
 def differentiate(head: Head, batch: Batch, options: Options) -> tuple[jax.Array, jax.Array]:
@@ -82,7 +84,10 @@ def differentiate(head: Head, batch: Batch, options: Options) -> tuple[jax.Array
     return jnp.concatenate(gradients, axis=-1), jnp.concatenate(hessians, axis=-1)
 
 
-_differentiate_compiled = jax.jit(differentiate, static_argnums=2)
+@per_head
+def _compile(_: Head) -> Any:
+    """Returns the compiled function `differentiate` of an unbound head."""
+    return compiled(differentiate, 2)
 
 
 def _differentiate_leaves(

@@ -12,7 +12,7 @@ from jaxheads.boosting.evaluation import Evaluation
 from jaxheads.boosting.objectives import Objective
 from jaxheads.boosting.stopping import Log, Monitor
 from jaxheads.head import Head
-from jaxheads.numerics.columns import is_frame
+from jaxheads.numerics.missing import is_frame, names_of
 
 CATEGORICAL = ("categorical_feature", "categorical_features", "cat_feature", "categorical_column", "cat_column")
 
@@ -224,7 +224,7 @@ def _number_columns(named: Mapping[str, Any], x: Any) -> list[int]:
     (alias, given), *others = named.items()
     if others:
         raise ValueError(f"One list of columns says which are categories. Given {sorted(named)}.")
-    names = [str(name) for name in x.columns] if is_frame(x) else []
+    names = [str(name) for name in names_of(x)] if is_frame(x) else []
     known = {**{i: i for i in range(x.shape[1])}, **{name: i for i, name in enumerate(names)}}
     if not isinstance(given, (list, tuple, np.ndarray)) or not all(column in known for column in given):
         legal = f"0 ... {x.shape[1] - 1}" + (f" or {names[:10]}" if names else "")

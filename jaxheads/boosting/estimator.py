@@ -27,7 +27,7 @@ from jaxheads.heads import BinaryClassHead, MultiLabelHead, PoissonRegressionHea
 from jaxheads.metrics import Metrics
 from jaxheads.numerics import fields
 from jaxheads.numerics.batch import Batch
-from jaxheads.numerics.columns import is_frame
+from jaxheads.numerics.missing import is_frame
 
 
 def _has_probabilities(estimator: Any) -> bool:

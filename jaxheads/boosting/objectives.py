@@ -1,7 +1,6 @@
 """A head's loss as the objective of a booster."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from jaxheads.engine.gathering import at
 from jaxheads.engine.readiness import ready
 from jaxheads.head import Head
 from jaxheads.numerics.batch import Batch
+from jaxheads.numerics.kept import compiled, per_head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Objective:
     def __call__(self, predicted: Any, dataset: Any, sample_weight: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """`(margins, DMatrix or Dataset)`; or `(labels, margins[, sample_weight])`, as scikit-learn's wrappers call."""
         rows, logits = self._cache.read(self.head, predicted, dataset, sample_weight)
-        g, h = _differentiate(self.head, self.params, rows.batch, logits, self.options)
+        g, h = _compile(self.head)(self.head, self.params, rows.batch, logits, self.options)
         gradient, hessian = np.asarray(g), np.asarray(h)
         if not np.isfinite(gradient.sum() + hessian.sum()):
             _check_finite(gradient, hessian, logits)
@@ -48,7 +48,12 @@ class Objective:
         return gradient, hessian
 
 
-@functools.partial(jax.jit, static_argnums=4)
+@per_head
+def _compile(_: Head) -> Any:
+    """Returns the compiled function `_differentiate` of an unbound head."""
+    return compiled(_differentiate, 4)
+
+
 def _differentiate(head: Head, params: Any, batch: Batch, logits: Any, options: Options) -> tuple[jax.Array, jax.Array]:
     bound = ready(head, params)
     return differentiate(bound, at(bound, batch, logits), options)

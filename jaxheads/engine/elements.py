@@ -54,7 +54,7 @@ def _cut_from_nothing(head: AbstractHead, elements: Elements) -> AbstractHead:
     if not jax.tree.leaves(head):
         return head
     # The sum that the loss takes too: devices add up both at once.
-    some = masking.total(masking.is_not_zero(elements.weights).astype(jnp.float32)) > 0
+    some = masking.total(elements.live.astype(jnp.float32)) > 0
     return jax.tree.map(lambda x: jnp.where(some, x, jax.lax.stop_gradient(x)), head)
 
 
@@ -87,8 +87,8 @@ def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices, cop
         labels, mask = jnp.asarray(labels).astype(spec.dtype), mask_of(spec, labels)
         if copies:
             # An illegal label needs no copy: the gradient is NaN anyway. So without masks nothing is looked for.
-            labels = masking.keep(~illegal, labels, spec.inside)
-            return masking.copy_first(mask, labels, spec.inside, live.ndim - 1, live.shape[-1] > 1)
+            labels = masking.copy_first(mask, labels, spec.inside, live.ndim - 1, live.shape[-1] > 1)
+            return masking.keep(~spec.illegal(labels, jnp), labels, spec.inside)
         return masking.keep(mask & ~illegal, labels, spec.fill)
 
     labels, bad = batch.labels, live & ~((weights > 0) & jnp.isfinite(weights))
@@ -107,7 +107,7 @@ def clean(head: AbstractHead, batch: Batch, devices: Devices = Rows.devices, cop
     logits = None
     if batch.logits is not None:
         logits = _mask_logits(head, batch.logits, live, row, copies and head.coupling in ("row", None))
-    elements = Elements(labels, logits, weights, bad, Rows(exists, weights))
+    elements = Elements(labels, logits, weights, live, bad, Rows(exists, weights))
     return elements._replace(rows=_make_rows(head, batch, elements, row, devices, copies))
 
 

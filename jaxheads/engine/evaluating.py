@@ -12,6 +12,7 @@ from jaxheads.engine.elements import clean
 from jaxheads.metrics import Metrics
 from jaxheads.numerics import fields, hooks, inputs
 from jaxheads.numerics.batch import Batch, Devices
+from jaxheads.numerics.kept import compiled, per_head
 
 
 class Evaluated(NamedTuple):
@@ -86,6 +87,15 @@ def _move_state(head: Any, batch: Batch, seen: Any, devices: Devices) -> Mapping
     return {named[id(inner)]: moved[name] for name, inner in head.parts().items() if fields.has_state(inner)}
 
 
-compiled_loss = jax.jit(loss_of, static_argnums=2)
-compiled_measure = jax.jit(measuring.measure, static_argnums=3)
-compiled_update = jax.jit(measuring.update, static_argnums=4)
+class Programs(NamedTuple):
+    """The compiled functions of a head: those of the same names, with the axis name static."""
+
+    loss: Any
+    measure: Any
+    update: Any
+
+
+@per_head
+def programs(_: Any) -> Programs:
+    """Returns the compiled functions of an unbound head, which are freed with it."""
+    return Programs(compiled(loss_of, 2), compiled(measuring.measure, 3), compiled(measuring.update, 4))

@@ -148,7 +148,7 @@ def _sum_parts(head: AbstractHead, batch: Batch, seen: Seen, inside: bool) -> li
         # Where entries have masks of their own, only the bad entry is left out; else its whole row is left out.
         gone = bad if exists.shape[-1] == bad.shape[-1] else jnp.any(bad, -1, keepdims=True)
         rows = dataclasses.replace(elements.rows, exists=exists & ~gone)
-        good = elements._replace(weights=weights, rows=rows)
+        good = elements._replace(weights=weights, live=masking.is_not_zero(weights), rows=rows)
         of = terms.DivisorOf(seen.term, good, Reduction.of(head.loss_reduction))
         parts.append(Late(of, masking.ones_like(good.rows.exists[..., :1]), groups, replicas, reduced).reduce())
     return parts

@@ -1,7 +1,6 @@
 """Makes a head ready: binds its parameters, and tries the head once if it does not declare its `coupling`."""
 
 import dataclasses
-import functools
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from jaxheads.engine import trees
 from jaxheads.engine.elements import observations_of, see
 from jaxheads.numerics import fields
 from jaxheads.numerics.batch import Batch, Devices
+from jaxheads.numerics.kept import per_head
 from jaxheads.numerics.reduction import Reduction
 
 ROWS = 4
@@ -98,7 +98,7 @@ class _AsksForOthers(Exception):
     """Raised in a trial: only a head whose rows look at each other asks for the rows of other devices."""
 
 
-@functools.lru_cache(maxsize=1024)
+@per_head
 def _try_plain(head: AbstractHead) -> str | None:
     """Tries one head for all heads that differ only in name, reduction, weight column or bootstrap."""
     plain = {"name": None, "loss_reduction": Reduction.SUM, "weight_column": None, "bootstrap": None}
@@ -106,7 +106,7 @@ def _try_plain(head: AbstractHead) -> str | None:
     return _try(dataclasses.replace(head, **{name: value for name, value in plain.items() if name in own}))
 
 
-@functools.lru_cache(maxsize=1024)
+@per_head
 def _try(head: AbstractHead) -> str | None:
     found: list[Any] = []
 

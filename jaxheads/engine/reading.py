@@ -20,6 +20,7 @@ from jaxheads.metrics.state import read_nothing
 from jaxheads.numerics import fields, hooks
 from jaxheads.numerics import labels as rules
 from jaxheads.numerics.batch import Elements, Rows
+from jaxheads.numerics.kept import per_head
 from jaxheads.numerics.labels import LabelSpec
 
 
@@ -35,7 +36,7 @@ def layout(head: Any, inside: bool = False) -> dict[Path, Observation]:
 
 
 def _layout_of_leaf(head: Any, inside: bool) -> dict[Path, Observation]:
-    found = dict(_trace_observations(trees.nameless(fields.unbound(head)), True))
+    found = dict(_list_observations(fields.unbound(head), True))
     if head.slices is not None:
         found[COUNT] = Count(jax.ShapeDtypeStruct((1, 1), jnp.float32))
     if inside:
@@ -51,7 +52,13 @@ def _add_groups(head: Any, observation: Observation) -> Observation:
     return Grouped(observation, replicas, groups)
 
 
-@functools.lru_cache(maxsize=1024)
+@per_head
+def _list_observations(head: Any, extra: bool) -> tuple[tuple[str, Observation], ...]:
+    # Heads that differ in name alone are traced once.
+    return _trace_observations(trees.nameless(head), extra)
+
+
+@per_head
 def _trace_observations(head: Any, extra: bool) -> tuple[tuple[str, Observation], ...]:
     """Returns the observations of a head without heads inside, as shapes: hooks run abstractly, without data.
 
@@ -76,7 +83,7 @@ def _trace_observations(head: Any, extra: bool) -> tuple[tuple[str, Observation]
         rows = Rows(ones > 0, ones, columns, groups, key=jax.random.key(0) if head.samples else None)
         if type(head).prepare is not AbstractHead.prepare:
             rows = dataclasses.replace(rows, prepared=hooks.call(bound, "prepare", labels, logits, rows=rows))
-        elements = Elements(labels, logits, ones, ones > 1, rows)
+        elements = Elements(labels, logits, ones, ones > 0, ones > 1, rows)
         found = {AVERAGE_LOSS: Mean(ones), **observations_of(bound, elements, extra)}
         keys[:] = found  # a pytree would sort them
         return tuple(found.values())
@@ -105,7 +112,7 @@ def read(head: Any, seen: Mapping[Path, Any]) -> dict[tuple[str, str | None], An
     return out
 
 
-@functools.lru_cache(maxsize=1024)
+@per_head
 def directions(head: Any) -> dict[str, bool | None]:
     """Tells, by a metric's full name, whether a higher value is better; None where neither is better, or unknown."""
     found = read_nothing(head, lambda views: _directions(head, views))
@@ -132,7 +139,7 @@ def _directions(head: Any, seen: Mapping[Path, Any]) -> dict[tuple[str, str | No
 
 def _select_own(head: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the head's own observations, without those kept for metrics of `with_metrics`."""
-    return {key: seen[key] for key, _ in _trace_observations(trees.nameless(fields.unbound(head)), False)}
+    return {key: seen[key] for key, _ in _list_observations(fields.unbound(head), False)}
 
 
 def _select_below(inner: Mapping[str, Any], seen: Mapping[Path, Any]) -> dict[str, dict[Path, Any]]:

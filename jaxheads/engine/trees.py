@@ -12,7 +12,7 @@ from jaxheads.contract import AbstractHead, Batch
 from jaxheads.numerics import fields
 from jaxheads.numerics.linear import LinearLogits
 
-# Equal heads are one program if they are so many. Fewer heads compile in seconds, and run as fast one by one.
+# Equal heads are one program if there are so many of them. Fewer compile in seconds, and run as fast one by one.
 LEAST = 16
 
 
@@ -75,7 +75,7 @@ class Stack:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ByGroup:
-    """The values of the heads inside a head: by name, but those of many equal heads in a `Stack`."""
+    """The values of the heads inside a head: by name; the values of many equal heads are in a `Stack`."""
 
     apart: dict[str, Any]
     stacks: tuple[Stack, ...]
@@ -152,7 +152,7 @@ class _Values:
 
 
 def _stack(values: Sequence[Any]) -> jax.Array:
-    """`jnp.stack`, in the operations that take the least time to trace."""
+    """Stacks as `jnp.stack`, in the operations that take the least time to trace."""
     return jax.lax.concatenate([jax.lax.expand_dims(x, (0,)) for x in values], 0)
 
 
@@ -194,7 +194,7 @@ def _describe_head(head: AbstractHead) -> Any:
 
 
 def nameless(head: AbstractHead) -> AbstractHead:
-    """Returns an unbound head without its name, for results that equal heads share; the head itself if it matters."""
+    """Returns an unbound head without its name, for results that equal heads share; itself if the name matters."""
     plain = _unname(head)
     return head if plain is None else plain
 

@@ -12,16 +12,16 @@ from jaxheads.numerics import masking, stable
 
 
 def squared_error(labels: jax.Array, logits: jax.Array) -> jax.Array:
-    """`(z - y)^2`, without the half."""
+    """Returns `(z - y)^2`, without the half."""
     import optax
 
     return optax.squared_error(logits, labels)
 
 
 def sigmoid_cross_entropy(labels: jax.Array, logits: jax.Array) -> jax.Array:
-    """`softplus(z) - y z`, for hard and soft labels; at an infinite z its limit.
+    """Returns `softplus(z) - y z`, for hard and soft labels; at an infinite z its limit.
 
-    Not optax's, which takes two logarithms where one will do: three times as long, and its metrics four times.
+    It is not optax's, which takes two logarithms where one will do: three times as long, and its metrics four times.
     """
     # By subtraction: on a mesh labels may lie as the rows do, and logits be spread over classes too.
     logits = jnp.asarray(logits)
@@ -40,7 +40,7 @@ def _sigmoid_cross_entropy_jvp(primals: Any, tangents: Any) -> Any:
     (labels, logits), (d_labels, d_logits) = primals, tangents
     parts = []
     if not _is_zero(d_logits):
-        # As a difference, sigmoid(z) - y would lose what is left of it where the model is sure and right.
+        # As a difference, sigmoid(z) - y would lose its small value where the model is sure and right.
         slope = (1 - labels) * jax.nn.sigmoid(logits) - labels * jax.nn.sigmoid(-logits)
         parts.append(slope * d_logits)
     # Labels that do not move add nothing at an infinite logit either, so their zeros are not multiplied by it.
@@ -57,7 +57,7 @@ _sigmoid_cross_entropy.defjvp(_sigmoid_cross_entropy_jvp, symbolic_zeros=True)
 
 
 def poisson(labels: jax.Array, logits: jax.Array, full: bool) -> jax.Array:
-    """`exp(z) - y z`; if `full`, where y > 1, also Stirling's approximation of `ln y!`. optax 0.2.8 has none."""
+    """Returns `exp(z) - y z`; if `full`, plus Stirling's approximation of `ln y!` where y > 1. optax 0.2.8 has none."""
     losses = jnp.exp(logits) - labels * logits
     if not full:
         return losses
@@ -68,9 +68,9 @@ def poisson(labels: jax.Array, logits: jax.Array, full: bool) -> jax.Array:
 
 
 def softmax_cross_entropy(labels: jax.Array, logits: jax.Array) -> jax.Array:
-    """`logsumexp(z) - z_y` from logits `[..., n]` and in-range ids `[..., 1]`: `[..., 1]`.
+    """Returns `logsumexp(z) - z_y` from logits `[..., n]` and in-range ids `[..., 1]`: `[..., 1]`.
 
-    Not optax's: the gradient of its gather is a scatter that an Explicit mesh refuses (optax 0.2.8 on jax 0.12).
+    It is not optax's: the gradient of its gather is a scatter that an Explicit mesh refuses (optax 0.2.8 on jax 0.12).
     """
     return jax.nn.logsumexp(logits, axis=-1, keepdims=True) - stable.pick(logits, labels)
 

@@ -1,7 +1,7 @@
 """Objectives of rates at an operating point as Lagrangians, and of the order of pairs (Eban et al. 2017).
 
-With `l+` and `l-` the losses that stand in for a positive below 0 and a negative above it (`SCALE` times the indicator
-is at most the loss), every objective of rates is a linear problem in the means over rows of `y l+` and `(1 - y) l-`.
+The losses `l+` and `l-` stand in for a positive below 0 and a negative above it (`SCALE` times the indicator is at most
+the loss). So every objective of rates is a linear problem in the means over rows of `y l+` and `(1 - y) l-`.
 """
 
 import functools
@@ -22,20 +22,20 @@ PAIR_ROWS = 256
 
 
 class Rate(NamedTuple):
-    """`positive y l+ + negative (1 - y) l-`: what an error on a positive costs, and one on a negative."""
+    """`positive y l+ + negative (1 - y) l-`: the cost of an error on a positive, and of one on a negative."""
 
     positive: Any
     negative: Any
 
     def of(self, errors: Any) -> Any:
-        """The cost of what was made of positives and of negatives."""
+        """Returns the cost of a pair of errors, on positives and on negatives."""
         return self.positive * errors[0] + self.negative * errors[1]
 
 
 class Problem(NamedTuple):
-    """Minimize the mean of `objective`, such that the mean of `constraint` is at most `allowed`.
+    """The problem: minimize the mean of `objective`, such that the mean of `constraint` is at most `allowed`.
 
-    `allowed` is of the share of positives and the share of negatives, times the `SCALE` of the losses.
+    `allowed` takes the shares of positives and of negatives, times the `SCALE` of the losses, in place of errors.
     """
 
     objective: Rate
@@ -44,7 +44,7 @@ class Problem(NamedTuple):
 
 
 def problem(objective: str, target: np.ndarray) -> Problem:
-    """The problem of an objective at its targets (of each label; of each anchor of precision).
+    """Returns the problem of an objective at its targets (one for each label, or each anchor of precision).
 
     `precision_at_recall`, `fpr_at_tpr`: least FP such that `FN <= (1 - target) P`. `tpr_at_fpr`: least FN such that
     `FP <= target N`. Else, recall at precision: least FN such that `target FP <= (1 - target) TP`, which in errors is
@@ -59,22 +59,22 @@ def problem(objective: str, target: np.ndarray) -> Problem:
 
 
 def surrogates(name: str, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`l+` and `l-`: softplus(-z) and softplus(z), or max(0, 1 - z) and max(0, 1 + z)."""
+    """Returns `l+` and `l-`: softplus(-z) and softplus(z), or max(0, 1 - z) and max(0, 1 + z)."""
     if name == "hinge":
         return jnp.maximum(1 - logits, 0.0), jnp.maximum(1 + logits, 0.0)
-    # A third of the time of jax.nn.softplus on a CPU, and both share their logarithm.
+    # This takes a third of the time of jax.nn.softplus on a CPU, and both share their logarithm.
     ones = masking.ones_like(logits)
     return sigmoid_cross_entropy(ones, logits), sigmoid_cross_entropy(0 * ones, logits)
 
 
 def indicators(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """1 where a positive is missed (z <= 0), and where a negative is taken for one (z > 0); NaN of NaN."""
+    """Returns 1 where a positive is missed (z <= 0), and 1 where a negative is taken for one (z > 0); NaN for NaN."""
     found = jnp.where(jnp.isnan(logits), logits, (logits > 0).astype(jnp.float32))
     return 1 - found, found
 
 
 def split(labels: jax.Array, errors: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Errors as far as they are of positives, and of negatives; an infinite one of the other kind is not there."""
+    """Returns the errors on positives, and on negatives. An infinite error on the other kind adds nothing."""
     return masking.weighted(errors[0], labels), masking.weighted(errors[1], 1 - labels)
 
 
@@ -86,9 +86,9 @@ def lagrangian(
     scale: float,
     counted: Any = None,
 ) -> jax.Array:
-    """`objective + multipliers (constraint - allowed)` of each entry, from its split errors.
+    """Returns `objective + multipliers (constraint - allowed)` of each entry, from its split errors.
 
-    With `counted`, the split indicators, the value and the gradient of the errors are the same, and the multipliers'
+    With `counted`, the split indicators, the value and the errors' gradient stay the same, and the multipliers'
     gradient is that of the rates themselves: the proxy Lagrangian of Cotter et al. (2019).
     """
     allowed = scale * problem.allowed.of((priors, 1 - priors))
@@ -98,7 +98,7 @@ def lagrangian(
 
 
 def priced(multipliers: jax.Array, violation: jax.Array, real: jax.Array | None) -> jax.Array:
-    """`multipliers * violation`; with `real` of that value, but the multipliers' gradient is `real`."""
+    """Returns `multipliers * violation`. With `real` the value is the same, but the multipliers' gradient is `real`."""
     if real is None:
         return multipliers * violation
     fixed = jax.lax.stop_gradient(multipliers)
@@ -106,7 +106,7 @@ def priced(multipliers: jax.Array, violation: jax.Array, real: jax.Array | None)
 
 
 class Rows(NamedTuple):
-    """All rows that make pairs, each `[n, c]` or `[n, 1]`: those of one device, or of all."""
+    """All rows that make pairs, each `[n, c]` or `[n, 1]`: the rows of one device, or of all devices."""
 
     labels: jax.Array
     logits: jax.Array
@@ -114,11 +114,11 @@ class Rows(NamedTuple):
 
 
 def pair_losses(name: str, labels: jax.Array, logits: jax.Array, rows: Rows, normalize: str) -> jax.Array:
-    """What a row adds to the mean loss of pairs `l+(z_i - z_j)`, i positive and j negative: `[..., 1]`.
+    """Returns the part of each row in the mean loss of pairs `l+(z_i - z_j)`, i positive and j negative: `[..., 1]`.
 
     Weighted and added up over rows, it is the sum W of the weights times the mean over labels of `sum_ij w_i w_j y_i (1
-    - y_j) l+(z_i - z_j)`, divided by the weight of those pairs (`"pairs"`) or of all pairs, W^2 (`"batch"`). So it is
-    the mean of a loss as any other is.
+    - y_j) l+(z_i - z_j)`, divided by the weight of those pairs (`"pairs"`) or of all pairs, W^2 (`"batch"`). So it
+    gives a mean as any other loss does.
     """
     total, positives = jnp.sum(rows.weights), jnp.sum(rows.weights * rows.labels, axis=0)
     negatives = jnp.sum(rows.weights * (1 - rows.labels), axis=0)
@@ -130,16 +130,16 @@ def pair_losses(name: str, labels: jax.Array, logits: jax.Array, rows: Rows, nor
 
 
 def _unless(weights: jax.Array, values: jax.Array) -> jax.Array:
-    """Values of which the infinite ones of weight 0 are 0. The rest stays, for NaN to pass through in a gradient."""
-    # By multiplication they lie on an Explicit mesh as the weights do, which a choice would insist on.
+    """Returns values, with 0 for infinite ones of weight 0. The rest stays, for NaN to pass through in a gradient."""
+    # By multiplication they lie on an Explicit mesh as the weights do: the choice insists on that.
     values = values * masking.ones_like(weights)
     return jnp.where((weights == 0) & jnp.isinf(values), jnp.zeros_like(values), values)
 
 
 def _lost_to_negatives(name: str, logits: jax.Array, rows: Rows) -> jax.Array:
-    """`sum_j w_j (1 - y_j) l+(z - z_j)` for every entry of the logits, `PAIR_ROWS` rows j at a time.
+    """Returns `sum_j w_j (1 - y_j) l+(z - z_j)` for every entry of the logits, `PAIR_ROWS` rows j at a time.
 
-    What lies between is made anew in the backward pass: memory is that of the rows, not of their pairs.
+    The values in between are made anew in the backward pass: memory is that of the rows, not of their pairs.
     """
     n, size = rows.logits.shape[0], min(PAIR_ROWS, max(1, rows.logits.shape[0]))
     chunks = -(-n // size)
@@ -155,13 +155,13 @@ def _lost_to_negatives(name: str, logits: jax.Array, rows: Rows) -> jax.Array:
         # [..., c, 1] against [c, size].
         others, weights = (jnp.expand_dims(x, tuple(range(logits.ndim - 1))) for x in (others, weights))
         z = logits[..., None]
-        # Two that are as infinite are a tie, and what weighs nothing adds nothing.
+        # Two equal infinite logits are a tie, and a row of weight 0 adds nothing.
         gap = jnp.where((z == others) & jnp.isinf(z), jnp.zeros_like(others), z - others)
         return jnp.sum(weights * _unless(weights, surrogates(name, gap)[0]), axis=-1)
 
     def body(lost: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         return lost + against(*chunk), None
 
-    # Zeros that lie, and vary over devices, as the sums will.
+    # Zeros that are laid out, and vary over devices, as the sums will.
     zeros = (~masking.true_like(logits)).astype(jnp.float32) + 0 * jnp.sum(weights)
     return jax.lax.scan(body, zeros, (cut(rows.logits), cut(weights)))[0]

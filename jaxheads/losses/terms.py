@@ -17,21 +17,21 @@ class Term(NamedTuple):
 
     Attributes:
         values: `[..., 1]` or `[..., d]`.
-        count: what stands in the place of 1 for each element in every denominator; `[..., 1]` or the same shape.
+        count: the number in place of 1 for each element in every denominator; `[..., 1]` or the same shape.
     """
 
     values: Any
     count: Any = None
 
     def scaled(self, scale: Any) -> "Term":
-        """Each element counted `scale [..., 1]` times, in the loss and in the denominators."""
+        """Returns the term with each element counted `scale [..., 1]` times, in the loss and in the denominators."""
         if scale is None:
             return self
         return Term(self.values * scale, scale if self.count is None else self.count * scale)
 
 
 def as_term(losses: Any, lead: tuple[int, ...], sizes: tuple[int, ...], who: str) -> Term:
-    """What a hook returned, as a term with float32 values; refused if it is not `lead` and one of `sizes`."""
+    """Returns a hook's result as a term with float32 values. Refuses shapes that are not `lead` and one of `sizes`."""
     term = losses if isinstance(losses, Term) else Term(losses)
     allowed = list(dict.fromkeys((*lead, size) for size in sizes))
     for part in (part for part in term if part is not None):
@@ -63,12 +63,12 @@ def loss_sums(term: Term, elements: Elements, how: Reduction) -> LossSums:
     # By multiplication: `where(bad, nan, loss)` would have gradient 0.
     values = term.values * masking.keep(~elements.bad, masking.ones_like(elements.weights), np.nan)
     total = masking.total(masking.weighted(values, elements.weights))
-    live = masking.total(masking.is_not_zero(elements.weights).astype(jnp.float32))
+    live = masking.total(elements.live.astype(jnp.float32))
     return LossSums(total, divisor(term, elements, how), live)
 
 
 def divisor(term: Term, elements: Elements, how: Reduction) -> jax.Array:
-    """By what the weighted sum is divided (under `SUM`, unused, the number of elements)."""
+    """Returns the divisor of the weighted sum (under `SUM`, unused, the number of elements)."""
     elements = _fit_elements(elements, term)
     multiplicity = {
         Reduction.SUM: lambda: elements.rows.exists.astype(jnp.float32),
@@ -82,23 +82,23 @@ def divisor(term: Term, elements: Elements, how: Reduction) -> jax.Array:
 
 
 def _fit_elements(elements: Elements, term: Term) -> Elements:
-    """The elements with one weight a row, where there is one loss a row."""
+    """Returns the elements with one weight a row, where there is one loss a row."""
     return elements.of_whole_rows() if term.values.shape[-1] == 1 else elements
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DivisorOf:
-    """`divisor` of what is kept of the elements, reduced as an observation is: for all data, each group and replica."""
+    """The `divisor` of a part of the elements, reduced as an observation is: for all data, each group and replica."""
 
     term: Term
     elements: Elements
     how: Reduction = dataclasses.field(metadata={"static": True})
 
     def reduce(self, weights: jax.Array) -> jax.Array:
-        """Of all elements, each counted `weights` times: `[1]`."""
+        """Returns the divisor of all elements, each counted `weights` times: `[1]`."""
         return divisor(self.term.scaled(weights), self.elements, self.how)[None]
 
     def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
-        """`reduce` for each group of a `Membership`."""
+        """Returns `reduce` for each group of a `Membership`."""
         return groups.at_once(lambda inside: self.reduce(weights * inside))

@@ -1,7 +1,7 @@
 """Floor 1: additive metric states, and the catalogue of `head.with_metrics(...)`.
 
 Metrics of scores (`BinaryClassHead`, `MultiLabelHead`, and every head with the source `"scores"`) share the head's one
-histogram. One rule each holds for all of them:
+histogram. The same rules hold for all of them:
 
 * **The undefined.** A metric whose denominator is 0 was not measured: it is the `undefined` of `compute`, NaN by
   default. So are areas and operating points without positives, and those of ROC curves without negatives.
@@ -12,14 +12,14 @@ histogram. One rule each holds for all of them:
   default, takes all entries for examples of one class; None gives each class its `KEY/CLASS`. Means have keys of their
   own: `auc_macro`, `precision_weighted/positive_threshold_0.3`.
 * **Ties.** Positive means a score above the threshold, not one that equals it. The user's thresholds and z = 0 are
-  edges of the bins, so what is decided there is exact. Elsewhere scores in one bin are taken for equal, of which a pair
-  counts half; what their order may change spans the interval `KEY/lower`, `KEY/upper` of `compute(bounds=True)`, which
-  holds the value of the same scores without bins.
+  edges of the bins, so decisions there are exact. Elsewhere scores in one bin are taken for equal, and a pair of equal
+  scores counts half. The interval `KEY/lower`, `KEY/upper` of `compute(bounds=True)` spans all orders of such scores,
+  so it holds the value of the same scores without bins.
 
 `MultiClassHead` has scores too, the log odds of each class against all others, and beside them a confusion matrix and
 the rank of the label. Metrics of decisions without a threshold keep three sums a class of that matrix, for any number
-of classes; only `ConfusionMatrix` and a `CohenKappa` with weights keep all pairs, for up to 4,096 classes. What is
-predicted is the first of the largest logits; a row with a NaN is predicted nothing and wrong, and makes scores NaN.
+of classes; only `ConfusionMatrix` and a `CohenKappa` with weights keep all pairs, for up to 4,096 classes. The
+predicted class is the first of the largest logits. A row with a NaN has no prediction, is wrong, and makes scores NaN.
 Heads of regression have the moments of labels and predictions, after the inverse link.
 """
 
@@ -96,7 +96,7 @@ if _typing.TYPE_CHECKING:
     from jaxheads.metrics.thresholds import Specificity as Specificity
     from jaxheads.metrics.thresholds import Support as Support
 
-# What is asked for by name alone, imported then: `import jaxheads` does not pay for the catalogue.
+# The names that are imported when they are asked for: `import jaxheads` does not pay for the catalogue.
 _LAZY = {
     name: module
     for module, names in {

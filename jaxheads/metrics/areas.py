@@ -53,7 +53,7 @@ class PrAuc(AbstractScoreMetric):
 class AveragePrecision(AbstractScoreMetric):
     """`average_precision = sum_n (R_n - R_{n-1}) P_n`: precision averaged over the positives, without interpolation.
 
-    Undefined without positives. The value is that of the bins, as if scores were equal inside them. Source:
+    Undefined without positives. The value is that of the bins, as if scores were equal inside each. Source:
     `average_precision_score`.
     """
 
@@ -75,7 +75,7 @@ class AveragePrecision(AbstractScoreMetric):
         )
 
     def _sum_worst(self, view: ScoresView) -> Any:
-        """For each bucket the least sum of precisions that its positives can have, in any order of its scores.
+        """Returns, for each bucket, the least sum of precisions that its positives can have, in any order of scores.
 
         It is least if the negatives of the bucket come first. Positives that are tied come at once. Else it is least if
         they come in ever smaller parts: the integral of (t + x) / (t + x + F) over x from 0 to p, where t are the

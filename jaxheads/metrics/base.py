@@ -1,7 +1,7 @@
-"""What a head observes, and how it is read back: the two ends of a metric state.
+"""The observations of a head, and the views that read them back: the two ends of a metric state.
 
 An observation is declared per element. The head's base class reduces it, so that masks, weights, devices, and later
-slices and bootstrap replicas, are written once. Whatever is observed becomes one stretch of the head's packed state.
+slices and bootstrap replicas, are written once. Each observation becomes one stretch of the head's packed state.
 """
 
 import abc
@@ -16,8 +16,8 @@ import numpy as np
 
 from jaxheads.numerics import fields
 
-# What a head keeps beside what it observes: the mean of its losses; what its loss is divided by, inside a `MultiHead`;
-# how many elements weigh anything, with slices.
+# The values that a head keeps beside its observations: the mean of its losses; the divisor of its loss, inside a
+# `MultiHead`; the number of elements that weigh anything, with slices.
 AVERAGE_LOSS, DIVISOR, COUNT = KEPT = ("average_loss", "divisor", "slice_count")
 # The loss of all data that a head in a `MultiHead` has seen.
 LOSS = "loss"
@@ -27,34 +27,34 @@ SLICE, SLICE_SIZE, REGULARIZATION_LOSS = RESERVED = ("slice", "count", "regulari
 # The sources that heads of the library have: the score histogram, the confusion matrix, the rank of the label, and the
 # moments of labels and predictions. A head observes its own histogram under the same key.
 SCORES, CONFUSION, RANKS, MOMENTS = "scores", "confusion", "ranks", "moments"
-# What metrics keep of a confusion matrix that need three sums a class, and not all pairs of classes.
+# The part of a confusion matrix for metrics that need three sums a class, and not all pairs of classes.
 COUNTS = "class_counts"
 
 
 def join_names(*parts: str | None) -> str:
-    """The full name of a metric or a summary from its key and the names that there are, as `auc/sun/HEAD`."""
+    """Joins a key and the names that exist to the full name of a metric or a summary, such as `auc/sun/HEAD`."""
     return "/".join(part for part in parts if part)
 
 
 def is_part_of(key: str, whole: str) -> bool:
-    """Whether a key names a metric, or the part of it that `join_names` names for one class or threshold."""
+    """Tells whether a key names a metric, or the part of it that `join_names` names for one class or threshold."""
     return key == whole or key.startswith(f"{whole}/")
 
 
 def at_threshold(key: str, threshold: float) -> str:
-    """The key of a metric of decisions at a threshold of the user's."""
+    """Returns the key of a metric of decisions at a threshold of the user's."""
     return f"{key}/positive_threshold_{threshold:g}"
 
 
 def calibration_key(bins: int, whole: bool = False) -> str:
-    """The key of the observation for the calibration in so many bins; `whole`: of the class that is predicted."""
+    """Returns the key of the observation for the calibration in so many bins; `whole`: of the predicted class."""
     return f"calibration/{bins}{WHOLE if whole else ''}"
 
 
-# What the key of an observation ends with that is of a row, where classes exclude each other, and not of each entry.
+# The end of the key of an observation with one value a row, where classes exclude each other, and not one an entry.
 WHOLE = "/classes"
 
-# Where an observation stands in a state: the names of the heads around its own, then its key.
+# The place of an observation in a state: the names of the heads around its own, then its key.
 Path: TypeAlias = tuple[str, ...]
 
 
@@ -69,7 +69,7 @@ class Observation(abc.ABC):
     @property
     @abc.abstractmethod
     def size(self) -> int:
-        """How many sums it takes."""
+        """The number of sums that it takes."""
 
     def check(self, what: str, lead: tuple[int, ...]) -> None:
         """Refuses arrays that are not `lead + [k]`: one of shape `[N]` would broadcast to `[N, N]`."""
@@ -82,17 +82,17 @@ class Observation(abc.ABC):
                 )
 
     def join(self, other: "Observation") -> "Observation":
-        """One observation that serves all who read either; refused if that cannot be."""
+        """Returns one observation that serves the readers of both. Refuses two that cannot be one."""
         if jax.tree.structure(self) != jax.tree.structure(other):
             raise ValueError(f"Two metrics observe different things under one key: {self} and {other}. Rename one.")
         return self
 
     @abc.abstractmethod
     def reduce(self, weights: jax.Array) -> jax.Array:
-        """The sums `[size]` of this batch under weights `[..., 1]` or `[..., d]`."""
+        """Returns the sums `[size]` of this batch under weights `[..., 1]` or `[..., d]`."""
 
     def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
-        """`reduce` for each group, `[groups.n, size]`: one after the other, unless a better way is known."""
+        """Returns `reduce` for each group, `[groups.n, size]`: one after the other, unless a better way is known."""
         over = groups.at_once if self.only_sums else groups.each
         return over(lambda inside: self.reduce(weights * inside))
 
@@ -103,12 +103,12 @@ class Observation(abc.ABC):
 
     @abc.abstractmethod
     def read(self, sums: Any, xp: Any, undefined: float) -> Any:
-        """A view of accumulated sums `[..., size]`.
+        """Returns a view of accumulated sums `[..., size]`.
 
         Args:
             sums: float64 NumPy outside `jit`, float32 JAX inside.
             xp: `numpy` or `jax.numpy`, whichever `sums` belongs to.
-            undefined: what a metric whose denominator is zero reads as.
+            undefined: the value of a metric whose denominator is zero.
         """
 
 
@@ -120,24 +120,24 @@ class View:
     undefined: float
 
     def ratio(self, numerator: Any, denominator: Any) -> Any:
-        """`numerator / denominator`; `undefined` where the denominator is 0; NaN stays NaN."""
+        """Returns `numerator / denominator`; `undefined` where the denominator is 0; NaN stays NaN."""
         xp = self.xp
         zero = denominator == 0
         safe = xp.where(zero, xp.ones_like(denominator), denominator)
         return xp.where(zero, xp.full_like(numerator / safe, self.undefined), numerator / safe)
 
     def with_undefined(self, undefined: float) -> Self:
-        """The same view with another value for 0/0. What it has added up already it keeps."""
+        """Returns the same view with another value for 0/0. It keeps the sums that it has added up already."""
         other = copy.copy(self)
         object.__setattr__(other, "undefined", undefined)
         return other
 
     def zeroed(self) -> Self:
-        """The same view, whose 0/0 is 0: what is not there adds nothing."""
+        """Returns the same view, whose 0/0 is 0: absent data add nothing."""
         return self.with_undefined(0.0)
 
     def average(self, values: Any, defined: Any, weights: Any = None) -> Any:
-        """The mean over the last axis (classes, targets). An entry without a value counts as `undefined`.
+        """Returns the mean over the last axis (classes, targets). An entry without a value counts as `undefined`.
 
         If `undefined` is NaN, the mean is over the entries that have a value.
         """
@@ -147,7 +147,7 @@ class View:
         return self.mean_over(every, self.xp.ones_like(every, dtype=bool), weights)
 
     def mean_over(self, values: Any, defined: Any, weights: Any = None) -> Any:
-        """The mean over the last axis (classes, targets), of the entries that have a value.
+        """Returns the mean over the last axis (classes, targets), of the entries that have a value.
 
         An absent class was not measured: it neither lifts the mean nor lowers it.
         """
@@ -159,14 +159,15 @@ class View:
 class Metric(abc.ABC):
     """A metric that a head keeps beside its own, by `head.with_metrics(metric)`; a frozen dataclass, equal by value.
 
-    Subclass it to write one: what is accumulated, and what is read from it. What several metrics observe under one key
-    is accumulated once. To read what the head has already (its score histogram, its confusion matrix), subclass
-    `AbstractSourceMetric`. Names of classes come with the observation that a head makes, and so with its view.
+    Subclass it to write one: `observe` returns the observations, and `summarize` reads their sums. If several metrics
+    observe under one key, it is accumulated once. To read a source that the head has already (its score histogram, its
+    confusion matrix), subclass `AbstractSourceMetric`. Names of classes come with the observation that a head makes,
+    and so with its view.
     """
 
-    # True for an accuracy, False for an error; None where neither is better, as of a mean of labels.
+    # True for an accuracy, False for an error; None where neither is better, as for a mean of labels.
     higher_is_better: Any = None
-    # What it counts: "element", or "sequence", all elements of one entry of the first axis.
+    # The unit that it counts: "element", or "sequence", all elements of one entry of the first axis.
     unit: Any = "element"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -176,7 +177,7 @@ class Metric(abc.ABC):
             cls.__repr__ = Metric.__repr__
 
     def __repr__(self) -> str:
-        """As it is written: the arguments that differ from their defaults."""
+        """Shows the metric as it is written: with the arguments that differ from their defaults."""
         values = fields.values_of(self) if dataclasses.is_dataclass(self) else {}
         defaults = {field.name: field.default for field in fields.of_kind(type(self))} if values else {}
         arguments = ", ".join(f"{name}={value!r}" for name, value in values.items() if value != defaults[name])
@@ -186,17 +187,17 @@ class Metric(abc.ABC):
     def observe(
         self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]
     ) -> Mapping[str, Observation]:
-        """What is accumulated, by a static key; `sources` are the head's own observations, made when called.
+        """Returns the observations to add up, by a static key; `sources` are the head's own, made when called.
 
         It may have a further argument `rows`, as the hooks of heads may.
         """
 
     @abc.abstractmethod
     def summarize(self, seen: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The values by name, from views of all that was observed; an `Interval` where bins leave one."""
+        """Returns the values by name, from views of all observations; an `Interval` where bins leave one."""
 
     def direction(self, key: str) -> bool | None:
-        """`higher_is_better` of one of the keys that this metric gives, where they differ."""
+        """Returns `higher_is_better` of one of the keys that this metric gives, where they differ."""
         return self.higher_is_better
 
 
@@ -211,15 +212,15 @@ class AbstractSourceMetric(Metric):
         @property
         @abc.abstractmethod
         def source(self) -> str:
-            """Which: `"scores"`, `"confusion"`, `"ranks"`, `"moments"`; a head says in its docstring which it has."""
+            """The source: `"scores"`, `"confusion"`, `"ranks"`, `"moments"`. A head's docstring lists those it has."""
 
     def refine(self, observation: Any) -> Observation:
-        """The observation with what this metric needs: an exact threshold, a histogram for each class."""
+        """Returns the observation with all that this metric needs: an exact threshold, a histogram for each class."""
         return observation
 
     @abc.abstractmethod
     def values(self, view: Any) -> Mapping[str, Any]:
-        """The values by name, from a view of the source."""
+        """Returns the values by name, from a view of the source."""
 
     def observe(
         self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]
@@ -227,7 +228,7 @@ class AbstractSourceMetric(Metric):
         return {self.source: self.refine(self.made(sources))}
 
     def made(self, sources: Mapping[str, Callable[[], Observation]]) -> Any:
-        """The head's observation, or an error that names those which it has."""
+        """Returns the head's observation, or raises an error that names the sources of the head."""
         if self.source not in sources:
             raise ValueError(
                 f"{self!r} reads {self.source!r}, which this head does not have. Given a head with "

@@ -1,4 +1,4 @@
-"""Whether probabilities are what they say: exact sums of their own, no bins of scores.
+"""Metrics that compare probabilities with frequencies: exact sums of their own, no bins of scores.
 
 Each takes `average` and `name`; the rules for 0/0 and for absent classes are told in `jaxheads.metrics`. A soft label y
 counts as weight y positive and 1 - y negative, here too.
@@ -30,12 +30,12 @@ from jaxheads.numerics.histograms import histogram
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ClassMeans(Observation):
-    """Sums of `a v`, of `a` and of `a y` for each class: a mean, and what it is weighted by.
+    """Sums of `a v`, of `a` and of `a y` for each class: a mean, and its weights.
 
     Args:
         values: one value an entry, `[..., c]`.
         labels: float `[..., c]` in [0, 1].
-        names: of the entries of the last axis.
+        names: the names of the entries of the last axis.
     """
 
     values: Any
@@ -48,7 +48,7 @@ class ClassMeans(Observation):
         return 3 * len(self.names)
 
     def reduce(self, weights: jax.Array) -> jax.Array:
-        """The weighted sums of this batch, then the weights, then those of the positives."""
+        """Returns the weighted sums of this batch, then the weights, then those of the positives."""
         values = jnp.asarray(self.values, jnp.float32)
         weights = weights * masking.ones_like(values)
         three = (masking.weighted(values, weights), weights, masking.weighted(self.labels, weights))
@@ -57,10 +57,10 @@ class ClassMeans(Observation):
         return jnp.concatenate([masking.column_totals(x) for x in three])
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "ClassMeansView":
-        """The means, of all classes and of each."""
+        """Returns the means, of all classes and of each."""
         three = sums.reshape((*sums.shape[:-1], 3, len(self.names)))
         weighted, total, support = (three[..., i, :] for i in range(3))
-        # So that a mean over classes does not take a NaN for a class that is absent.
+        # Else a mean over classes would take a NaN for a class that is absent.
         total = xp.where(xp.isnan(weighted), weighted, total)
         each = ClassMeansView(xp, undefined, self.names, weighted, total, support)
         return ClassMeansView(xp, undefined, self.names, weighted.sum(-1), total.sum(-1), support.sum(-1), each)
@@ -77,7 +77,7 @@ class ClassMeansView(View):
     each: "ClassMeansView | None" = None
 
     def by_class(self) -> Any:
-        """All classes at once: every value has them on a last axis."""
+        """Returns the view of all classes at once: every value has them on a last axis."""
         return self.each
 
     @property
@@ -89,13 +89,13 @@ class ClassMeansView(View):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CalibrationBins(Observation):
-    """Sums of `a`, `a p` and `a y` by class and by equal steps of the probability p, of which each holds its upper end.
+    """Sums of `a`, `a p` and `a y` by class and by equal steps of the probability p. Each step holds its upper end.
 
     Args:
         labels: float `[..., c]` in [0, 1].
         logits: float `[..., c]`.
         bins: the number of steps.
-        names: of the entries of the last axis.
+        names: the names of the entries of the last axis.
     """
 
     labels: Any
@@ -109,10 +109,10 @@ class CalibrationBins(Observation):
         return 3 * len(self.names) * self.bins
 
     def reduce(self, weights: jax.Array) -> jax.Array:
-        """One pass: the step of each entry, then its three sums."""
+        """Returns the three sums of each step, in one pass over the entries."""
         p = jax.nn.sigmoid(jnp.asarray(self.logits, jnp.float32))
         weights = weights * masking.ones_like(p)
-        # A NaN belongs to no step; it must show, so it makes a NaN of one.
+        # A NaN belongs to no step. It must show, so it makes one of the steps NaN.
         weights = jnp.where(jnp.isnan(p) & (weights != 0), p, weights)
         edges = edges_of(tuple(k / self.bins for k in range(1, self.bins)))
         three = (weights, masking.weighted(p, weights), masking.weighted(self.labels, weights))
@@ -120,7 +120,7 @@ class CalibrationBins(Observation):
         return histogram(edges.locate(p), three, self.bins, columns).ravel()
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "CalibrationView":
-        """The steps, of all classes and of each."""
+        """Returns the steps, of all classes and of each."""
         three = sums.reshape((*sums.shape[:-1], 3, len(self.names), self.bins))
         weight, predicted, observed = (three[..., i, :, :] for i in range(3))
         each = CalibrationView(xp, undefined, self.names, weight, predicted, observed)
@@ -138,7 +138,7 @@ class CalibrationView(View):
     each: "CalibrationView | None" = None
 
     def by_class(self) -> Any:
-        """All classes at once: every value has them on a last axis."""
+        """Returns the view of all classes at once: every value has them on a last axis."""
         return self.each
 
     @property
@@ -153,15 +153,15 @@ class CalibrationView(View):
 
     @property
     def error(self) -> Any:
-        """The mean distance between mean probability and frequency, weighted by what each step holds."""
+        """The mean distance between mean probability and frequency, weighted by the weight of each step."""
         return self.ratio(self.xp.abs(self.predicted - self.observed).sum(-1), self.total)
 
     def curve(self) -> tuple[Any, Any, Any]:
-        """`predicted, observed, weight` of each step: mean probability, frequency; undefined where it holds nothing."""
+        """Returns `predicted, observed, weight` of each step: mean probability, frequency; undefined if it is empty."""
         return self.ratio(self.predicted, self.weight), self.ratio(self.observed, self.weight), self.weight
 
     def reliability(self) -> tuple[Any, Any, Any]:
-        """The same of the steps that hold anything, of a single state on the host."""
+        """Returns the same of the steps that are not empty, for a single state on the host."""
         predicted, observed, weight = self.curve()
         held = weight > 0
         return predicted[held], observed[held], weight[held]
@@ -169,7 +169,7 @@ class CalibrationView(View):
 
 @dataclasses.dataclass(frozen=True)
 class AbstractSumsMetric(AbstractScoreMetric):
-    """A metric with sums of its own, of the scores that its head has a histogram of."""
+    """A metric with sums of its own, of the scores in its head's histogram."""
 
     def observe(
         self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]
@@ -181,18 +181,18 @@ class AbstractSumsMetric(AbstractScoreMetric):
 
     @property
     def kept(self) -> str:
-        """Under which key the sums are accumulated."""
+        """The key under which the sums are accumulated."""
         return self.stem
 
     @abc.abstractmethod
     def sums(self, scores: Any) -> Observation:
-        """What is accumulated, for every average alike."""
+        """Returns the observation that is accumulated, for every average alike."""
 
     def whole(self, scores: Any, decided: Any) -> Observation | None:
-        """What is accumulated of all classes together where one excludes the others; None: entries are examples.
+        """Returns the observation of all classes together, if they exclude each other; None: entries are examples.
 
         Args:
-            scores: of each class against all others.
+            scores: the scores of each class against all others.
             decided: the `ConfusionTable`.
         """
         return None
@@ -219,12 +219,12 @@ class AbstractClassMean(AbstractSumsMetric):
         return None if row is None else ClassMeans(row, masking.ones_like(row), ("all",))
 
     def of_row(self, labels: jax.Array, logits: jax.Array) -> jax.Array | None:
-        """One value a row, `[..., 1]`, of classes that exclude each other; None where there is none but the entries."""
+        """Returns one value a row, `[..., 1]`, of classes that exclude each other; None if only entries have one."""
         return None
 
     @abc.abstractmethod
     def entries(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
-        """One value an entry, `[..., c]`."""
+        """Returns one value an entry, `[..., c]`."""
 
     def read(self, view: ClassMeansView) -> Any:
         return view.mean
@@ -234,15 +234,15 @@ class AbstractClassMean(AbstractSumsMetric):
 class BrierScore(AbstractClassMean):
     """`brier_score`, the mean of `y (1 - p)^2 + (1 - y) p^2`: for labels 0 and 1, of `(y - p)^2`.
 
-    Of a `MultiClassHead` the mean over rows of `sum_k (y_k - p_k)^2`; by class, of each against all others. Undefined
-    where nothing was seen. Source: `brier_score_loss`.
+    For a `MultiClassHead` it is the mean over rows of `sum_k (y_k - p_k)^2`; by class, that of each against all others.
+    Undefined without data. Source: `brier_score_loss`.
     """
 
     stem = "brier_score"
     higher_is_better = False
 
     def entries(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
-        # sigmoid(-z) is 1 - p where that is small, too.
+        # sigmoid(-z) is 1 - p, also where that is small.
         return labels * jax.nn.sigmoid(-logits) ** 2 + (1 - labels) * jax.nn.sigmoid(logits) ** 2
 
     def of_row(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
@@ -251,11 +251,11 @@ class BrierScore(AbstractClassMean):
 
 @dataclasses.dataclass(frozen=True)
 class LogLoss(AbstractClassMean):
-    """`log_loss`, the mean of `-y ln p - (1 - y) ln(1 - p)`, whatever the head is trained on.
+    """`log_loss`, the mean of `-y ln p - (1 - y) ln(1 - p)`, for any loss that the head is trained on.
 
-    The `average_loss` of a `BinaryClassHead` and of a `MultiLabelHead` without `loss_fn` is just that; this is for
-    heads with a loss of their own, and by class. Of a `MultiClassHead` the mean of `-ln p_y`; by class, of each against
-    all others. Undefined where nothing was seen. Source: `log_loss`.
+    The `average_loss` of a `BinaryClassHead` and of a `MultiLabelHead` without `loss_fn` is the same; this metric is
+    for heads with a loss of their own, and for values by class. For a `MultiClassHead` it is the mean of `-ln p_y`; by
+    class, that of each against all others. Undefined without data. Source: `log_loss`.
     """
 
     stem = "log_loss"
@@ -274,7 +274,7 @@ class LogLoss(AbstractClassMean):
 class BaseRate(AbstractClassMean):
     """`base_rate`, the mean of the labels: the share of positives, and the precision of guessing.
 
-    Undefined where nothing was seen.
+    Undefined without data.
     """
 
     stem = "base_rate"
@@ -287,12 +287,12 @@ class BaseRate(AbstractClassMean):
 class ExpectedCalibrationError(AbstractSumsMetric):
     """`expected_calibration_error`, the sum over equal steps of p of `|sum a p - sum a y|`, divided by `sum a`.
 
-    Exact for its steps, whatever the bins of the scores. Of a `MultiClassHead` p is the probability of the class that
-    is predicted and y whether it is right (Guo et al. 2017); by class, each against all others. Undefined where nothing
-    was seen. Source: Naeini et al. (2015); scikit-learn's `calibration_curve` has the same steps.
+    It is exact for its steps, whatever the bins of the scores. For a `MultiClassHead`, p is the probability of the
+    predicted class, and y is 1 if that class is right (Guo et al. 2017); by class, each is taken against all others.
+    Undefined without data. Source: Naeini et al. (2015); scikit-learn's `calibration_curve` has the same steps.
     `metrics.reliability(bins)` gives its curve.
 
-    A sum of distances: chance alone lifts it above 0, most where a step or a slice holds little, and in every
+    It is a sum of distances: chance alone lifts it above 0, most where a step or a slice holds little, and in every
     bootstrap replica once more. So read its intervals as upper ones (Kumar et al. 2019).
 
     Args:
@@ -326,5 +326,5 @@ class ExpectedCalibrationError(AbstractSumsMetric):
 
 
 def _take_labels(scores: Any) -> jax.Array:
-    """The labels of scores, one for each of their entries."""
+    """Returns the labels of scores, one for each of their entries."""
     return jnp.asarray(scores.labels, jnp.float32) * masking.ones_like(scores.logits)

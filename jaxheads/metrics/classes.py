@@ -1,9 +1,9 @@
-"""Metrics of one of many classes that two classes do not have.
+"""Metrics for heads of many classes that heads of two classes do not have.
 
-What is told by a decision for or against each class, such as `Precision`, `Recall`, `FBeta`, `IoU`, `Support`,
-`BalancedAccuracy`, `CohenKappa` and `MatthewsCorrcoef`, is with the other metrics of decisions: without a threshold
-they read the hits and errors of the head by class. What is told by scores, such as `AveragePrecision`, reads the
-histogram of each class against all others.
+Metrics of decisions for or against each class, such as `Precision`, `Recall`, `FBeta`, `IoU`, `Support`,
+`BalancedAccuracy`, `CohenKappa` and `MatthewsCorrcoef`, are with the other metrics of decisions: without a threshold
+they read the hits and errors of the head by class. Metrics of scores, such as `AveragePrecision`, read the histogram of
+each class against all others.
 
 >>> import jax.numpy as jnp
 >>> import jaxheads as jh
@@ -36,12 +36,12 @@ from jaxheads.metrics.scored import AbstractScoreMetric, Average
 class ConfusionMatrix(AbstractSourceMetric):
     """`confusion_matrix [n, n]`: weights by label (rows) and predicted class (columns).
 
-    Predicted is the first of the largest logits. A row with a NaN has no prediction and is in no column: it is missing
-    in the sum of its row.
+    The predicted class is the first of the largest logits. A row with a NaN has no prediction and is in no column: it
+    is missing in the sum of its row.
 
     Args:
-        normalize: None, or by which sum to divide: `"true"`, of each row; `"pred"`, of each column; `"all"`. A row, a
-            column, a matrix without weight is undefined.
+        normalize: None, or the sum to divide by: `"true"`, of each row; `"pred"`, of each column; `"all"`, of all. A
+            row, a column or a matrix without weight is undefined.
 
     Source: `sklearn.metrics.confusion_matrix`.
     """
@@ -63,9 +63,9 @@ class ConfusionMatrix(AbstractSourceMetric):
 
 @dataclasses.dataclass(frozen=True)
 class MeanIoU(AbstractSourceMetric):
-    """`mean_iou`, the mean over classes of `TP / (TP + FP + FN)`, of those that have labels or are predicted.
+    """`mean_iou`, the mean of `TP / (TP + FP + FN)` over the classes that have labels or are predicted.
 
-    `IoU(average="macro")` under the name that it has for pixels. Source: `keras.metrics.MeanIoU`.
+    It is `IoU(average="macro")` under the name that it has for pixels. Source: `keras.metrics.MeanIoU`.
     """
 
     source = CONFUSION
@@ -88,13 +88,13 @@ class MeanIoU(AbstractSourceMetric):
 class OneVsRestAuc(AbstractScoreMetric):
     """`auc_ovr_macro`, `auc_ovr_weighted`, or `auc_ovr/CLASS`: the areas under the ROC curves of each class.
 
-    Each class against all others, by its probability among them: the score is its log odds, `z_k - logsumexp` of the
-    others. Undefined where a class has no labels, or all; means are over the others. Bins leave an interval.
+    Each class is ranked against all others by its probability among them: the score is its log odds, `z_k - logsumexp`
+    of the others. Undefined for a class with no labels, or with all; means are over the others. Bins leave an interval.
 
     Args:
         average: `"macro"`, `"weighted"` by support, None for each class, `"micro"` for all together.
-        bins: of the log odds, by default a `GrowingGrid`. They serve all metrics of the head's scores, `RocAuc` and the
-            rest.
+        bins: the bins of the log odds, by default a `GrowingGrid`. They serve all metrics of the head's scores,
+            `RocAuc` and the rest.
 
     Source: `sklearn.metrics.roc_auc_score(multi_class="ovr")`; Provost and Domingos (2000).
 

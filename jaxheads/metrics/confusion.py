@@ -44,11 +44,11 @@ class Decisions(Observation):
         return self.size >= 2**14
 
     def reduce(self, weights: jax.Array) -> jax.Array:
-        """The sums of this batch."""
+        """Returns the sums of this batch."""
         return self.count(jnp.asarray(weights, jnp.float32), np.int32(0), 1).ravel()
 
     def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
-        """Where groups do not overlap, all are counted at once."""
+        """Returns the sums of each group. Where groups do not overlap, all are counted at once."""
         if groups.ids is None:
             return super().reduce_by(weights, groups)
         weights = masking.keep(groups.ids >= 0, jnp.asarray(weights, jnp.float32), 0)
@@ -56,7 +56,7 @@ class Decisions(Observation):
 
     @abc.abstractmethod
     def count(self, weights: jax.Array, groups: Any, n: int) -> jax.Array:
-        """The sums of each of `n` groups, `[n, size]`."""
+        """Returns the sums of each of `n` groups, `[n, size]`."""
 
 
 @jax.tree_util.register_dataclass
@@ -64,8 +64,8 @@ class Decisions(Observation):
 class ConfusionTable(Decisions):
     """Weights by label and predicted class, `[n, n + 1]`.
 
-    The last column is of rows with a NaN, for which nothing is predicted. No prediction is right there: to every metric
-    they are misses of their class, and hits of none.
+    The last column is for rows with a NaN, which have no prediction. To every metric they are misses of their class,
+    and hits of none.
     """
 
     @property
@@ -84,12 +84,12 @@ class ConfusionTable(Decisions):
             )
 
     def count(self, weights: jax.Array, groups: Any, n: int) -> jax.Array:
-        """One number says the group and the pair, so that one histogram counts them."""
+        """Counts the pairs in one histogram: one number tells the group and the pair."""
         pairs = self.labels * np.int32(len(self.names) + 1) + self.predicted
         return histogram(groups * np.int32(self.size) + pairs, (weights,), n * self.size).reshape(n, self.size)
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "ConfusionView":
-        """The matrix, with the metrics that it tells."""
+        """Returns the matrix, with the metrics that it tells."""
         n = len(self.names)
         table = sums.reshape((*sums.shape[:-1], n, n + 1))
         wrong = table * _make_constant(1 - np.eye(n, n + 1), table, xp)
@@ -109,12 +109,12 @@ class ClassCounts(Decisions):
 
     @classmethod
     def of(cls, table: ConfusionTable) -> "ClassCounts":
-        """Keeps less of the same decisions."""
+        """Returns counts of the decisions in a table."""
         return cls(table.labels, table.predicted, table.names)
 
     @staticmethod
     def view(seen: Mapping[str, Any]) -> "ClassesView":
-        """The view of the counts, or of the table that is kept in their place."""
+        """Returns the view of the counts, or of the table that is kept in their place."""
         return seen[COUNTS if COUNTS in seen else CONFUSION]
 
     @property
@@ -123,7 +123,7 @@ class ClassCounts(Decisions):
         return 3 * len(self.names)
 
     def count(self, weights: jax.Array, groups: Any, n: int) -> jax.Array:
-        """By label, and by prediction, in two histograms."""
+        """Counts by label, and by prediction, in two histograms."""
         k = len(self.names)
         hits, misses = masking.keep(self.right, weights, 0), masking.keep(~self.right, weights, 0)
         mistaken, first = masking.keep(self.predicted < np.int32(k), misses, 0), groups * np.int32(k)
@@ -133,7 +133,7 @@ class ClassCounts(Decisions):
         return jnp.moveaxis(counts.reshape(3, n, k), 1, 0).reshape(n, self.size)
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "ClassesView":
-        """The counts, with the metrics that they tell."""
+        """Returns the counts, with the metrics that they tell."""
         three = sums.reshape((*sums.shape[:-1], 3, len(self.names)))
         hits, false_positives, false_negatives = (three[..., i, :] for i in range(3))
         return ClassesView(xp, undefined, hits, false_positives, false_negatives, self.names)
@@ -168,11 +168,11 @@ class ClassesView(View):
         return self.support.sum(-1)[..., None] if self.apart else self.support.sum(-1)
 
     def by_class(self) -> "ClassesView":
-        """The same, with outcomes that have the classes on a last axis."""
+        """Returns the same view, with outcomes that have the classes on a last axis."""
         return dataclasses.replace(self, apart=True)
 
     def at_zero(self) -> Outcomes:
-        """The outcomes where positive means predicted: in a row with n classes, one is and n - 1 are not."""
+        """Returns the outcomes where positive means predicted: in a row with n classes, one is and n - 1 are not."""
         if self.apart:
             return Outcomes(self.xp, self.undefined, *self._four)
         tp, fp, fn, tn = (x.sum(-1) for x in self._four)
@@ -190,11 +190,11 @@ class ClassesView(View):
         return self.hits, self.false_positives, self.false_negatives, negatives
 
     def balanced_accuracy(self) -> Any:
-        """The mean recall of the classes that have labels."""
+        """Returns the mean recall of the classes that have labels."""
         return self.mean_over(self.ratio(self.hits, self.support), self.support > 0)
 
     def kappa(self, weights: str | None) -> Any:
-        """`1 - sum(O_ij) / sum(E_ij)` over i and j that differ; E is O if labels and predictions were independent.
+        """Returns `1 - sum(O_ij) / sum(E_ij)` over i and j that differ; E is O for independent labels and predictions.
 
         A row without a prediction is as wrong as can be.
         """
@@ -204,8 +204,8 @@ class ClassesView(View):
         return self.ratio(expected - observed, expected)
 
     def matthews_corrcoef(self) -> Any:
-        """Gorodkin's R_K, the correlation of labels and predictions as one-hot vectors."""
-        # sum_k (c_kk - t_k p_k) of shares is TP TN - FP FN of each class: what is common has cancelled already.
+        """Returns Gorodkin's R_K, the correlation of labels and predictions as one-hot vectors."""
+        # sum_k (c_kk - t_k p_k) of shares is TP TN - FP FN of each class: the common part has cancelled already.
         tp, fp, fn, tn = map(self._divide_by_total, self._four)
         root = self.xp.sqrt
         # sum_k s_k (1 - s_k) of the shares of labels, and of predictions.
@@ -214,13 +214,13 @@ class ClassesView(View):
         return self.ratio((tp * tn - fp * fn).sum(-1), root(labels) * root(predicted))
 
     def _share_predictions(self) -> Any:
-        """The share of each predicted class, and of rows without a prediction, `[..., n + 1]`."""
+        """Returns the share of each predicted class, and of rows without a prediction, `[..., n + 1]`."""
         predicted = self.hits + self.false_positives
         none = self.xp.maximum(self.support.sum(-1) - predicted.sum(-1), 0.0)
         return self._divide_by_total(self.xp.concatenate([predicted, none[..., None]], -1))
 
     def _sum_others(self, x: Any) -> Any:
-        """For each entry of the last axis the sum of all others, without a difference."""
+        """Returns, for each entry of the last axis, the sum of all others, without a difference."""
         xp = self.xp
         zero = xp.zeros_like(x[..., :1])
         before = xp.concatenate([zero, xp.cumsum(x[..., :-1], -1)], -1)
@@ -228,7 +228,7 @@ class ClassesView(View):
         return before + after
 
     def _divide_by_total(self, sums: Any) -> Any:
-        """Weights `[..., k]` as parts of the whole: products of weights themselves may be no float32."""
+        """Returns weights `[..., k]` as parts of the whole: products of weights may leave the range of float32."""
         return self.zeroed().ratio(sums, self.by_class().total)
 
 
@@ -248,7 +248,7 @@ class ConfusionView(ClassesView):
         return self.table[..., :-1]
 
     def kappa(self, weights: str | None) -> Any:
-        """`1 - sum(w_ij O_ij) / sum(w_ij E_ij)`, with E what labels and predictions would give if independent.
+        """Returns `1 - sum(w_ij O_ij) / sum(w_ij E_ij)`; E is O for independent labels and predictions.
 
         A row without a prediction is as wrong as can be.
         """
@@ -265,13 +265,13 @@ class ConfusionView(ClassesView):
 
 
 def _make_constant(array: np.ndarray, table: Any, xp: Any) -> Any:
-    """A constant `[a, b]` beside a table."""
+    """Returns a constant `[a, b]` with as many axes as a table."""
     return xp.asarray(array[(None,) * (table.ndim - 2)], table.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class MultiClassOutcomes(Outcomes):
-    """The outcomes of all classes together; what is more than a ratio of them is read from the counts of each class.
+    """The outcomes of all classes together. A metric that is no ratio of them is read from the counts of each class.
 
     Their precision, recall and F are all the accuracy of the head, where every row has a prediction.
     """
@@ -280,7 +280,7 @@ class MultiClassOutcomes(Outcomes):
 
     @property
     def accuracy(self) -> Any:
-        """How often the label is predicted: a row counts once, not once a class."""
+        """The share of rows whose label is predicted: a row counts once, not once a class."""
         return self.ratio(self.true_positives, self.classes.total)
 
     @property
@@ -299,5 +299,5 @@ class MultiClassOutcomes(Outcomes):
         return self.kappa(None)
 
     def kappa(self, weights: str | None) -> Any:
-        """Agreement beyond that of chance, where errors weigh as `weights` says."""
+        """Returns the agreement beyond that of chance, where errors weigh as `weights` says."""
         return self.classes.kappa(weights)

@@ -1,4 +1,4 @@
-"""What a score histogram tells: every metric of thresholds, and the areas, with the intervals that bins leave."""
+"""The metrics that a score histogram tells: those of thresholds, and the areas, with the intervals that bins leave."""
 
 import dataclasses
 import functools
@@ -21,22 +21,22 @@ class Interval(NamedTuple):
     upper: Any
 
     def is_wide(self) -> Any:
-        """Whether the bins leave more than 1e-2 open."""
+        """Tells whether the bins leave more than 1e-2 open."""
         return self.upper - self.lower > 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoresView(View):
-    """A score histogram that can be read: all entries together, and by itself each that has its own.
+    """A score histogram that can be read: all entries together, and each entry that has a histogram of its own.
 
     Attributes:
         grid: the bins.
         layout: their edges.
         negative, positive: weights by bucket, on the last axis.
-        names: of the entries of the logits' last axis: the classes.
-        order: which of them have a histogram of their own.
+        names: the names of the entries of the logits' last axis: the classes.
+        order: which entries have a histogram of their own.
         own: those histograms, in that order, on the axis before the last.
-        tied: in which buckets all positives have the same score; None where nobody asked.
+        tied: in which buckets all positives have the same score; None if no metric needs it.
         exclusive: whether the entries are classes that exclude each other.
     """
 
@@ -56,7 +56,7 @@ class ScoresView(View):
         return {column: self._rows(row) for row, column in enumerate(self.order)}
 
     def by_class(self) -> "ScoresView":
-        """All classes at once, in their order: every value has them on a last axis."""
+        """Returns the view of all classes at once, in their order: every value has them on a last axis."""
         return self._classes
 
     @functools.cached_property
@@ -117,32 +117,32 @@ class ScoresView(View):
         return self.ratio(self.positives, self.total)
 
     def at(self, threshold: float) -> Outcomes:
-        """The outcomes where positive means a score above one of the user's thresholds."""
+        """Returns the outcomes where positive means a score above one of the user's thresholds."""
         return self._count_at(self.layout.position[threshold])
 
     def at_zero(self) -> Outcomes:
-        """The outcomes where positive means z > 0."""
+        """Returns the outcomes where positive means z > 0."""
         return self._count_at(self.layout.zero)
 
     def _count_at(self, edge: int) -> Outcomes:
         fp, tp = (sums[..., edge + 1] for sums in self._above)
-        # Not 1 - x or total - x: in float32 that would lose what is small.
+        # Not 1 - x or total - x: in float32 that would lose small values.
         fn, tn = (x[..., : edge + 1].sum(-1) for x in (self.positive, self.negative))
         return Outcomes(self.xp, self.undefined, tp, fp, fn, tn)
 
     def cuts(self) -> Outcomes:
-        """The outcomes at every edge, from all predicted positive to none, on a last axis of `n_buckets + 1`."""
+        """Returns the outcomes at every edge, from all predicted positive to none: a last axis of `n_buckets + 1`."""
         return self._count_everywhere(slice(None), slice(None))
 
     def ideal(self) -> Outcomes:
-        """For each bucket, outcomes that no threshold inside it can surpass: its positives above, its negatives below.
+        """Returns, by bucket, outcomes that no threshold inside can surpass: its positives above, its negatives below.
 
-        What grows with TP and falls with FP is nowhere larger than at one of these.
+        A value that grows with TP and falls with FP is nowhere larger than at one of these.
         """
         return self._count_everywhere(slice(None, -1), slice(1, None))
 
     def worst(self) -> Outcomes:
-        """For each bucket, its negatives above a threshold inside it, and its positives below."""
+        """Returns, by bucket, the outcomes with its negatives above a threshold inside it, and its positives below."""
         return self._count_everywhere(slice(1, None), slice(None, -1))
 
     def _count_everywhere(self, positive: slice, negative: slice) -> Outcomes:
@@ -151,15 +151,15 @@ class ScoresView(View):
         return Outcomes(self.xp, self.undefined, *four)
 
     def _take_points(self) -> tuple[Any, Any]:
-        """False and true positives at the edges of the curve, from all predicted positive to none."""
+        """Returns false and true positives at the edges of the curve, from all predicted positive to none."""
         index = np.concatenate([[0], self.layout.curve + 1, [self.layout.n_buckets]])
         fp, tp = self._above
         return fp[..., index], tp[..., index]
 
     def _take_bins(self) -> tuple[Any, ...]:
-        """Of each bin between two points of the curve: false and true positives above it, and those within.
+        """Returns, for each bin between two points of the curve, false and true positives above it, and those within.
 
-        What lies within is added up by itself: the difference of two neighbouring points loses it in float32.
+        Those within are added up by themselves: the difference of two neighbouring points loses them in float32.
         """
         starts = np.concatenate([[0], self.layout.curve + 1])
         bins = np.repeat(np.arange(len(starts)), np.diff(starts, append=self.layout.n_buckets))
@@ -173,7 +173,7 @@ class ScoresView(View):
         return fp[..., 1:], tp[..., 1:], within(self.negative), within(self.positive)
 
     def roc_auc(self) -> Interval:
-        """Area under the ROC curve; pairs that share a bin count half, and span the interval."""
+        """Returns the area under the ROC curve; pairs that share a bin count half, and span the interval."""
         _, tp, more_fp, more_tp = self._take_bins()
         one = self.xp.ones_like(self.positives)
         defined = (self.positives > 0) & (self.negatives > 0)
@@ -183,7 +183,7 @@ class ScoresView(View):
         return self.interval(defined, (lower + upper) / 2, lower, upper)
 
     def pr_auc(self) -> Interval:
-        """Area under the precision-recall curve, interpolated as by Davis and Goadrich (2006), as Keras does.
+        """Returns the area under the precision-recall curve, interpolated as by Davis and Goadrich (2006) and Keras.
 
         Precision is integrated over the true positives. Within a bin the path is a straight line in (FP, TP); the
         bounds are the paths that take all positives of the bin first, or all negatives.
@@ -203,19 +203,19 @@ class ScoresView(View):
         return self.interval(defined, *(x.sum(-1) for x in (value, at(fp + more_fp), at(fp))))
 
     def interval(self, defined: Any, value: Any, lower: Any, upper: Any) -> Interval:
-        """Value and bounds, all in [0, 1], `undefined` where they are not defined."""
+        """Returns value and bounds, all in [0, 1], `undefined` where they are not defined."""
         xp = self.xp
         # Inside jit an area of 1 may come out as 1.0000002, and a bound may pass its value by as much.
         areas = (xp.clip(v, 0, 1) for v in (value, xp.minimum(lower, value), xp.maximum(upper, value)))
         return Interval(*(self.where(defined, v) for v in areas))
 
     def where(self, defined: Any, value: Any) -> Any:
-        """The value where it is defined, else `undefined`; NaN where a score was NaN."""
+        """Returns the value where it is defined, else `undefined`; NaN where a score was NaN."""
         value = self.xp.where(defined, value, self.xp.full_like(value, self.undefined))
         return self.xp.where(self.xp.isnan(self.total), self.total, value)
 
     def roc_curve(self) -> tuple[Any, Any, Any]:
-        """`fpr, tpr, thresholds`, thresholds falling from 1 to 0."""
+        """Returns `fpr, tpr, thresholds`, thresholds falling from 1 to 0."""
         fp, tp = self._take_points()
         ones = self.xp.ones_like(fp)
         fpr = self.ratio(fp, ones * self.negatives[..., None])
@@ -224,7 +224,7 @@ class ScoresView(View):
         return fpr[..., kept][..., ::-1], tpr[..., kept][..., ::-1], self._list_thresholds()[kept][::-1]
 
     def pr_curve(self) -> tuple[Any, Any, Any]:
-        """`precision, recall, thresholds`, thresholds rising from 0 to 1; precision 1 where nothing is predicted."""
+        """Returns `precision, recall, thresholds`, thresholds rising from 0 to 1; precision 1 without predictions."""
         fp, tp = self._take_points()
         precision = dataclasses.replace(self, undefined=1.0).ratio(tp, tp + fp)
         recall = self.ratio(tp, self.xp.ones_like(tp) * self.positives[..., None])
@@ -243,7 +243,7 @@ class ScoresView(View):
         return np.concatenate([[0.0], self.layout.probabilities[self.layout.curve], [1.0]])
 
     def reliability(self, bins: int) -> tuple[Any, Any, Any]:
-        """`predicted, observed, weight` in equal steps of probability, those without data left out."""
+        """Returns `predicted, observed, weight` in equal steps of probability. Steps without data are left out."""
         p = self.layout.representative
         group = np.minimum((p * bins).astype(int), bins - 1)
         sums = np.stack(
@@ -256,14 +256,14 @@ class ScoresView(View):
         return predicted / weight, observed / weight, weight
 
     def is_coarse(self) -> bool:
-        """Whether the bins are too coarse for the scores of this single state."""
+        """Tells whether the bins are too coarse for the scores of this single state."""
         return self.roc_auc().is_wide() or self.pr_auc().is_wide()
 
     def advice(self) -> str:
-        """The grid to use instead, from where the scores of a single state were seen."""
+        """Returns the grid to use instead, as text, from the range of the scores of a single state."""
         seen = np.flatnonzero(np.asarray(self.positive + self.negative) > 0)
         z = self.layout.logits
-        # An open bin says only that scores lie beyond the last edge: reach out as far again.
+        # An open bin says only that scores lie beyond the last edge, so it reaches out as far again.
         span = max(z[-1] - z[0], 1.0)
         z = np.concatenate([[z[0] - span], z, [z[-1] + span]])
         low, high = z[seen[0]], z[seen[-1] + 1]

@@ -1,4 +1,4 @@
-"""Where the edges of a score histogram lie."""
+"""The edges of a score histogram."""
 
 import abc
 import dataclasses
@@ -45,15 +45,15 @@ class AbstractGrid(abc.ABC):
 
     @abc.abstractmethod
     def layout(self, thresholds: tuple[float, ...]) -> Layout:
-        """All edges, with the user's thresholds among them."""
+        """Returns all edges, with the user's thresholds among them."""
 
     @abc.abstractmethod
     def buckets(self, layout: Layout, logits: jax.Array) -> jax.Array:
-        """The bucket of each logit: how many edges it exceeds."""
+        """Returns the bucket of each logit: how many edges it exceeds."""
 
     @abc.abstractmethod
     def finer(self, low: float, high: float) -> str:
-        """The grid to use where scores between two logits share too few bins, as text."""
+        """Returns the grid to use where scores between two logits share too few bins, as text."""
 
 
 # More bins are refused before memory is asked for. No scores need as many: float32 has fewer numbers from 1 to 2.
@@ -73,9 +73,9 @@ def _check_size(grid: Any, n: Any, least: int) -> None:
 class LogitGrid(AbstractGrid):
     """`n` bins over logits: uniform from `low` to `high`, the first and the last open.
 
-    Fine where the scores of rare events lie, unlike a grid on probabilities. A user threshold t is an exact edge:
+    It is fine where the scores of rare events lie, unlike a grid on probabilities. A user threshold t is an exact edge:
     positive means z > float32(ln(t / (1 - t))). Bins whose width is a power of two, at multiples of it, take a third of
-    the time: those of the default are 1/64 wide.
+    the time: the default bins are 1/64 wide.
 
     Args:
         low, high: the range of logits that the bins divide.
@@ -115,7 +115,10 @@ class LogitGrid(AbstractGrid):
         return edges.locate_uniform(logits, *self._find_multiples(), extra)
 
     def _find_multiples(self) -> tuple[int, int, float]:
-        """Of edges at multiples of a power of two: the first multiple, how many, and 1 by that power; else zeros."""
+        """Returns three numbers for edges at multiples of a power of two; zeros for other edges.
+
+        They are the first multiple, the number of multiples, and 1 divided by that power.
+        """
         width = (self.high - self.low) / (self.n - 2)
         first = self.low / width
         # Beyond 2^22 multiples a float32 logit divided by the width is no exact number of them.
@@ -123,7 +126,7 @@ class LogitGrid(AbstractGrid):
         return (int(first), self.n - 1, 1 / width) if whole and 2**-60 < width < 2**60 else (0, 0, 0.0)
 
     def _list_others(self, layout: Layout) -> tuple[float, ...] | None:
-        """The edges that are no multiples, if by the others a bucket is found without looking it up."""
+        """Returns the edges that are no multiples; None if a bucket cannot be found without looking it up."""
         first, count, scale = self._find_multiples()
         if not count:
             return None
@@ -134,7 +137,7 @@ class LogitGrid(AbstractGrid):
 
     def finer(self, low: float, high: float) -> str:
         # Rounded outwards to two digits of the span, and no more bins than float32 has numbers there. Scores in one bin
-        # of no width (|z| < 1e-7, whose float32 probability is 0.5) are given some.
+        # of no width (|z| < 1e-7, whose float32 probability is 0.5) are given some room.
         room = 1e-6 * max(1.0, abs(high)) if high <= low else 0.0
         low, high = low - room, high + room
         unit = 10.0 ** (math.floor(math.log10(high - low)) - 1)
@@ -162,7 +165,7 @@ class GrowingGrid(AbstractGrid):
     def buckets(self, layout: Layout, logits: jax.Array) -> jax.Array:
         extra = np.setdiff1d(layout.edges.values, np.asarray(edges.list_growing(), np.float32))
         if len(extra) > edges.MOST_COMPARED:
-            # Looked up among themselves: a table for all edges would have large cells, as the grid is wide.
+            # These edges are looked up by themselves: a table for all would have large cells, as the grid is wide.
             return edges.locate_growing(logits, ()) + edges.edges_of(tuple(extra.tolist())).locate(logits)
         return edges.locate_growing(logits, tuple(extra.tolist()))
 
@@ -176,7 +179,7 @@ def _lay_out_logits(grid: tuple[float, ...], thresholds: tuple[float, ...]) -> L
     values = np.unique(np.concatenate([np.asarray(grid, np.float32), user, np.zeros(1, np.float32)]))
     position = np.searchsorted(values, user)
     z = values.astype(np.float64)
-    # The open bins are represented by their one edge: nothing is known of what lies beyond.
+    # The open bins are represented by their one edge: nothing is known of the scores beyond.
     middles = np.concatenate([z[:1], (z[1:] + z[:-1]) / 2, z[-1:]])
     return Layout(
         edges=edges_of(tuple(values.tolist())),

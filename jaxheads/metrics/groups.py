@@ -1,7 +1,7 @@
 """Slices and bootstrap replicas: every metric again, for each group of the data and for each resampling of it.
 
-Whatever is observed is reduced once for all data and once more for each group, under weights that are 0 outside it. So
-a head needs to know nothing of them; what is read is read of an array with a leading axis.
+Each observation is reduced once for all data and once more for each group, under weights that are 0 outside it. So a
+head needs to know nothing of groups; metrics are read from an array with a leading axis.
 """
 
 import dataclasses
@@ -18,18 +18,18 @@ from jaxheads.numerics import columns, inputs, masking, meshes
 
 @dataclasses.dataclass(frozen=True)
 class Slices:
-    """Groups of the data, each of which gets every metric: `jh.BinaryClassHead(slices=jh.Slices("origin", 3))`.
+    """Groups of the data. Each gets every metric: `jh.BinaryClassHead(slices=jh.Slices("origin", 3))`.
 
     The ids are a column of `features`: integers `[...]` or `[..., 1]` from 0 to n - 1, and -1 for no group. Eager calls
     also take the `names`, and None for no group. Where groups overlap, the column is a membership matrix `[..., n]` of
-    bool or 0/1 (of one column: bool). With fewer leading axes than labels have they hold for all that is inside; with
-    as many they are ids. `metrics.by_slice()` reads them.
+    bool or 0/1 (of one column: bool). A column with fewer leading axes than labels holds for all elements inside; one
+    with as many axes holds ids. `metrics.by_slice()` reads them.
 
     Args:
         column: a key of `features`, or a function `features -> ids`.
-        n: how many groups there are.
-        names: of the groups; by default their numbers.
-        min_count: a group of fewer elements that weigh anything has no metrics: they are undefined.
+        n: the number of groups.
+        names: the names of the groups; by default their numbers.
+        min_count: a group with fewer elements that weigh anything has no metrics: they are undefined.
 
     Raises:
         ValueError: n below 1, names of another number, a negative `min_count`.
@@ -55,7 +55,7 @@ class Slices:
             object.__setattr__(self, "names", names)
 
     def ids(self, features: Any, lead: tuple[int, ...], live: Any, check: bool | None) -> Any:
-        """Of a batch: ids int32 `lead + [1]`, or a membership matrix `lead + [n]`; those of live rows are checked."""
+        """Returns a batch's ids int32 `lead + [1]`, or membership matrix `lead + [n]`; live rows are checked."""
         column = self.column
         found = columns.column(features, column, "of slices") if isinstance(column, str) else column(features)
         ids = inputs.as_slices(self._number(found, live), lead, self.n)
@@ -96,15 +96,15 @@ class Slices:
 class Bootstrap:
     """Replicas of every metric under random weights: `jh.BinaryClassHead(bootstrap=jh.Bootstrap(200))`.
 
-    Each replica counts each element as often as a Poisson variable of mean 1 says, which is how often an element is
-    drawn by the bootstrap where there are many (Hanley and MacGibbon 2006; Chamandy et al. 2012). The draws come from
-    the `key=` that every update is given, a new one for every batch. `metrics.compute(confidence=0.95)` reads them.
+    Each replica counts each element as often as a Poisson variable of mean 1 says. Of many elements, the bootstrap
+    draws each so often (Hanley and MacGibbon 2006; Chamandy et al. 2012). The draws come from the `key=` that every
+    update is given, a new one for every batch. `metrics.compute(confidence=0.95)` reads them.
 
-    Large batches on a CPU are drawn tile by tile, and what is made once for all tiles (a confusion matrix of many
-    classes) by draws of its own: intervals are right for each metric, not for differences of two within a replica.
+    Large batches on a CPU are drawn tile by tile. Sums that are made once for all tiles (a confusion matrix of many
+    classes) have draws of their own: intervals are right for each metric, not for differences of two within a replica.
 
     Args:
-        replicas: how many; their number is the factor by which an update costs more. The state of all replicas is
+        replicas: the number of replicas, and the factor by which an update costs more. The state of all replicas is
             written at every update, so batches should be large: thousands of rows.
 
     Raises:
@@ -123,7 +123,7 @@ class Bootstrap:
 class Grouped(Observation):
     """An observation that is reduced again for every group and replica: `[1 + replicas, 1 + groups, size]`.
 
-    The first of each axis is of all data.
+    The first entry of each axis is for all data.
     """
 
     inner: Observation
@@ -132,29 +132,29 @@ class Grouped(Observation):
 
     @property
     def entries(self) -> tuple[int, int]:
-        """How many there are of either, all data included."""
+        """The numbers of replicas and of groups, all data included."""
         return 1 + self.replicas, 1 + self.groups
 
     @property
     def is_late(self) -> bool:
-        """As what is inside."""
+        """The `is_late` of the inner observation."""
         return self.inner.is_late
 
     @property
     def size(self) -> int:
-        """The inner size, for each."""
+        """The inner size, for each replica and group."""
         return (1 + self.replicas) * (1 + self.groups) * self.inner.size
 
     def reduce(self, weights: jax.Array) -> jax.Array:
-        """Not called: the head reduces what is inside."""
+        """Raises an error: the head reduces the inner observation."""
         raise NotImplementedError("a Grouped describes a stretch of the state; the head reduces what is inside")
 
     def read(self, sums: Any, xp: Any, undefined: float) -> Any:
-        """A view of all data."""
+        """Returns a view of all data."""
         return self.inner.read(self.pick(sums[..., None], (0, 0))[..., 0], xp, undefined)
 
     def pick(self, pairs: Any, at: Any) -> Any:
-        """The pairs `[..., size, 1 or 2]` of one entry, or of several, with a leading axis.
+        """Returns the pairs `[..., size, 1 or 2]` of one entry, or of several, with a leading axis.
 
         `at` indexes replicas and groups.
         """
@@ -164,7 +164,7 @@ class Grouped(Observation):
 
 @dataclasses.dataclass(frozen=True)
 class Count(Observation):
-    """How many elements weigh anything: `[..., 1]` of any value."""
+    """The number of elements that weigh anything: `[..., 1]` of any value."""
 
     elements: Any
 
@@ -174,11 +174,11 @@ class Count(Observation):
         return 1
 
     def reduce(self, weights: jax.Array) -> jax.Array:
-        """The number in this batch."""
+        """Returns the number in this batch."""
         return masking.total(jnp.any(jnp.asarray(weights) != 0, -1, keepdims=True).astype(jnp.float32))[None]
 
     def read(self, sums: Any, xp: Any, undefined: float) -> Any:
-        """The number."""
+        """Returns the number."""
         return sums[..., 0]
 
 
@@ -188,10 +188,10 @@ jax.tree_util.register_dataclass(Count, ["elements"], [])
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Membership:
-    """Which group each row is in.
+    """The groups of each row.
 
     Attributes:
-        n: how many groups there are.
+        n: the number of groups.
         ids: int32 `[..., 1]`, -1 for none; None where groups overlap.
         matrix: bool `[..., n]` where they do.
     """
@@ -202,7 +202,7 @@ class Membership:
 
     @classmethod
     def of(cls, given: jax.Array, n: int) -> "tuple[Membership, jax.Array]":
-        """From what `Slices.ids` gives; and which rows, `[..., 1]`, are in a group that there is not."""
+        """Returns the membership that `Slices.ids` tells, and the rows, `[..., 1]`, whose group does not exist."""
         if given.dtype == jnp.bool_ or given.shape[-1] != 1:
             inside = given.astype(jnp.int32)
             return cls(n, None, inside == 1), jnp.any((inside != 0) & (inside != 1), -1, keepdims=True)
@@ -224,14 +224,14 @@ class Membership:
         return (self.ids == groups).astype(jnp.float32)
 
     def each(self, reduce: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """`reduce` of each group's weights, 1 inside and 0 outside, one after the other."""
+        """Returns `reduce` of each group's weights, 1 inside and 0 outside, one after the other."""
         # On a mesh a loop would be an all-reduce for each.
         return (
             self.at_once(reduce) if not meshes.is_local(self) else jax.lax.map(self._weigh(reduce), self._list_groups())
         )
 
     def at_once(self, reduce: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """The same for all groups at once."""
+        """Returns the same for all groups at once."""
         return jax.vmap(self._weigh(reduce))(self._list_groups())
 
     def _list_groups(self) -> jax.Array:
@@ -246,7 +246,7 @@ class Membership:
 
 
 def reduced(observation: Observation, weights: jax.Array, groups: Any, replicas: Any) -> jax.Array:
-    """The sums of an observation for all data, each group and each replica: `[(1 + r) (1 + g) size]`.
+    """Returns the sums of an observation for all data, each group and each replica: `[(1 + r) (1 + g) size]`.
 
     Args:
         groups: a `Membership`; None without groups.
@@ -269,9 +269,9 @@ def reduced(observation: Observation, weights: jax.Array, groups: Any, replicas:
 
 
 def poisson(key: jax.Array, weights: jax.Array) -> jax.Array:
-    """How often a replica counts each row: Poisson numbers of mean 1, `[..., 1]`.
+    """Draws how often a replica counts each row: Poisson numbers of mean 1, `[..., 1]`.
 
-    By inversion of one uniform number, which is one pass; more than 12 come once in 5e9 rows, and are 12.
+    It inverts one uniform number, in one pass. One row in 1e8 should count more than 10 times, and counts 10 times.
     """
     u = jax.random.uniform(key, (*weights.shape[:-1], 1), jnp.float32)
     below = np.cumsum(np.exp(-1.0) / np.cumprod([1.0, *range(1, 12)]))

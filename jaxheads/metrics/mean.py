@@ -20,7 +20,7 @@ class Mean(Observation):
 
     Args:
         values: one value an element, `[..., 1]` or `[..., d]`; numbers or bool.
-        count: what stands in the place of 1 in the denominator, `[..., 1]` or `[..., d]`.
+        count: the number in place of 1 in the denominator, `[..., 1]` or `[..., d]`.
     """
 
     values: Any
@@ -34,7 +34,7 @@ class Mean(Observation):
         return 2
 
     def reduce(self, weights: jax.Array) -> jax.Array:
-        """The two sums over this batch."""
+        """Returns the two sums over this batch."""
         values = jnp.asarray(self.values, jnp.float32)
         # By multiplication: a broadcast would be laid out unlike values whose last axis is sharded.
         weights = weights * masking.ones_like(values)
@@ -42,7 +42,7 @@ class Mean(Observation):
         return jnp.stack([masking.total(masking.weighted(values, weights)), masking.total(count)])
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "MeanView":
-        """What the sums tell."""
+        """Returns a view of the sums."""
         return MeanView(xp, undefined, total=sums[..., 0], weight=sums[..., 1])
 
 
@@ -65,14 +65,14 @@ class ColumnMeans(Observation):
         return 2 * len(self.columns)
 
     def reduce(self, weights: jax.Array) -> jax.Array:
-        """The weighted sums of this batch, then the weights."""
+        """Returns the weighted sums of this batch, then the weights."""
         values = jnp.asarray(self.values, jnp.float32)
         weights = weights * masking.ones_like(values)
         chosen = np.asarray(self.columns, np.int32)
         return jnp.concatenate([masking.column_totals(x)[chosen] for x in (masking.weighted(values, weights), weights)])
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "MeanView":
-        """The means in the order of the columns, on a last axis."""
+        """Returns the means in the order of the columns, on a last axis."""
         n = len(self.columns)
         return MeanView(xp, undefined, total=sums[..., :n], weight=sums[..., n:])
 
@@ -96,12 +96,12 @@ class Sums(Observation):
         return sum(part.shape[-1] for part in self.parts)
 
     def reduce(self, weights: jax.Array) -> jax.Array:
-        """The sums of this batch, part by part."""
+        """Returns the sums of this batch, part by part."""
         each = (masking.weighted(part, weights * masking.ones_like(part)) for part in self.parts)
         return jnp.concatenate([masking.total(x)[None] if x.shape[-1] == 1 else masking.column_totals(x) for x in each])
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "SumsView":
-        """The sums, part by part."""
+        """Returns the sums, part by part."""
         ends = np.cumsum([0, *(part.shape[-1] for part in self.parts)])
         return SumsView(xp, undefined, tuple(sums[..., start:end] for start, end in itertools.pairwise(ends)))
 
@@ -123,11 +123,11 @@ class Total(Observation):
         return 1
 
     def reduce(self, weights: jax.Array) -> jax.Array:
-        """Not called: the head appends its sum."""
+        """Raises an error: the head appends its sum."""
         raise NotImplementedError("a Total is added by the head itself")
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "MeanView":
-        """The sum, as `total`."""
+        """Returns the sum, as `total`."""
         return MeanView(xp, undefined, total=sums[..., 0], weight=sums[..., 0])
 
 
@@ -168,5 +168,5 @@ class FunctionMetric(Metric):
 
     @property
     def _key(self) -> str:
-        # No name of an author's own: what is observed under one key is shared.
+        # No author's own key may equal it: metrics share their observation under one key.
         return f"function:{self.name}"

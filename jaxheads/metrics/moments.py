@@ -1,4 +1,4 @@
-"""Weighted sums of labels, predictions and errors, for each target: what metrics of regression read."""
+"""Weighted sums of labels, predictions and errors, for each target. Metrics of regression read them."""
 
 import dataclasses
 import functools
@@ -15,19 +15,19 @@ from jaxheads.numerics import exact, masking, meshes
 
 # The sums that are kept as digits: of 1; of y and p; of y^2, p^2 and y p. Those of e = y - p and e^2 follow from them.
 _SUMS = 6
-# A batch is cut into as many blocks, or fewer, each with a mean of its own. They are so few that their number costs
-# nothing, and a power of two: so devices that share a batch hold whole blocks, and need not agree on a mean.
+# A batch is cut into so many blocks, or fewer, each with a mean of its own. The number is so small that it costs
+# nothing, and a power of two: devices that share a batch hold whole blocks, and need not agree on a mean.
 _BLOCKS = 64
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moments(Observation):
-    """Weighted sums for each target: of 1, e^2 and |e|, where e = y - p; and, with `spreads`, what variances need.
+    """Weighted sums for each target: of 1, e^2 and |e|, where e = y - p; and, with `spreads`, those for variances.
 
-    A float32 sum of squares loses the variance of numbers far from zero: of the years about 2015, all of it. So each
-    batch is summed about a number of its own, its mean, and the sums about zero that follow from it are kept as exact
-    digits, which add up for any batches.
+    A float32 sum of squares loses the variance of numbers far from zero: for years about 2015, all of it. So each batch
+    is summed about its own mean. The sums about zero follow from that, and are kept as exact digits, which add up for
+    any batches.
 
     Args:
         labels: y, `[..., d]`.
@@ -43,7 +43,7 @@ class Moments(Observation):
 
     @property
     def n_targets(self) -> int:
-        """How many targets there are."""
+        """The number of targets."""
         return jnp.shape(self.predictions)[-1]
 
     @property
@@ -52,13 +52,13 @@ class Moments(Observation):
         return (3 + (_SUMS * exact.DIGITS if self.spreads else 0)) * self.n_targets
 
     def join(self, other: Observation) -> "Moments":
-        """The sums that either keeps."""
+        """Returns moments with the sums that either keeps."""
         if not isinstance(other, Moments):
             raise ValueError(f"Moments and a {type(other).__name__} are observed under one key. Rename one.")
         return dataclasses.replace(self, spreads=self.spreads or other.spreads)
 
     def reduce(self, weights: jax.Array) -> jax.Array:
-        """The sums of this batch."""
+        """Returns the sums of this batch."""
         labels, predictions = (jnp.asarray(x, jnp.float32) for x in (self.labels, self.predictions))
         weights, errors = weights * masking.ones_like(predictions), labels - predictions
         plain = [_sum_rows(x) for x in (weights, *(masking.weighted(x, weights) for x in (errors**2, jnp.abs(errors))))]
@@ -67,7 +67,7 @@ class Moments(Observation):
         return jnp.concatenate([meshes.replicated(x) for x in plain])
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "MomentsView":
-        """The sums, with the metrics that they tell."""
+        """Returns the sums, with the metrics that they tell."""
         d = self.n_targets
         plain, spreads = sums[..., : 3 * d].reshape((*sums.shape[:-1], 3, d)), None
         if self.spreads:
@@ -78,12 +78,12 @@ class Moments(Observation):
 
 
 def _sum_rows(x: jax.Array) -> jax.Array:
-    """The sum over all but the last axis, `[d]`."""
+    """Returns the sum over all but the last axis, `[d]`."""
     return masking.total(x)[None] if x.shape[-1] == 1 else masking.column_totals(x)
 
 
 def _cut_spreads(columns: tuple[jax.Array, ...], weights: jax.Array) -> jax.Array:
-    """The sums of a batch that variances need, as digits `[6, d, DIGITS]`.
+    """Returns the sums of a batch that variances need, as digits `[6, d, DIGITS]`.
 
     A block is summed about its mean m: `x = m + 2^k u`. From its sums of u and of u^2 follow those of x and of x^2:
     `n m + 2^k U` and `n m^2 + 2 m 2^k U + 2^2k UU`.
@@ -99,8 +99,8 @@ def _cut_spreads(columns: tuple[jax.Array, ...], weights: jax.Array) -> jax.Arra
     safe = jnp.where(some, weight, jnp.ones_like(weight))
 
     def center(x: jax.Array) -> tuple[jax.Array, ...]:
-        """The mean of each block, the power of two of the largest distance, and distances in units of it."""
-        # About one of the numbers: so numbers that are all equal have no spread at all.
+        """Returns the mean of each block, the power of two of the largest distance, and distances in units of it."""
+        # The mean is taken about one of the numbers: so numbers that are all equal have no spread at all.
         one = jnp.max(jnp.where(live, x, -np.inf), axis=1, initial=-np.inf)
         mean = one + jnp.sum(masking.weighted(x - one[:, None], weights), axis=1) / safe
         mean = jnp.where(jnp.isfinite(mean), mean, one)
@@ -134,10 +134,10 @@ def _cut_spreads(columns: tuple[jax.Array, ...], weights: jax.Array) -> jax.Arra
 
 @dataclasses.dataclass(frozen=True)
 class Spreads:
-    """Variances and covariances that are read of digits, once for all metrics, each for every target, `[..., d]`.
+    """Variances and covariances, read from digits once for all metrics. Each is for every target, `[..., d]`.
 
-    y, p and e are counted in units of their own, so that no square overflows: `2^unit`, half of the place of the
-    highest digit of their squares.
+    y, p and e are counted in units of their own, `2^unit`, so that no square overflows. A unit is half of the place of
+    the highest digit of their squares.
 
     Attributes:
         digits: the sums, `[..., 6, d, DIGITS]`.
@@ -168,7 +168,7 @@ class Spreads:
 
     @functools.cached_property
     def about_means(self) -> tuple[Any, ...]:
-        """The sums of squares of y, p and e about their means; that of y p about theirs; and `n mean(e)^2`."""
+        """The sums of squares of y, p and e about their means; the sum of y p about theirs; and `n mean(e)^2`."""
         xp, (high, low) = self.xp, self.words
         weight = xp.where(high[..., :1, :] == 0, xp.ones_like(high[..., :1, :]), high[..., :1, :])
         high = xp.concatenate([weight, high[..., 1:, :]], axis=-2)
@@ -180,7 +180,7 @@ class Spreads:
         products = exact.multiply(pick(1, 2, 3, 1), pick(1, 2, 3, 2))
         shifts, less = exact.divide(products, pick(0, 0, 0, 0))
         sums, _ = exact.subtract(pick(4, 5, 6, 7), (shifts, less))
-        # What is smaller is rounding of double words: the numbers are all equal. A covariance may be of any size.
+        # A smaller sum is a rounding error of double words: the numbers are all equal. A covariance may be of any size.
         least = 2.0**-42 if high.dtype == np.float32 else 2.0**-90
         squares = xp.where(
             sums[..., :3, :] <= least * high[..., 4:7, :], xp.zeros_like(high[..., :3, :]), sums[..., :3, :]
@@ -194,7 +194,7 @@ class MomentsView(View):
 
     Attributes:
         weight, error_square, error_size: the sums of 1, e^2 and |e|.
-        spreads: what metrics of variances read; None where it is not kept.
+        spreads: the `Spreads` for metrics of variances; None where they are not kept.
     """
 
     weight: Any
@@ -203,22 +203,22 @@ class MomentsView(View):
     spreads: Any
 
     def mean(self, total: Any) -> Any:
-        """A sum divided by the weight."""
+        """Returns a sum divided by the weight."""
         return self.ratio(total, self.weight)
 
     def r2(self) -> Any:
-        """`1 - sum(e^2) / sum((y - mean(y))^2)`."""
+        """Returns `1 - sum(e^2) / sum((y - mean(y))^2)`."""
         own, square = self._error
         return self._explain(self.xp.where(own, square, self.spreads.words[0][..., 6, :]))
 
     def explained_variance(self) -> Any:
-        """`1 - sum((e - mean(e))^2) / sum((y - mean(y))^2)`."""
+        """Returns `1 - sum((e - mean(e))^2) / sum((y - mean(y))^2)`."""
         _, _, spread, _, shift = self.spreads.about_means
         own, square = self._error
         return self._explain(self.xp.where(own & (2 * shift <= square), square - shift, spread))
 
     def pearson(self) -> Any:
-        """`cov(y, p) / sqrt(var(y) var(p))`."""
+        """Returns `cov(y, p) / sqrt(var(y) var(p))`."""
         y, p, _, product, _ = self.spreads.about_means
         value = self.ratio(product, self.xp.sqrt(y) * self.xp.sqrt(p))
         return self.xp.where((y != 0) & (p != 0), self.xp.clip(value, -1.0, 1.0), value)
@@ -236,7 +236,7 @@ class MomentsView(View):
         return self.xp.isfinite(self.error_square) & (spread >= 2.0**-70), square
 
     def _explain(self, part: Any) -> Any:
-        """1 less a part of the spread of the labels. Errors and labels have units of their own."""
+        """Returns 1 less a part of the spread of the labels. Errors and labels have units of their own."""
         spread, (label, _, error) = self.spreads.about_means[0], self.spreads.units
         share = self.ratio(self.xp.maximum(part, 0.0), spread)
         for _ in range(2):

@@ -1,14 +1,15 @@
-"""Operating points: the best of one rate while another is held, and the threshold that is best.
+"""Operating points: the best value of one rate while another is held, and the threshold that is best.
 
-The value is the best at an edge of the bins (and at the thresholds that other metrics ask for), which is one that can
-be had; a threshold inside a bin may be better still, and the bound on that side says by how much at most. The other
-bound is the value itself. A rate is held if it is missed by no more than a part of 1e-6 of `1 - rate`: what rounding
-may do to sums of weights.
+The value is the best at an edge of the bins (and at the thresholds that other metrics ask for), so it can be had. A
+threshold inside a bin may be better still, and the bound on that side says by how much at most. The other bound is the
+value itself. A rate is held if it is missed by no more than a part of 1e-6 of `1 - rate`: rounding may change sums of
+weights by so much.
 
-With `_threshold` appended to its key each tells where that is, as a probability, and with `_logit` as a logit, which is
-exact also where the probability rounds to 1. Positive is what lies above it. Of several that are as good it is the
-lowest, and of thresholds between the same scores the one in the middle. 0 and -inf: all is positive; 1 and inf: nothing
-is (so it is for a recall of 0, where no threshold has the precision). A mean over classes has no threshold.
+Each metric gives its threshold under its key with `_threshold` appended, as a probability, and with `_logit`, as a
+logit, which is exact also where the probability rounds to 1. Scores above it are positive. Of several thresholds that
+are as good it is the lowest, and of those between the same scores the one in the middle. At 0 and -inf all scores are
+positive; at 1 and inf none is (so it is for a recall of 0, where no threshold has the precision). A mean over classes
+has no threshold.
 
 Each takes `average` and `name`; the rules for 0/0 and for absent classes are told in `jaxheads.metrics`.
 
@@ -39,7 +40,7 @@ SLACK = 1 + 1e-6
 def _find_best(
     view: ScoresView, value: Callable[[Outcomes], Any], held: Callable[[Outcomes], Any], defined: Any
 ) -> dict[str, Any]:
-    """The largest value where a rate is held, and where. Both must be better for more TP and fewer FP."""
+    """Returns the largest value where a rate is held, and its threshold. Both must grow with TP and fall with FP."""
     xp = view.xp
 
     def rated(outcomes: Outcomes, missed: float) -> Any:
@@ -172,11 +173,11 @@ class SpecificityAtSensitivity(AbstractScoreMetric):
 
 @dataclasses.dataclass(frozen=True)
 class BestThreshold(AbstractScoreMetric):
-    """The threshold with the highest F score, or with the lowest cost of errors, and what it reaches.
+    """The threshold with the highest F score, or with the lowest cost of errors, and the value that it reaches.
 
     `best_f1` (`best_fbeta_B`), or `lowest_cost = (c_FP FP + c_FN FN) / (TP + TN + FP + FN)`.
 
-    An F score is undefined without positives, a cost where nothing was seen.
+    An F score is undefined without positives, a cost without data.
 
     Args:
         beta: how many times recall weighs as much as precision.
@@ -221,13 +222,13 @@ class BestThreshold(AbstractScoreMetric):
 
 
 def _read_threshold(view: ScoresView, cut: Any, defined: Any) -> dict[str, Any]:
-    """Probability and logit of the edge of index `cut`, by what they add to a key."""
+    """Returns the probability and the logit of the edge of index `cut`, by the ending that each adds to a key."""
     probability, logit = _find_threshold(view, cut)
     return {"_threshold": view.where(defined, probability), "_logit": view.where(defined, logit)}
 
 
 def _find_threshold(view: ScoresView, cut: Any) -> tuple[Any, Any]:
-    """Probability and logit of the edge in the middle of those that decide as that of index `cut` does."""
+    """Returns the probability and the logit of the middle edge of those that decide as the edge of index `cut`."""
     xp, n, layout = view.xp, view.layout.n_buckets, view.layout
     filled, cut = view.negative + view.positive > 0, xp.expand_dims(cut, -1).astype(np.int32)
     index = np.arange(n, dtype=np.int32).reshape((1,) * (filled.ndim - 1) + (n,))

@@ -1,4 +1,4 @@
-"""What the weights of the four outcomes of a yes-or-no decision tell."""
+"""The metrics that the four outcomes of a yes-or-no decision tell, from their weights."""
 
 import dataclasses
 from typing import Any
@@ -17,12 +17,12 @@ class Outcomes(View):
 
     @property
     def positives(self) -> Any:
-        """The weight of what is positive."""
+        """The weight of the positives."""
         return self.true_positives + self.false_negatives
 
     @property
     def negatives(self) -> Any:
-        """The weight of what is negative."""
+        """The weight of the negatives."""
         return self.false_positives + self.true_negatives
 
     @property
@@ -53,14 +53,14 @@ class Outcomes(View):
 
     @property
     def balanced_accuracy(self) -> Any:
-        """The mean of recall and specificity, of the one alone where there is nothing that is positive or negative."""
+        """The mean of recall and specificity; one of them alone where there are no positives or no negatives."""
         xp = self.xp
         right = xp.stack(xp.broadcast_arrays(self.true_positives, self.true_negatives), -1)
         those = xp.stack(xp.broadcast_arrays(self.positives, self.negatives), -1)
         return self.mean_over(self.ratio(right, those), those != 0)
 
     def f_beta(self, beta: float) -> Any:
-        """`(1 + b^2) TP / ((1 + b^2) TP + FP + b^2 FN)`."""
+        """Returns `(1 + b^2) TP / ((1 + b^2) TP + FP + b^2 FN)`."""
         square = beta * beta
         found = (1 + square) * self.true_positives
         return self.ratio(found, found + self.false_positives + square * self.false_negatives)
@@ -86,16 +86,16 @@ class Outcomes(View):
         return self.ratio(2 * (tp * tn - fp * fn), (tp + fp) * (fp + tn) + (tp + fn) * (fn + tn))
 
     def kappa(self, weights: str | None) -> Any:
-        """`cohen_kappa`, however errors between more than two classes would weigh."""
+        """Returns `cohen_kappa`, for any weights of errors: they matter only between more than two classes."""
         return self.cohen_kappa
 
     def cost(self, false_positive: float, false_negative: float) -> Any:
-        """`(c_FP FP + c_FN FN) / (TP + TN + FP + FN)`."""
+        """Returns `(c_FP FP + c_FN FN) / (TP + TN + FP + FN)`."""
         spent = false_positive * self.false_positives + false_negative * self.false_negatives
         return self.ratio(spent, self.positives + self.negatives)
 
     def _divide_by_total(self) -> tuple[Any, Any, Any, Any]:
-        """The outcomes as parts of 1: products of weights themselves may be no float32."""
+        """Returns the outcomes as parts of 1: products of weights may leave the range of float32."""
         total = self.positives + self.negatives
         four = (self.true_positives, self.false_positives, self.false_negatives, self.true_negatives)
         return tuple(self.zeroed().ratio(x, total) for x in four)  # pyright: ignore[reportReturnType]  # four

@@ -18,7 +18,7 @@ class Ranks(Observation):
 
     Args:
         ranks: how many classes come before that of the label, `[..., 1]`.
-        n_classes: what a k must not exceed.
+        n_classes: the number of classes, which no k may exceed.
         ks: the numbers k.
     """
 
@@ -34,25 +34,25 @@ class Ranks(Observation):
         return len(self.ks) + 1
 
     def join(self, other: Observation) -> "Ranks":
-        """All k of both."""
+        """Returns ranks with all k of both."""
         if not isinstance(other, Ranks) or other.n_classes != self.n_classes:
             raise ValueError(f"Ranks among {self.n_classes} classes do not join {other}. Rename one.")
         return dataclasses.replace(self, ks=tuple(dict.fromkeys(self.ks + other.ks)))
 
     def reduce(self, weights: jax.Array) -> jax.Array:
-        """The sums of this batch."""
+        """Returns the sums of this batch."""
         weights = jnp.asarray(weights, jnp.float32)
         hits = (masking.weighted(self.ranks < k, weights) for k in self.ks)
         return jnp.stack([masking.total(x) for x in (*hits, weights)])
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "RanksView":
-        """The sums, by k."""
+        """Returns the sums, by k."""
         return RanksView(xp, undefined, {k: sums[..., i] for i, k in enumerate(self.ks)}, sums[..., -1])
 
 
 @dataclasses.dataclass(frozen=True)
 class RanksView(View):
-    """Top-k hits that can be read: their weight by k, and that of all rows."""
+    """Top-k hits that can be read: their weight by k, and the weight of all rows."""
 
     hits: Mapping[int, Any]
     weight: Any
@@ -60,7 +60,7 @@ class RanksView(View):
 
 @dataclasses.dataclass(frozen=True)
 class TopKAccuracy(AbstractSourceMetric):
-    """How often the label is among the k classes with the largest logits: `top_5_accuracy`, undefined without data.
+    """The share of labels among the k classes with the largest logits: `top_5_accuracy`, undefined without data.
 
     `sum(a [rank < k]) / sum(a)`, where the rank counts the classes ahead; of equal logits the first class is ahead, as
     in `jax.lax.top_k`. A row with a NaN is a miss. Several k share one pass. Reads the ranks of a `MultiClassHead`.

@@ -1,7 +1,6 @@
-"""How a packed state is laid out, and how what is read of it is named and given its intervals."""
+"""The layout of a packed state, and the names and intervals of the values that are read from it."""
 
 import dataclasses
-import functools
 import types
 import warnings
 import zlib
@@ -17,6 +16,7 @@ from jaxheads.metrics.curves import Interval
 from jaxheads.metrics.groups import Grouped
 from jaxheads.numerics.brief import cut
 from jaxheads.numerics.describing import describe
+from jaxheads.numerics.kept import per_head
 
 # A state of more numbers is refused: as pairs of float32 it takes 2.1 GB, which every update reads and writes.
 MOST_SLOTS = 2**28
@@ -32,7 +32,7 @@ CLOSE = 1e-3
 
 
 def fingerprint(head: Any) -> tuple[int, ...]:
-    """Three integers from 1 to 15 that tell what the slots of a head's state mean: their names, bins and classes."""
+    """Returns three integers from 1 to 15 that tell the meaning of a head's slots: their names, bins and classes."""
     parts = [f"{join_names(*path)} {_describe(observation)}" for path, observation in head.observed().items()]
     hashed = zlib.crc32("; ".join([*parts, describe(head.slices), *_list_meanings(head)]).encode())
     return tuple(1 + hashed // MOST**i % MOST for i in range(STAMP - 1))
@@ -54,9 +54,9 @@ def _describe(observation: Any) -> str:
     return f"{type(observation).__qualname__} {observation.size} {found}{inner}"
 
 
-@functools.lru_cache(maxsize=1024)
+@per_head
 def make_stamp(head: Any) -> np.ndarray:
-    """The stamp of one batch."""
+    """Returns the stamp of one batch."""
     return np.array([1, *fingerprint(head)], np.float32)
 
 
@@ -76,12 +76,12 @@ def check_stamp(head: Any, stamp: np.ndarray) -> None:
         )
 
 
-@functools.lru_cache(maxsize=1024)
+@per_head
 def slots(head: Any, regularized: bool) -> tuple[dict[Path, tuple[int, Observation]], int]:
-    """Where each observation of a head begins in its packed state, and the size of the state.
+    """Returns the observations of a head, each with its first slot in the packed state, and the size of the state.
 
-    Slot 0 counts the bad elements; then the stamp; then the regularization's mean, if there is one; then what the head
-    observes.
+    Slot 0 counts the bad elements; then the stamp; then the regularization's mean, if there is one; then the
+    observations.
     """
     offset, layout = 1 + STAMP + (2 if regularized else 0), {}
     for path, observation in head.observed().items():
@@ -98,7 +98,7 @@ def slots(head: Any, regularized: bool) -> tuple[dict[Path, tuple[int, Observati
 
 
 def name_values(values: Mapping[tuple[str, str | None], Any], bounds: bool, xp: Any) -> dict[str, Any]:
-    """Values by their full names, with the ends of intervals if they are asked for."""
+    """Returns values by their full names, with the ends of intervals if they are asked for."""
     intervals = {key: x if isinstance(x, Interval) else Interval(x, None, None) for key, x in values.items()}
     out = {join_names(*key): float32(interval.value, xp) for key, interval in intervals.items()}
     if not bounds:
@@ -111,7 +111,7 @@ def name_values(values: Mapping[tuple[str, str | None], Any], bounds: bool, xp: 
 
 
 def _add_end(out: dict[str, Any], key: tuple[str, str | None], end: str, value: Any) -> None:
-    """Adds the end of an interval, refused where something has that name: a class called "lower"."""
+    """Adds the end of an interval. Refuses a name that is taken, as by a class called "lower"."""
     name = join_names(key[0], end, key[1])
     if name in out:
         raise ValueError(
@@ -132,9 +132,9 @@ def add_quantiles(
 ) -> None:
     """Adds `KEY/ci_lower` and `KEY/ci_upper`, over the replicas that have a value.
 
-    Replicas and what was `measured` were both read with NaN for undefined.
+    The `replicas` and the values `measured` were both read with NaN for undefined.
 
-    What has no value itself, has no interval: a NaN among the data shows, though replicas may have missed it.
+    A metric without a value has no interval: a NaN among the data shows, though replicas may have missed it.
     """
     for key, value in replicas.items():
         each, whole = find_middle(value), find_middle(measured[key])
@@ -144,7 +144,7 @@ def add_quantiles(
 
 
 def find_middle(value: Any) -> Any:
-    """The value itself, without the bounds of an interval."""
+    """Returns the value itself, without the bounds of an interval."""
     return value.value if isinstance(value, Interval) else value
 
 
@@ -152,13 +152,13 @@ def _take_quantile(x: Any, q: float, axis: int, xp: Any) -> Any:
     if xp is jnp:
         return jnp.nanquantile(x, q, axis=axis)
     with warnings.catch_warnings():
-        # Where no replica has a value, there is none: NaN, and no need to say so twice.
+        # Where no replica has a value, the quantile is NaN. A warning would say it twice.
         warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
         return np.nanquantile(x, q, axis=axis)
 
 
 def hide_small(value: Any, small: Any, undefined: float, xp: Any) -> Any:
-    """A value, or an interval, undefined for slices that are too small."""
+    """Returns a value, or an interval, with `undefined` for slices that are too small."""
     if isinstance(value, Interval):
         return value._make(None if part is None else hide_small(part, small, undefined, xp) for part in value)
     # A metric may be an array: a confusion matrix.
@@ -167,7 +167,7 @@ def hide_small(value: Any, small: Any, undefined: float, xp: Any) -> Any:
 
 
 def float32(value: Any, xp: Any) -> Any:
-    """The value in float32; outside `jit` NumPy's, of which a scalar is a `Scalar`."""
+    """Returns the value in float32; outside `jit` it is NumPy's, and a scalar is a `Scalar`."""
     if xp is jnp:
         return jnp.asarray(value, jnp.float32)
     rounded = np.float32(value)
@@ -185,7 +185,7 @@ class Scalar(np.float64):
 
     __str__ = __repr__
 
-    # As a float32 compares: equal to 0.9 and to np.float32(0.9), of which it is one.
+    # It compares as a float32: equal to 0.9 and to np.float32(0.9).
     def __eq__(self, other: Any) -> Any:
         return np.float32(self) == other
 
@@ -199,12 +199,12 @@ class Scalar(np.float64):
 
 
 def is_addressable(state: jax.Array) -> bool:
-    """Whether this process holds all of it."""
+    """Tells whether this process holds all of a state."""
     return state.is_fully_addressable or state.is_fully_replicated
 
 
 def on_host(state: Any) -> Any:
-    """The same state, refused if this process does not hold it."""
+    """Returns the same state. Refuses one that this process does not hold."""
     if isinstance(state, jax.Array) and not is_addressable(state):
         raise ValueError(
             f"These metrics are spread over processes: state {state.shape} with sharding {state.sharding}. Merge them "

@@ -1,7 +1,7 @@
 """Metrics of regression: errors, and how much of the labels is explained.
 
-They read the moments of labels and predictions, after the inverse link. Of several targets each is the mean over
-targets, or, with `multioutput="raw_values"`, of each under a key of its own, `KEY/target0`.
+They read the moments of labels and predictions, after the inverse link. For several targets a metric is the mean over
+targets, or, with `multioutput="raw_values"`, one value a target, each under its own key, `KEY/target0`.
 
 >>> import jaxheads as jh
 >>> head = jh.RegressionHead().with_metrics(jh.metrics.RootMeanSquaredError(), jh.metrics.R2Score())
@@ -28,8 +28,8 @@ class AbstractMomentMetric(AbstractSourceMetric):
     """A metric of labels and predictions of each target.
 
     Args:
-        multioutput: of several targets, `"uniform_average"`: the mean over those for which the metric is defined; or
-            `"raw_values"`: each, as `KEY/target0`, `KEY/target1`, ...
+        multioutput: for several targets, `"uniform_average"`: the mean over those for which the metric is defined; or
+            `"raw_values"`: the value of each, as `KEY/target0`, `KEY/target1`, ...
     """
 
     multioutput: Literal["uniform_average", "raw_values"] = "uniform_average"
@@ -45,7 +45,7 @@ class AbstractMomentMetric(AbstractSourceMetric):
 
     @abc.abstractmethod
     def read(self, view: MomentsView) -> Any:
-        """The value of each target, `[..., d]`."""
+        """Returns the value of each target, `[..., d]`."""
 
     def values(self, view: MomentsView) -> dict[str, Any]:
         return self._name_values(view, self.read(view), view.weight > 0)
@@ -71,7 +71,7 @@ class MeanSquaredError(AbstractMomentMetric):
 class RootMeanSquaredError(AbstractMomentMetric):
     """`root_mean_squared_error`, the root of the mean over all data seen (and not a mean of roots).
 
-    Of several targets, the mean of their roots. Source: `sklearn.metrics.root_mean_squared_error`.
+    For several targets it is the mean of their roots. Source: `sklearn.metrics.root_mean_squared_error`.
     """
 
     key = "root_mean_squared_error"
@@ -100,12 +100,12 @@ class AbstractSpreadMetric(AbstractMomentMetric):
     Inside `jit`, where numbers are float32, `compute` is right to 1e-6 up to a mean of 10,000 times the spread, and to
     3e-5 up to 100,000 times; beyond a million times it may be undefined. Outside `jit` it is right at any mean.
 
-    Labels are float32, so numbers that float32 cannot tell apart have no spread: of float64 labels that lose more than
-    a hundredth of it, a `RoundingWarning` tells when they are given.
+    Labels are float32, so numbers that float32 cannot tell apart have no spread. If float64 labels lose more than a
+    hundredth of it, a `RoundingWarning` tells so when they are given.
 
     Args:
         multioutput: as for all metrics of regression.
-        shift: changes nothing. It was the number to subtract from labels far from zero, which needs no help any more.
+        shift: changes nothing. It was the number to subtract from labels far from zero. They need no help any more.
     """
 
     shift: float | Sequence[float] | None = None
@@ -129,7 +129,7 @@ class AbstractSpreadMetric(AbstractMomentMetric):
     def values(self, view: MomentsView) -> dict[str, Any]:
         if self.multioutput == "raw_values":
             return self._name_values(view, self.read(view), None)
-        # What has no value is left out; what is NaN because of the data is not.
+        # A target without a value is left out; a target that is NaN because of the data is not.
         each, nan = self.read(view.with_undefined(np.nan)), view.xp.isnan
         return self._name_values(view, each, ~nan(each) | ~view.xp.isfinite(view.error_square))
 

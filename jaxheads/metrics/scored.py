@@ -1,4 +1,4 @@
-"""What the metrics of scores have in common: thresholds, averages over classes, and the names of both."""
+"""The common part of the metrics of scores: thresholds, averages over classes, and the names of both."""
 
 import abc
 import dataclasses
@@ -57,15 +57,15 @@ class AbstractScoreMetric(AbstractSourceMetric):
 
     @property
     def ending(self) -> str:
-        """What of the key follows the average: the threshold."""
+        """The part of the key after the average: the threshold."""
         return ""
 
     @abc.abstractmethod
     def read(self, view: Any) -> Any:
-        """The value from a view, or several by what their keys add: `""` is the one that is averaged over classes."""
+        """Returns the value from a view, or several by key ending: `""` is the one that is averaged over classes."""
 
     def check_classes(self, scores: Any) -> Any:
-        """The head's scores, refused where one class is to be averaged over classes."""
+        """Returns the head's scores. Refuses an average over classes where there is one class."""
         if self.average != "micro" and scores.logits.shape[-1] < 2:
             raise ValueError(
                 f"{self!r} has average={self.average!r}, of each class of several; this head scores one. Pass "
@@ -86,7 +86,7 @@ class AbstractScoreMetric(AbstractSourceMetric):
         return self.name or f"{self.key}{suffix}{self.ending}"
 
     def direction(self, key: str) -> bool | None:
-        """That of the value; there is none of the threshold that it is reached at."""
+        """Returns `higher_is_better` for the value, and None for the threshold at which it is reached."""
         return self.higher_is_better if is_part_of(key, self._full_key) else None
 
     def values(self, view: Any) -> Mapping[str, Any]:
@@ -102,7 +102,7 @@ class AbstractScoreMetric(AbstractSourceMetric):
                 for i, name in enumerate(view.names)
             }
         value, nan = _as_parts(self.read(each.with_undefined(np.nan)))[""], each.xp.isnan
-        # Not measured, unless it was measured and is NaN: that of a NaN score is not left out.
+        # A NaN is a class that was not measured, or one with a NaN score. The latter is not left out.
         middle = value.value if isinstance(value, Interval) else value
         defined = ~nan(middle) | nan(each.total)
         weights = each.support if self.average == "weighted" else None
@@ -114,8 +114,8 @@ class AbstractThresholdMetric(AbstractScoreMetric):
     """A metric of yes-or-no decisions; exact at its threshold, which becomes an edge of the histogram.
 
     Args:
-        threshold: a probability in (0, 1), above which is positive; by default z > 0, and of one of many classes the
-            first of the largest logits.
+        threshold: a probability in (0, 1); scores above it are positive. By default z > 0, and for one of many classes
+            the first of the largest logits.
     """
 
     threshold: float | None = None
@@ -154,7 +154,7 @@ class AbstractThresholdMetric(AbstractScoreMetric):
         return self.values(seen[CONFUSION] if self.needs_pairs else ClassCounts.view(seen))
 
     def _decides_by_argmax(self, sources: Mapping[str, Any]) -> bool:
-        """Whether the head predicts one of many classes: without a threshold, its decisions tell."""
+        """Tells whether the decision is the predicted one of many classes: so it is without a threshold."""
         return self.threshold is None and CONFUSION in sources
 
     def read(self, view: ScoresView) -> Any:
@@ -162,7 +162,7 @@ class AbstractThresholdMetric(AbstractScoreMetric):
 
     @abc.abstractmethod
     def decided(self, outcomes: Outcomes) -> Any:
-        """The value from the weights of the four outcomes."""
+        """Returns the value from the weights of the four outcomes."""
 
 
 def check_share(metric: Any, field: str, given: Any, below: float = np.inf) -> None:
@@ -183,7 +183,7 @@ def check_positive(metric: Any, field: str, given: Any) -> None:
 
 
 def _to_float(value: Any) -> float:
-    """The value as a float, NaN if it is no number."""
+    """Returns the value as a float, NaN if it is no number."""
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     return float(value) if number else np.nan
 

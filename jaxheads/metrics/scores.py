@@ -24,13 +24,13 @@ class Scores(Observation):
     Args:
         labels: float `[..., c]` in [0, 1].
         logits: float `[..., c]`; the entries of the last axis are examples of one histogram (micro average).
-        grid: the bins; None for a `GrowingGrid`, or for those of whoever shares the histogram.
+        grid: the bins; None for a `GrowingGrid`, or for the bins of another metric that shares the histogram.
         thresholds: probabilities that become exact edges.
-        columns: which entries of the last axis have a histogram of their own as well; it costs memory alone.
-        names: of the entries of the last axis, as they stand in metric keys; by default `class0`, `class1`, ...
+        columns: which entries of the last axis have a histogram of their own as well; it costs only memory.
+        names: the names of the entries of the last axis in metric keys; by default `class0`, `class1`, ...
         ties: whether to find out in which buckets all positives have the same score. For this each score is turned
-            into a direction, by its bits, and directions are added up: equal ones alone do not weaken each other. Two
-            scores pass for one if their directions are within a tenth of a degree, which has a chance of 1 in 1,700.
+            into a direction, by its bits, and directions are added up: only equal ones do not weaken each other. Two
+            scores pass for one if their directions are within a tenth of a degree. The chance of that is 1 in 1,700.
         exclusive: whether the entries of the last axis are classes that exclude each other.
     """
 
@@ -63,7 +63,7 @@ class Scores(Observation):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """What stands for each entry of the last axis in metric keys."""
+        """The name of each entry of the last axis in metric keys."""
         n = self.logits.shape[-1]
         if self.names and len(self.names) != n:
             raise ValueError(f"Scores need one name for each of {n} entries of the last axis. Given {self.names!r}.")
@@ -71,19 +71,19 @@ class Scores(Observation):
 
     @property
     def _n_rows(self) -> int:
-        """The first row is that of all entries without one of their own."""
+        """The number of rows. The first row is for all entries without a row of their own."""
         return 1 + len(self.columns)
 
     @property
     def _rows(self) -> list[int] | None:
-        """To which row each entry of the last axis goes."""
+        """The row of each entry of the last axis."""
         if not self.columns:
             return None
         own = {column: row for row, column in enumerate(self.columns, start=1)}
         return [own.get(column, 0) for column in range(jnp.shape(self.logits)[-1])]
 
     def join(self, other: Observation) -> "Scores":
-        """The thresholds and the columns of both, in one histogram."""
+        """Returns one histogram with the thresholds and the columns of both."""
         if not isinstance(other, Scores):
             raise ValueError(f"Scores and a {type(other).__name__} are observed under one key. Rename one.")
         grids = {grid for grid in (self.grid, other.grid) if grid is not None}
@@ -101,11 +101,11 @@ class Scores(Observation):
         )
 
     def reduce(self, weights: jax.Array) -> jax.Array:
-        """One pass: the bucket of each element, then its weight, under its label."""
+        """Adds up in one pass: the bucket of each element, then its weight, under its label."""
         return self._sum(*self._locate_entries(weights), self.layout.n_buckets).ravel()
 
     def _sum(self, buckets: jax.Array, labels: jax.Array, weights: jax.Array, n: int) -> jax.Array:
-        """The histograms `[2 or 4, rows, n]`."""
+        """Returns the histograms `[2 or 4, rows, n]`."""
         both = by_label(buckets, labels, weights, n, self._rows)
         if not self.ties:
             return both
@@ -113,7 +113,7 @@ class Scores(Observation):
         return jnp.concatenate([both, histogram(buckets, [positives * x for x in directions], n, self._rows)])
 
     def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
-        """Where groups do not overlap, one pass too: the group is a part of the bucket's number."""
+        """Adds up each group, in one pass if groups do not overlap: the group is a part of the bucket's number."""
         if groups.ids is None:
             return super().reduce_by(weights, groups)
         buckets, labels, weights = self._locate_entries(weights * (groups.ids >= 0).astype(jnp.float32))
@@ -123,21 +123,21 @@ class Scores(Observation):
         return jnp.moveaxis(each, 2, 0).reshape(groups.n, self.size)
 
     def _locate_entries(self, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The bucket, the label and the weight of each element."""
+        """Returns the bucket, the label and the weight of each element."""
         layout = self.layout
         labels = jnp.asarray(self.labels, jnp.float32)
         # By multiplication, for labels may lie as the rows do, and logits be spread over classes too.
         labels = labels * masking.ones_like(self.logits)
         weights = weights * masking.ones_like(labels)
-        # A NaN score has no bucket; it must show, so it makes a NaN of the histogram.
+        # A NaN score has no bucket. It must show, so it makes the histogram NaN.
         has_none = jax.lax.ne(self.logits, self.logits) & (weights != 0)
         weights = masking.choose(has_none, self.logits, weights)
         return self._bins.buckets(layout, self.logits), labels, weights
 
     def read(self, sums: Any, xp: Any, undefined: float) -> "ScoresView":
-        """The histogram, with the metrics that it tells."""
+        """Returns the histogram, with the metrics that it tells."""
         sums = sums.reshape((*sums.shape[:-1], self._n_sums, self._n_rows, self.layout.n_buckets))
-        # The NaN of a score lies in one bucket. Whatever is read must show it, also where that bucket does not count.
+        # The NaN of a score lies in one bucket. Every metric must show it, also where that bucket does not count.
         total = sums.sum((-3, -1), keepdims=True)
         sums = xp.where(xp.isnan(total), total, sums)
 
@@ -155,10 +155,10 @@ class Scores(Observation):
 
 
 def _find_directions(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two numbers in [0, 1] for each score: a point on a circle of diameter 1, at random, the same for equal scores."""
+    """Returns two numbers in [0, 1] for each score: a random point on a circle of diameter 1, one for equal scores."""
     # -0 and 0 are equal scores.
     bits = jax.lax.bitcast_convert_type(logits + jnp.zeros_like(logits), jnp.uint32)
-    # Multiplied by 2^32 divided by the golden ratio, the high bits depend on all bits (Knuth, 6.4).
+    # After a multiplication by 2^32 over the golden ratio, the high bits depend on all bits (Knuth, 6.4).
     mixed = jax.lax.shift_right_logical(bits * np.uint32(2654435769), np.uint32(8))
     angle = mixed.astype(jnp.float32) * np.float32(2 * np.pi / 2**24)
     return (1 + jnp.cos(angle)) / 2, (1 + jnp.sin(angle)) / 2

@@ -39,13 +39,14 @@ from jaxheads.metrics.reading import (
     slots,
 )
 from jaxheads.numerics import brief, inputs, meshes, pairs
+from jaxheads.numerics.kept import per_head
 from jaxheads.numerics.reduction import SMALLEST_SUM
 from jaxheads.numerics.warned import BadInputWarning, GridWarning, StackedWarning
 
 
 @runtime_checkable
 class Reader(Protocol):
-    """What a state asks of its head."""
+    """The part of a head that its state reads."""
 
     @property
     def suffix(self) -> str | None: ...
@@ -82,9 +83,9 @@ def read_nothing(head: Any, read: Callable[[dict[Path, Any]], ResultT]) -> Resul
     return found[0]
 
 
-@functools.lru_cache(maxsize=1024)
+@per_head
 def metric_names(head: Any) -> tuple[str, ...]:
-    """The full names of a head's metrics."""
+    """Returns the full names of a head's metrics."""
     return read_nothing(head, lambda views: tuple(join_names(*key) for key in head.read(views)))
 
 
@@ -95,14 +96,14 @@ SMALL = 1024
 
 
 def _unpack(shape: tuple[int, ...], places: np.ndarray, bits: np.ndarray, head: Any, regularized: bool) -> "Metrics":
-    """Makes metrics of what a pickle holds: which numbers are not 0, and their bits."""
+    """Makes metrics of the content of a pickle: which numbers are not 0, and their bits."""
     size = int(np.prod(shape))
     state = np.zeros(size, np.uint32)
     state[np.unpackbits(places, count=size).astype(bool)] = bits
     return Metrics(state.view(np.float32).reshape(shape), head, regularized)
 
 
-# Bins that leave a metric open are told of slices of so many elements.
+# A warning tells of bins that leave a metric open, for slices of at least so many elements.
 _MANY = 100
 
 
@@ -135,7 +136,7 @@ class Metrics:
     regularized: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def __add__(self, other: "Metrics") -> "Metrics":
-        """The metrics of both sets of data."""
+        """Returns the metrics of both sets of data."""
         if not isinstance(other, Metrics):
             return NotImplemented
         self.check_same_kind(other)
@@ -156,14 +157,14 @@ class Metrics:
 
     @classmethod
     def merge(cls, states: "Iterable[Metrics]", head: Any = None) -> "Metrics":
-        """The metrics of all states, added on the host in float64: no device is needed, nor is one touched.
+        """Returns the metrics of all states, added on the host in float64: no device is needed, nor is one touched.
 
-        For the combiners of Beam, Ray or Spark, and for states that processes computed on their own: pickled, a state
-        is a NumPy array, as is what this returns.
+        For the combiners of Beam, Ray or Spark, and for states that processes computed on their own: a pickled state is
+        a NumPy array, and so is the result.
 
         Args:
             states: of equal leading axes; at least one, unless a head is given.
-            head: what they are metrics of. An empty list then gives its zero metrics: a combiner has an identity.
+            head: the head of the states. An empty list then gives its zero metrics: a combiner has an identity.
 
         Raises:
             ValueError: no states, states of different heads or shapes.
@@ -203,12 +204,12 @@ class Metrics:
             raise ValueError(f"merge() adds states of equal leading axes. Given {sorted(leads)} of {first.head!r}.")
         if any(isinstance(state.state, Tracer) for state in states):
             raise ValueError("merge() works on the host, outside jit. There, metrics add: a + b.")
-        # As on a device, what overflows is inf and inf - inf is NaN, without a word.
+        # As on a device, an overflow is inf and inf - inf is NaN, without a warning.
         with np.errstate(over="ignore", invalid="ignore"):
             return dataclasses.replace(first, state=pairs.merge([on_host(state.state) for state in states]))
 
     def __reduce__(self) -> Any:
-        # Where it is unpickled there may be no device. Of a state with many slices or bins, most sums are 0.
+        # Where it is unpickled there may be no device. In a state with many slices or bins, most sums are 0.
         state = np.asarray(on_host(self.state)) if isinstance(self.state, jax.Array) else self.state
         if isinstance(state, np.ndarray) and state.dtype == np.float32 and state.size > SMALL:
             bits = np.ascontiguousarray(state).view(np.uint32).ravel()
@@ -241,7 +242,7 @@ class Metrics:
             )
 
     def check_one_state(self) -> None:
-        """Refuses what `update_metrics` cannot add one batch to: a state of another head, several states in one."""
+        """Refuses a state to which `update_metrics` cannot add one batch: of another head, or several states in one."""
         self.check_size()
         if lead := jnp.shape(self.state)[:-2]:
             raise ValueError(
@@ -267,16 +268,16 @@ class Metrics:
             check_stamp(self.head, np.asarray(self.state[..., 1 : 1 + STAMP, :], np.float64).sum(-1))
 
     def psum(self, axis_name: Any) -> "Metrics":
-        """The merged metrics of all devices along `axis_name`, the same on each, in one all-reduce."""
+        """Returns the merged metrics of all devices along `axis_name`, the same on each, in one all-reduce."""
         return dataclasses.replace(self, state=pairs.psum(self.state, axis_name))
 
     def varying(self, axis_name: Any) -> "Metrics":
-        """The same values, typed as differing over `axis_name`: the first carry of a scan inside `shard_map`."""
+        """Returns the same values, typed as differing over `axis_name`: the first carry of a scan in `shard_map`."""
         meshes.check_axis(axis_name)
         return dataclasses.replace(self, state=jax.lax.pcast(self.state, axis_name, to="varying"))
 
     def _read_views(self, undefined: float, at: Any = (0, 0)) -> tuple[dict[Path, Any], Any, Any, Any]:
-        """Views by path, `at` those replicas and groups; the bad count; the regularization; the array module in use."""
+        """Returns views by path, of replicas and groups `at`; the bad count; the regularization; the array module."""
         self.check_size()
         if isinstance(self.state, Tracer):
             xp, state, add = jnp, jnp.sum(self.state, -1, keepdims=True), lambda part: part[..., 0]
@@ -306,12 +307,12 @@ class Metrics:
         *,
         warn: bool = True,
     ) -> dict[str, Any]:
-        """The metrics by name, as float32 scalars (arrays, if the state has a leading axis).
+        """Returns the metrics by name, as float32 scalars (arrays, if the state has a leading axis).
 
         Args:
-            undefined: what a metric whose denominator is zero reads as; 0.0 is TensorFlow's convention.
-            bounds: also give `auc/lower`, `auc/upper` and their like: the interval that holds what the same scores
-                would give without bins.
+            undefined: the value of a metric whose denominator is zero; 0.0 is TensorFlow's convention.
+            bounds: also give `auc/lower`, `auc/upper` and their like: the interval that holds the value of the same
+                scores without bins.
             confidence: also give `auc/ci_lower`, `auc/ci_upper`, of every metric: the middle `confidence` of the
                 bootstrap replicas (the percentile interval). The head needs `bootstrap=jh.Bootstrap(200)`.
             warn: False gives no warnings, for values that are known to be preliminary.
@@ -348,11 +349,11 @@ class Metrics:
     def by_slice(
         self, undefined: float = np.nan, bounds: bool = False, confidence: float | None = None
     ) -> dict[str, Any]:
-        """The metrics of each slice: arrays `[n]` by name, with `slice` (the names) and `count` first.
+        """Returns the metrics of each slice: arrays `[n]` by name, with `slice` (the names) and `count` first.
 
-        Fit for `pandas.DataFrame(metrics.by_slice())`. A metric that is an array itself, such as a confusion matrix, is
-        a list of n arrays; inside `jit` it is `[n, classes, classes]`, and there are no names. Where fewer
-        than `min_count` elements weigh anything, a slice has no metrics: they are undefined.
+        They fit `pandas.DataFrame(metrics.by_slice())`. A metric that is an array itself, such as a confusion matrix,
+        is a list of n arrays; inside `jit` it is `[n, classes, classes]`, and there are no names. Where fewer than
+        `min_count` elements weigh anything, a slice has no metrics: they are undefined.
 
         Args:
             undefined, bounds, confidence: as for `compute`.
@@ -401,7 +402,7 @@ class Metrics:
 
     @property
     def _lead(self) -> int:
-        """How many leading axes the state has: before the axis of replicas or slices in what is read."""
+        """The number of leading axes of the state. In values, they come before the axis of replicas or slices."""
         return np.ndim(self.state) - 2
 
     def _require_slices(self, what: str) -> Slices:
@@ -410,7 +411,7 @@ class Metrics:
         return found
 
     def _count_elements(self, at: Any) -> dict[str | None, Any]:
-        """How many elements weigh anything: by head of a `MultiHead`, and of that with the most under None."""
+        """Returns how many elements weigh anything: by head of a `MultiHead`, and under None the largest number."""
         views, _, _, xp = self._read_views(np.nan, at)
         counts = {path[:-1]: view for path, view in views.items() if path[-1] == COUNT}
         by_head: dict[str | None, Any] = {path[-1]: view for path, view in counts.items() if path}
@@ -463,7 +464,7 @@ class Metrics:
                 return
 
     def _read_values(self, undefined: float, at: Any = (0, 0)) -> tuple[dict[tuple[str, str | None], Any], Any, Any]:
-        """Values and intervals by key and name of the head; the bad count; the array module in use."""
+        """Returns values and intervals by key and name of the head; the bad count; the array module in use."""
         seen, bad, regularization, xp = self._read_views(undefined, at)
         values = dict(self.head.read(seen))
         if regularization is not None and at == (0, 0):
@@ -472,7 +473,7 @@ class Metrics:
         return values, bad, xp
 
     def _read_replicas(self, undefined: float, at: Any) -> dict[tuple[str, str | None], Any]:
-        """Values of the replicas, NaN where a replica has none. In means over classes, `undefined` counts."""
+        """Returns values of the replicas, NaN where a replica has none. In means over classes, `undefined` counts."""
         values, _, xp = self._read_values(np.nan, at)
         if np.isnan(undefined):
             return values
@@ -482,13 +483,13 @@ class Metrics:
     def curve(
         self, kind: str, key: str | None = None, *, slice: int | str | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The points of a curve, on the host.
+        """Returns the points of a curve, on the host.
 
         Args:
             kind: `"roc"` for `fpr, tpr, thresholds`; `"pr"` for `precision, recall, thresholds`. Thresholds are
                 probabilities.
-            key: under which the head observes the scores, where it keeps several histograms.
-            slice: number or name of the slice whose data alone it shall be of.
+            key: the key of the scores, for a head that keeps several histograms.
+            slice: number or name of a slice, for the curve of its data alone.
 
         Warns:
             GridWarning: as `compute`, of all data, and of a slice of at least 100 elements.
@@ -508,12 +509,12 @@ class Metrics:
     def reliability(
         self, bins: int = 10, key: str | None = None, *, slice: int | str | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`predicted, observed, weight`: mean predicted probability against observed frequency.
+        """Returns `predicted, observed, weight`: mean predicted probability against observed frequency.
 
-        In `bins` equal steps; steps without data are left out. Of a `MultiClassHead` it is the probability of the
-        predicted class against how often that is right. It is exact if the head keeps
-        `jh.metrics.ExpectedCalibrationError(bins)` of as many, which a `MultiClassHead` must; else probabilities are
-        those of the histogram's bins (their middles). The other arguments are those of `curve`.
+        They are in `bins` equal steps; steps without data are left out. For a `MultiClassHead` it is the probability of
+        the predicted class against the frequency of a right prediction. It is exact if the head keeps
+        `jh.metrics.ExpectedCalibrationError(bins)` with as many bins, which a `MultiClassHead` must; else probabilities
+        are those of the histogram's bins (their middles). The other arguments are those of `curve`.
         """
         if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
             raise ValueError(f"reliability() needs a positive integer number of bins. Given {bins!r}.")
@@ -535,7 +536,7 @@ class Metrics:
         return views[path].reliability(bins) if kept is None else kept.reliability()
 
     def _find_entry(self, what: str, slice: int | str | None) -> tuple[int, int]:
-        """Where all data of a slice are; refused outside of one concrete state, and for a slice that is too small."""
+        """Returns the place of a slice in the state. Refuses all but one concrete state, and too small a slice."""
         if isinstance(self.state, Tracer) or np.ndim(self.state) != 2:
             raise ValueError(
                 f"{what} reads one concrete state, outside jit. Given {self!r}. Merge devices with .psum first, or "
@@ -558,7 +559,7 @@ class Metrics:
         return at
 
     def _find_scores(self, what: str, key: str | None, at: tuple[int, int]) -> Path:
-        """The path of the one score histogram that is meant."""
+        """Returns the path of the one score histogram that is meant."""
         paths = {join_names(*path): path for path in self._read_histograms(at)}
         if key is None and len(paths) == 1:
             return next(iter(paths.values()))

@@ -13,7 +13,7 @@ from jaxheads.metrics.reading import is_addressable
 
 
 def kind(state: Any, size: int) -> str | None:
-    """In a line what a state is that has no values to show; None for one that has."""
+    """Returns a line about a state that has no values to show; None for a state that has values."""
     if not isinstance(state, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)):
         return f"{type(state).__name__}[]"
     line = f"{state.dtype}{list(state.shape)}"
@@ -27,7 +27,7 @@ def kind(state: Any, size: int) -> str | None:
 
 
 def table(values: Mapping[tuple[str, str | None], Any], bad: Any, histograms: Iterable[ScoresView]) -> list[str]:
-    """Lines of keys and values, then what was left out, then what bins leave open, and its cure."""
+    """Returns lines: keys and values, then the elements left out, then the metrics that bins leave open, and a cure."""
     width = max(len(join_names(*key)) for key in values)
     lines = []
     for key, value in values.items():

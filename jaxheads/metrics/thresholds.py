@@ -1,8 +1,8 @@
 """Metrics of yes-or-no decisions at a threshold: exact, whatever the bins.
 
-Each takes `threshold` (a probability in (0, 1), above which is positive; by default z > 0), `average` and `name`. Its
-key is that of its docstring, with `/positive_threshold_T` where a threshold was given; what `average` adds, and the
-rules for 0/0 and for absent classes, is told in `jaxheads.metrics`.
+Each takes `threshold` (a probability in (0, 1); scores above it are positive; by default z > 0), `average` and `name`.
+Its docstring tells its key; a given threshold adds `/positive_threshold_T` to it. `jaxheads.metrics` tells what
+`average` adds, and the rules for 0/0 and for absent classes.
 
 >>> import jax.numpy as jnp
 >>> import jaxheads as jh
@@ -22,7 +22,7 @@ from jaxheads.metrics.scored import AbstractThresholdMetric, Average, check_posi
 
 @dataclasses.dataclass(frozen=True)
 class Precision(AbstractThresholdMetric):
-    """`precision = TP / (TP + FP)`: of what is predicted positive, how much is. Source: `precision_score`."""
+    """`precision = TP / (TP + FP)`, the share of true positives among predicted ones. Source: `precision_score`."""
 
     stem = "precision"
     higher_is_better = True
@@ -33,7 +33,7 @@ class Precision(AbstractThresholdMetric):
 
 @dataclasses.dataclass(frozen=True)
 class Recall(AbstractThresholdMetric):
-    """`recall = TP / (TP + FN)`: of what is positive, how much is found. Source: `recall_score`."""
+    """`recall = TP / (TP + FN)`, the share of positives that are found. Source: `recall_score`."""
 
     stem = "recall"
     higher_is_better = True
@@ -44,7 +44,7 @@ class Recall(AbstractThresholdMetric):
 
 @dataclasses.dataclass(frozen=True)
 class Specificity(AbstractThresholdMetric):
-    """`specificity = TN / (TN + FP)`: of what is negative, how much is left alone."""
+    """`specificity = TN / (TN + FP)`, the share of negatives that are left alone."""
 
     stem = "specificity"
     higher_is_better = True
@@ -68,8 +68,8 @@ class Accuracy(AbstractThresholdMetric):
 class BalancedAccuracy(AbstractThresholdMetric):
     """`balanced_accuracy`, the mean of recall and specificity. Source: `balanced_accuracy_score`.
 
-    Positives and negatives are its two classes: where one is absent it is the other's alone. Of many classes it is the
-    mean recall of those that have labels.
+    Positives and negatives are its two classes: where one is absent it is the rate of the other alone. For many classes
+    it is the mean recall of those that have labels.
     """
 
     stem = "balanced_accuracy"
@@ -105,7 +105,7 @@ class FBeta(AbstractThresholdMetric):
 
 
 def f_key(beta: float) -> str:
-    """The key of an F score."""
+    """Returns the key of an F score."""
     return "f1" if beta == 1 else f"fbeta_{beta:g}"
 
 
@@ -113,7 +113,7 @@ def f_key(beta: float) -> str:
 class IoU(AbstractThresholdMetric):
     """`iou = TP / (TP + FP + FN)`, intersection over union, or Jaccard's index.
 
-    Of pixels, each class by itself is `average=None`; `MeanIoU` is the mean. Source: Keras `IoU`, `jaccard_score`.
+    For pixels, `average=None` gives each class by itself, and `MeanIoU` the mean. Source: Keras `IoU`, `jaccard_score`.
     """
 
     stem = "iou"
@@ -125,7 +125,7 @@ class IoU(AbstractThresholdMetric):
 
 @dataclasses.dataclass(frozen=True)
 class Support(AbstractThresholdMetric):
-    """`support`, the weight of the positives; of each class, under `support/CLASS`, if nothing else is asked for."""
+    """`support`, the weight of the positives; by default that of each class, under `support/CLASS`."""
 
     average: Average = dataclasses.field(default=None, kw_only=True)
 
@@ -140,7 +140,7 @@ class MatthewsCorrcoef(AbstractThresholdMetric):
     """`matthews_corrcoef = (TP TN - FP FN) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN))`.
 
     The correlation of label and decision, from -1 to 1; undefined where either is always the same (scikit-learn's 0 is
-    `undefined=0.0`). Of many classes it is Gorodkin's R_K. Source: `matthews_corrcoef`.
+    `undefined=0.0`). For many classes it is Gorodkin's R_K. Source: `matthews_corrcoef`.
     """
 
     stem = "matthews_corrcoef"
@@ -154,13 +154,14 @@ class MatthewsCorrcoef(AbstractThresholdMetric):
 class CohenKappa(AbstractThresholdMetric):
     """`cohen_kappa = 2 (TP TN - FN FP) / ((TP + FP) (FP + TN) + (TP + FN) (FN + TN))`.
 
-    Agreement of label and decision beyond that of chance; undefined where both are always the same. Of many classes
-    `1 - sum(w_ij O_ij) / sum(w_ij E_ij)` over the confusion matrix O and what it would be if independent, E. Source:
-    `cohen_kappa_score`.
+    Agreement of label and decision beyond that of chance; undefined where both are always the same. For many classes it
+    is `1 - sum(w_ij O_ij) / sum(w_ij E_ij)` over the confusion matrix O, and E, the same matrix for independent labels
+    and decisions. Source: `cohen_kappa_score`.
 
     Args:
-        weights: how an error between classes i and j weighs: None, 1; `"linear"`, `|i - j|`, under
-            `cohen_kappa_linear`; `"quadratic"`, `(i - j)^2`, under `cohen_kappa_quadratic`. Of two, all are the same.
+        weights: the weight of an error between classes i and j: None, 1; `"linear"`, `|i - j|`, under
+            `cohen_kappa_linear`; `"quadratic"`, `(i - j)^2`, under `cohen_kappa_quadratic`. For two classes, all are
+            the same.
     """
 
     weights: Literal["linear", "quadratic"] | None = dataclasses.field(default=None, kw_only=True)

@@ -1,6 +1,5 @@
 """What the linen and the nnx module share: they differ only in where they keep what they own."""
 
-import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from jaxheads.head import Head
 from jaxheads.metrics import Metrics
 from jaxheads.numerics import fields, inputs
+from jaxheads.numerics.kept import per_head
 from jaxheads.numerics.linear import LinearLogits
 from jaxheads.spec import ExportOutput
 
@@ -137,7 +137,7 @@ class AbstractHeadModule:
             )
 
 
-@functools.lru_cache(maxsize=1024)
+@per_head
 def learns(head: Head) -> bool:
     """Whether an unbound head has learned fields, in it or in heads inside it."""
     return bool(jax.eval_shape(head.init, jax.eval_shape(lambda: jax.random.key(0))))

@@ -28,7 +28,7 @@ class Mask(NamedTuple):
 
 
 class Masks(tuple[Mask, ...]):
-    """Several masks, all of which must hold: that of a sequence and that of the user."""
+    """Several masks, such as those of a sequence and of the user. All must hold."""
 
     @classmethod
     def of(cls, where: Any) -> "Masks":
@@ -108,7 +108,7 @@ class Batch:
 
     @property
     def normalizers(self) -> Any:
-        """The normalizer; for a head with heads inside, a dict of those of each."""
+        """The normalizer; for a head with heads inside, a dict of their normalizers."""
         if self.parts is None:
             return self.normalizer
         return {name: part.normalizers for name, part in self.parts.items()}
@@ -134,7 +134,7 @@ class Devices:
     asked_by: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     def sum(self, x: Any) -> Any:
-        """Sums over devices the sum of each device's own rows."""
+        """Returns the sum over devices of `x`, which is the sum of a device's own rows."""
         self._check_axis(x)
         return meshes.psum(x, self.axis_name)
 
@@ -157,7 +157,7 @@ class Devices:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What a hook may know about its rows, beside labels and logits. A hook with an argument `rows` gets it.
+    """The facts that a hook may know about its rows, beside labels and logits. A hook with an argument `rows` gets it.
 
     Attributes:
         exists: bool `[..., 1]`; for a head that takes masks of single logits also `[..., d]`.
@@ -197,13 +197,15 @@ class Elements(NamedTuple):
         labels: as the label spec says; the fill where masked or illegal.
         logits: float32, 0 where masked; lazy where the head takes lazy logits.
         weights: float32 `[..., 1]` or `[..., d]`; 0 where masked, 1 where illegal.
-        bad: bool, of the shape of the weights: True for unmasked elements with an illegal label or weight.
-        rows: what hooks may know beside labels and logits.
+        live: bool, of the shape of the weights: where they are not 0. It is the mask itself if there are no weights.
+        bad: bool, of the same shape: True for unmasked elements with an illegal label or weight.
+        rows: the facts that hooks may know beside labels and logits.
     """
 
     labels: Any
     logits: Any
     weights: jax.Array
+    live: jax.Array
     bad: jax.Array
     rows: Rows
 
@@ -215,8 +217,8 @@ class Elements(NamedTuple):
     def of_whole_rows(self) -> "Elements":
         """Returns the elements with one weight for each row, for losses of one value for each row.
 
-        Where entries have masks or weights, it is the mean weight of the entries that exist. So a row counts once,
-        whatever their number is.
+        Where entries have masks or weights, it is the mean weight of the entries that exist. So a row counts once, for
+        any number of entries.
         """
         if self.weights.shape[-1] == 1 and self.rows.exists.shape[-1] == 1:
             return self
@@ -224,7 +226,8 @@ class Elements(NamedTuple):
         row = jnp.any(exists, -1, keepdims=True)
         weights = mean_of_entries(self.weights, exists)
         rows = dataclasses.replace(self.rows, exists=row)
-        return self._replace(weights=weights, bad=jnp.any(self.bad, -1, keepdims=True), rows=rows)
+        live, bad = (jnp.any(mask, -1, keepdims=True) for mask in (self.live, self.bad))
+        return Elements(self.labels, self.logits, weights, live, bad, rows)
 
 
 def mean_of_entries(weights: jax.Array, exists: jax.Array) -> jax.Array:

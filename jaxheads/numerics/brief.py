@@ -1,17 +1,17 @@
-"""What users passed, in a few words for an error: errors end in logs, where data do not belong."""
+"""Short texts about the values of users, for errors: errors end in logs, where data do not belong."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-# Of the values of a user so many are shown, and of the text of each so many characters.
+# How many values of a user a text shows, and how many characters of each.
 VALUES, CHARACTERS = 3, 40
 
 
 @runtime_checkable
 class Shaped(Protocol):
-    """An array, or what another library keeps about one."""
+    """An array, or the description of one by another library."""
 
     @property
     def dtype(self) -> Any: ...
@@ -21,7 +21,7 @@ class Shaped(Protocol):
 
 
 def tell(value: Any) -> str:
-    """Returns a kind, a size, and at most three values.
+    """Returns the kind of a value, its size, and at most three of its values.
 
     >>> tell([3, 1, 4, 1, 5]), tell({"a": 1}), tell("x" * 100)
     ('[3, 1, 4, ...] of length 5', "a dict with the keys ['a']", "'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...")

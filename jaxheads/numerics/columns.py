@@ -10,13 +10,14 @@ import jax
 import numpy as np
 
 from jaxheads.numerics import brief, inputs
+from jaxheads.numerics.missing import is_frame, names_of
 
 
 class Columns(dict):
-    """The columns of `features` that compiled code can hold, by key; says which there are when asked for another.
+    """The columns of `features` that compiled code can hold, by key. For another key, an error names these columns.
 
-    A pytree that is nested as the features are. What was left out is told in the error, and is no part of the tree's
-    structure: a text column that comes and goes compiles nothing anew.
+    A pytree that is nested as the features are. The error also names the columns that were left out. They are no part
+    of the tree's structure: a text column that comes and goes compiles nothing anew.
     """
 
     left_out: Mapping[Any, str] = MappingProxyType({})
@@ -50,26 +51,21 @@ jax.tree_util.register_pytree_with_keys(Columns, _flatten_columns, _unflatten_co
 
 
 def describe(x: Any) -> str:
-    """The dtype and shape of a column in a few letters."""
+    """Returns the dtype and shape of a column in a few letters."""
     if isinstance(x, Mapping):
         return "{" + ", ".join(f"{key!r}: {describe(value)}" for key, value in x.items()) + "}"
     return f"{x.dtype}{list(x.shape)}"
 
 
-def is_frame(x: Any) -> bool:
-    """Tells whether a value has columns by name, as a data frame of any library."""
-    return hasattr(x, "columns") and hasattr(x, "__getitem__")
-
-
 def table(features: Any) -> Mapping[Any, Any] | None:
-    """A mapping, or a data frame as one; None for anything else."""
+    """Returns a mapping, or a data frame as one; None for anything else."""
     if isinstance(features, Mapping):
         return features
-    return {key: features[key] for key in features.columns} if is_frame(features) else None
+    return {key: features[key] for key in names_of(features)} if is_frame(features) else None
 
 
 def column(features: Any, key: str, what: str) -> Any:
-    """One column, or an error that says what it is for and which there are."""
+    """Returns one column, or raises an error that tells its use and the columns that exist."""
     found = table(features)
     if found is None or key not in found:
         given = brief.tell(features) if found is None else brief.tell_names(found)
@@ -78,7 +74,7 @@ def column(features: Any, key: str, what: str) -> Any:
 
 
 def numeric_columns(features: Any) -> Columns:
-    """The columns of `features` that compiled code can hold: numbers, in arrays of any rank and nested mappings."""
+    """Returns the columns of `features` that compiled code can hold: numbers in arrays of any rank, nested mappings."""
     columns, left_out = Columns(), {}
     given = table({} if features is None else features)
     if given is None:
@@ -95,7 +91,7 @@ def numeric_columns(features: Any) -> Columns:
 
 
 def _read_column(value: Any) -> Any:
-    """A feature as an array of numbers, or in words what it is instead."""
+    """Returns a feature as an array of numbers, or a text that says what it is instead."""
     kind = type(value).__name__
     if isinstance(value, np.ma.MaskedArray):
         if np.ma.is_masked(value):

@@ -1,4 +1,4 @@
-"""Frozen configuration that is a pytree: what makes a head equal by value, hashable, picklable and printable."""
+"""Frozen configuration that is a pytree. It makes a head equal by value, hashable, picklable and printable."""
 
 import dataclasses
 from typing import Any, dataclass_transform
@@ -8,20 +8,21 @@ import numpy as np
 
 from jaxheads.numerics import fields
 from jaxheads.numerics.fields import learned, running, subheads
+from jaxheads.numerics.kept import KEPT
 
 
 @dataclass_transform(
     frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field, learned, running, subheads)
 )
 class Configuration:
-    """A base class whose subclasses become frozen dataclasses and pytrees by being defined."""
+    """A base class. Its subclasses become frozen dataclasses and pytrees when they are defined."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         fields.register(cls)
 
     def validate(self) -> None:
-        """Refuses bad configuration. Static fields are frozen already; runs once, at construction."""
+        """Refuses bad configuration. It runs once, at construction, when static fields are frozen already."""
 
     def __post_init__(self):
         for name, value in fields.values_of(self, fields.STATIC).items():
@@ -39,6 +40,10 @@ class Configuration:
             )
         return tuple(fields.values_of(self, fields.STATIC, fields.HEADS).values())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the fields, for copies and pickles: compiled programs stay behind."""
+        return {name: value for name, value in vars(self).items() if name != KEPT}
+
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
@@ -50,7 +55,7 @@ class Configuration:
         return hash((type(self), self._get_identity()))
 
     def __repr__(self) -> str:
-        """The arguments that differ from their defaults, those of the class itself before those of its bases."""
+        """Shows the arguments that differ from their defaults: first those of the class itself, then of its bases."""
         base, values, parts = type(self).__mro__[1], fields.values_of(self), []
         inherited = [field.name for field in dataclasses.fields(base)] if dataclasses.is_dataclass(base) else []
         for field in sorted(fields.of_kind(type(self)), key=lambda f: f.name in inherited):
@@ -63,7 +68,7 @@ class Configuration:
 
 
 def _freeze_heads(name: str, value: Any) -> Any:
-    """A head, a tuple of heads, or None."""
+    """Returns a head, a tuple of heads, or None. Refuses any other value."""
     value = tuple(value) if isinstance(value, list) else value
     inside = value if isinstance(value, tuple) else () if value is None else (value,)
     for head in inside:

@@ -1,4 +1,4 @@
-"""Heads, optimizers and other configuration in words that are the same in every process: to tell two of them apart."""
+"""Texts about heads, optimizers and other configuration, the same in every process: they tell two of them apart."""
 
 import dataclasses
 import enum
@@ -15,20 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-# Functions of these packages differ by their names and by what they hold; their code stays the same.
+# Functions of these packages differ by their names and by the values that they hold; their code stays the same.
 KNOWN = ("jax", "optax", "flax", "chex", "jaxheads", "functools", "numpy")
-# How much of two texts that differ an error shows, and how much before the place where they part.
+# How many characters an error shows of two texts that differ, and how many of them before the first difference.
 SHOWN, BEFORE = 70, 25
-# A longer text, and a longer list, is given by its start and a hash.
+# A longer text is cut to its start and a hash, and a longer list to its length and a hash.
 LONGEST, MOST = 4000, 64
 
 
 def describe(value: Any) -> str:
     """Returns a text that is equal for values that mean the same, in another process and another Python too.
 
-    It holds no address. Functions count by their name, by the numbers and names in their code, and by all that they
-    hold, which for an optimizer of optax are its rates. Arrays count by shape, dtype and values. An integer is the
-    float of the same value: schedules of optax make one of the other as they are traced.
+    It holds no address. Functions count by their name, by the numbers and names in their code, and by the values that
+    they hold, such as the rates of an optimizer of optax. Arrays count by shape, dtype and values. An integer is the
+    float of the same value: schedules of optax turn one into the other as they are traced.
     """
     return _Describer().describe(value)
 
@@ -42,7 +42,7 @@ def describe_code(value: Any) -> dict[str, str]:
 
 
 class _Describer:
-    """Describes one value. What is met again, as functions are that many others hold, is described once."""
+    """A describer of one value. A value that is met again, as a function that many others hold, is described once."""
 
     def __init__(self):
         self.code, self.has_code = hashlib.sha256(), False
@@ -151,7 +151,7 @@ def _is_default(value: Any, name: str, held: Any) -> bool:
 
 
 def _describe_number(value: Any) -> str:
-    """The same text for 100, 100.0 and numbers of NumPy of this value."""
+    """Returns a text, which is the same for 100, 100.0 and NumPy's numbers of this value."""
     if isinstance(value, (int, np.integer)):
         return str(int(value))
     number = float(value)
@@ -188,7 +188,7 @@ def _shorten(text: str, most: int) -> str:
 
 
 def find_changes(kept: Mapping[str, str], now: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Returns what differs, by name, as two short texts around the first difference. What one lacks is not compared."""
+    """Returns the texts that differ, by name, cut around the first difference. A name that only one has is left out."""
     both = {name: (kept[name], now[name]) for name in kept if name in now}
     return {name: _show(*texts) for name, texts in both.items() if texts[0] != texts[1]}
 

@@ -10,10 +10,10 @@ MULTIPLIERS = "lagrange_multipliers"
 
 
 class PrimalDualState(NamedTuple):
-    """The state of an optimizer that ascends on multipliers, which is what it is known by.
+    """The state of an optimizer that ascends on multipliers. Its type tells that the optimizer does.
 
     Attributes:
-        steps: int32 `[m]`, how many were taken, for each of the m leaves of multipliers that it moves.
+        steps: int32 `[m]`, the number of steps, for each of the m leaves of multipliers that the optimizer moves.
         inner: the states of the two optimizers.
     """
 
@@ -22,19 +22,19 @@ class PrimalDualState(NamedTuple):
 
 
 def is_multiplier(path: Any) -> bool:
-    """Whether a path in a pytree of parameters leads to multipliers."""
+    """Tells whether a path in a pytree of parameters leads to multipliers."""
     return any(name.endswith(MULTIPLIERS) for name in names_along(path))
 
 
 def count_multipliers(params: Any) -> int:
-    """How many leaves are multipliers."""
+    """Returns how many leaves are multipliers."""
     return sum(is_multiplier(path) for path, _ in jax.tree.leaves_with_path(params))
 
 
 def check_ascends(opt_state: Any, params: Any) -> None:
-    """Refuses parameters with multipliers under an optimizer that would descend on some, and on no bound."""
+    """Refuses parameters with multipliers under an optimizer that would descend on some of them, without end."""
     states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, PrimalDualState))
-    # By shapes, which are there in traces too. Replicas have leading axes.
+    # By shapes, because traces have them too. Replicas have leading axes.
     moved = sum(x.steps.shape[-1] for x in states if isinstance(x, PrimalDualState))
     if (given := count_multipliers(params)) > moved:
         raise ValueError(

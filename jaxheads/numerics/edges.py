@@ -20,9 +20,9 @@ class Edges:
     cell's range of candidates reaches one cell further on both sides, and a branch-free binary search of a few steps
     compares with the edges themselves. The number of steps depends on the fullest cell alone: one for uniform edges.
 
-    A TPU is slow at looking numbers up, and quick at matrix products: there the edges lie in rows of 64; a number is
-    compared with the first edge of every row, a product with a one-hot vector brings its row, and it is compared with
-    that. The product is exact, for it adds nothing up but the three bfloat16 parts of one float32.
+    A TPU is slow at looking numbers up, and quick at matrix products. There the edges lie in rows of 64. A number is
+    compared with the first edge of every row; a product with a one-hot vector gives its row; the number is compared
+    with the edges of that row. The product is exact: it adds up only the three bfloat16 parts of one float32.
     """
 
     def __init__(self, values):
@@ -51,14 +51,14 @@ class Edges:
         return xp.clip(scaled, np.float32(0), np.float32(self.cells - 1)).astype(xp.int32)
 
     def locate(self, x: jax.Array) -> jax.Array:
-        """How many edges lie strictly below `x`: int32 in `[0, len(values)]`. NaN counts as below all."""
+        """Returns how many edges lie strictly below `x`: int32 in `[0, len(values)]`. NaN counts as below all."""
         x = jnp.where(jnp.isnan(x), jnp.full_like(x, -jnp.inf), x)
         if not self.exact:
             return self.by_table(x)
         return jax.lax.platform_dependent(x, tpu=self.by_product, default=self.by_table)
 
     def by_table(self, x: jax.Array) -> jax.Array:
-        """`locate` by looking up."""
+        """Locates numbers by looking them up in tables."""
         count = take(self.first, self._find_cell(x, jnp))
         for step in (2**k for k in reversed(range(self.steps))):
             below = take(self.padded, count + (step - 1)) < x
@@ -66,9 +66,9 @@ class Edges:
         return count
 
     def by_product(self, x: jax.Array) -> jax.Array:
-        """`locate` by comparisons and a matrix product."""
+        """Locates numbers by comparisons and a matrix product."""
         if x.ndim > 1 and x.shape[-1] == 1:
-            # A last axis of size 1 makes the layout of what follows, and so the time, ten times as large.
+            # A last axis of size 1 makes the layout of the arrays below, and so the time, ten times as large.
             return self.by_product(x[..., 0])[..., None]
         x, n = jnp.minimum(x, LARGEST)[None], len(self.rows)
 
@@ -79,7 +79,7 @@ class Edges:
             return jnp.sum(values < x, axis=0, keepdims=True, dtype=jnp.int32)
 
         row = below(column(self.rows[1:, 0]))
-        # One product of three times the length, not three: their sum would be written out.
+        # One product of three times the length, not three products: their sum would be written out.
         chosen = (row == column(np.tile(np.arange(n, dtype=np.int32), 3))).astype(jnp.bfloat16)
         parts = jnp.asarray(self.parts.reshape(3 * n, WIDTH), jnp.bfloat16)
         edges = jax.lax.dot_general(parts, chosen, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
@@ -90,13 +90,13 @@ MOST_COMPARED = 16
 
 
 def locate_uniform(x: jax.Array, first: int, count: int, scale: float, extra: tuple[float, ...]) -> jax.Array:
-    """`Edges.locate` among `count` edges at consecutive multiples of a power of two, and a few others.
+    """Locates as `Edges.locate`, among `count` edges at consecutive multiples of a power of two, and a few others.
 
-    Nothing is looked up: times a power of two, a float32 is exact, and so is what `ceil` makes of it.
+    Nothing is looked up: a float32 times a power of two is exact, and so is its `ceil`.
 
     Args:
         first: the first multiple.
-        scale: 1 by the power of two.
+        scale: 1 divided by the power of two.
         extra: float32 edges that are no such multiples.
     """
     x = jnp.asarray(x, jnp.float32)
@@ -115,7 +115,7 @@ _MULTIPLES, _DOUBLINGS, _BITS = 1024, 6, 5
 
 @functools.cache
 def list_growing() -> tuple[float, ...]:
-    """The edges of `locate_growing`, sorted."""
+    """Returns the edges of `locate_growing`, sorted."""
     fine = np.arange(_MULTIPLES + 1) / 64
     growth = 1 + np.arange(1, 2**_BITS + 1) / 2**_BITS
     beyond = np.concatenate([fine[-1] * 2.0**k * growth for k in range(_DOUBLINGS)])
@@ -124,19 +124,19 @@ def list_growing() -> tuple[float, ...]:
 
 
 def locate_growing(x: jax.Array, extra: tuple[float, ...]) -> jax.Array:
-    """`Edges.locate` among the edges of `list_growing`, and a few others. Subnormal numbers count as 0, as to XLA.
+    """Locates as `Edges.locate`, among the edges of `list_growing`, and a few others.
 
-    Nothing is looked up here either. Up to 16, the whole part of `64 |x|` counts edges on one side of 0. Beyond, the
-    leading bits of a float32 do: its exponent and the first bits of its fraction, read as an integer, go up by 1 at
-    each edge.
+    Subnormal numbers count as 0, as to XLA. Nothing is looked up here either. Up to 16, the whole part of `64 |x|`
+    counts edges on one side of 0. Beyond, the leading bits of a float32 do: its exponent and the first bits of its
+    fraction, read as an integer, go up by 1 at each edge.
     """
     x = jnp.asarray(x, jnp.float32)
     scaled = jax.lax.mul(x, jax.lax.full_like(x, 64))
-    # All bits set unless above 0: then those of an integer are flipped, which is `-1 - integer`.
+    # No bits are set above 0, else all bits. These flip the bits of an integer, which makes it `-1 - integer`.
     flipped = jax.lax.sub(jax.lax.gt(scaled, jax.lax.full_like(x, 0)).astype(jnp.int32), np.int32(1))
     # One more than the last edge is beyond it, and counts all edges.
     size = jax.lax.min(jax.lax.abs(scaled), jax.lax.full_like(x, _MULTIPLES * 2**_DOUBLINGS + 1))
-    # An edge counts if it is strictly below: above 0 the edge itself does not count yet, so one bit less is read.
+    # An edge counts if it is strictly below. Above 0 the edge itself does not count yet, so the bits are read less 1.
     bits = jax.lax.sub(jax.lax.bitcast_convert_type(size, jnp.int32), 1 + flipped)
     first = int(np.float32(_MULTIPLES).view(np.int32))
     fine = jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.int32)
@@ -152,18 +152,18 @@ def locate_growing(x: jax.Array, extra: tuple[float, ...]) -> jax.Array:
 
 @functools.lru_cache(maxsize=256)
 def edges_of(values: tuple[float, ...]) -> Edges:
-    """`Edges(values)`, built once for equal values."""
+    """Returns `Edges(values)`, built once for equal values."""
     return Edges(values)
 
 
 def take(table: np.ndarray, index: jax.Array) -> jax.Array:
-    """`table[index]` for indices known to be in range, laid out like the index."""
+    """Returns `table[index]` for indices known to be in range, laid out like the index."""
     out_sharding = None if meshes.explicit_mesh(index) is None else jax.typeof(index).sharding
     return jnp.asarray(table).at[index].get(mode="promise_in_bounds", out_sharding=out_sharding)
 
 
 def in_three(x: Any) -> Any:
-    """A float32 as three numbers of 8 bits, largest first, that bfloat16 holds and that add up to it exactly."""
+    """Cuts a float32 in three numbers of 8 bits, largest first, that bfloat16 holds and that add up to it exactly."""
     if isinstance(x, np.ndarray):
         xp, bits = np, lambda x, dtype: x.view(dtype)
     else:
@@ -172,7 +172,7 @@ def in_three(x: Any) -> Any:
     def leading(x: Any) -> Any:
         return bits(bits(x, np.int32) & np.int32(-(2**16)), np.float32)
 
-    # What is not finite is all in the first.
+    # A number that is not finite is all in the first.
     is_finite = xp.isfinite(x)
     finite = xp.where(is_finite, x, xp.zeros_like(x))
     first = xp.where(is_finite, leading(x), x)

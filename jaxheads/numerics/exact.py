@@ -19,15 +19,15 @@ from jaxheads.numerics.pairs import two_sum
 BITS = 8
 # From the square of the smallest float32 to the square of the largest, times the number of rows.
 LOW, DIGITS = -33, 72
-# The digits that a product of three integers of 24 bits takes, shifted by up to 7.
+# How many digits a product of three integers of 24 bits takes, shifted by up to 7.
 _PER_PRODUCT = 10
 
 
 def add_products(factors: jax.Array, exponents: jax.Array) -> jax.Array:
-    """The sums over `n` of the exact products of three float32 numbers `[..., n, 3]`, times `2^exponents` `[..., n]`.
+    """Returns the sums over `n` of exact products: three float32 `[..., n, 3]`, times `2^exponents` `[..., n]`.
 
-    They are digits `[..., DIGITS]`, not settled; all NaN where a factor is no finite number. A product has 80 bits, so
-    ten digits one after the other. They are added up by the place of the first, in one matrix product, which is exact.
+    The sums are digits `[..., DIGITS]`, not settled; all NaN where a factor is no finite number. A product has 80 bits,
+    so ten digits in a row. They are added up by the place of the first, in one matrix product, which is exact.
     """
     bits = jax.lax.bitcast_convert_type(factors, jnp.int32)
     powers = jax.lax.shift_right_logical(bits, np.int32(23)) & np.int32(255)
@@ -39,7 +39,7 @@ def add_products(factors: jax.Array, exponents: jax.Array) -> jax.Array:
     product = _multiply(_multiply(_split(shifted, 3), _split(second, 2)), _split(third, 2))
     sign = jnp.prod(jnp.where(jnp.isfinite(factors), jnp.sign(factors), np.float32(np.nan)), axis=-1)
     digits = jnp.stack([sign * digit.astype(jnp.float32) for digit in _list_digits(product)], axis=-2)
-    # First digits below the lowest place: their upper ones still count.
+    # The first digit may lie below the lowest place: the upper digits of the product still count.
     lowest, n = LOW - (_PER_PRODUCT - 1), _PER_PRODUCT - 1 + DIGITS
     place = jax.lax.shift_right_arithmetic(exponents, np.int32(BITS.bit_length() - 1))
     starts = np.expand_dims(np.arange(lowest, lowest + n, dtype=np.int32), tuple(range(place.ndim - 1)))
@@ -58,7 +58,7 @@ def add_products(factors: jax.Array, exponents: jax.Array) -> jax.Array:
 
 
 def settle(digits: jax.Array) -> jax.Array:
-    """Hands sums of up to 2^16 digits on to the places above, twice, so that what is left is below 2^9."""
+    """Carries sums of up to 2^16 digits to the places above, twice, so that the rest in each place is below 2^9."""
     zero = jnp.zeros_like(digits[..., :1])
     for _ in range(2):
         over = jnp.floor(digits[..., :-1] * np.float32(2.0**-BITS))
@@ -67,12 +67,12 @@ def settle(digits: jax.Array) -> jax.Array:
 
 
 def _split(x: jax.Array, n: int) -> list[jax.Array]:
-    """The `n` digits of 12 bits of an integer, from the lowest."""
+    """Returns the `n` digits of 12 bits of an integer, from the lowest."""
     return [jax.lax.shift_right_logical(x, np.int32(12 * i)) & np.int32(4095) for i in range(n)]
 
 
 def _list_digits(product: list[jax.Array]) -> list[jax.Array]:
-    """Digits of 8 bits from digits of 12 bits: three from each two."""
+    """Returns digits of 8 bits from digits of 12 bits: three from each two."""
     digits = []
     for j in range(_PER_PRODUCT):
         i, shift = divmod(BITS * j, 12)
@@ -84,7 +84,7 @@ def _list_digits(product: list[jax.Array]) -> list[jax.Array]:
 
 
 def _multiply(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
-    """The digits of 12 bits of a product of two numbers, from the lowest."""
+    """Returns the digits of 12 bits of a product of two numbers, from the lowest."""
     columns: list[Any] = [0] * (len(a) + len(b) - 1)
     for i, x in enumerate(a):
         for j, y in enumerate(b):
@@ -97,14 +97,17 @@ def _multiply(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
 
 
 def find_top(digits: Any, xp: Any) -> Any:
-    """The place of the highest digit that is not 0, counted from 2^0: `[...]` of digits `[..., DIGITS]`."""
+    """Returns the place of the highest digit that is not 0, counted from 2^0: `[...]` of digits `[..., DIGITS]`."""
     places = np.arange(LOW, LOW + DIGITS, dtype=np.int32)
     places = np.expand_dims(places, tuple(range(digits.ndim - 1)))
     return xp.where(digits != 0, places, np.int32(LOW)).max(-1)
 
 
 def scale(x: Any, powers: Any, xp: Any) -> Any:
-    """`x * 2^powers`, of float32 for powers up to 127; below -126 it is 0. `jnp.ldexp` traces 53 operations, this 9."""
+    """Returns `x * 2^powers`: of float32, for powers up to 127, and 0 below -126.
+
+    `jnp.ldexp` traces 53 operations, this function 9.
+    """
     if xp is np:
         return np.ldexp(x, np.clip(powers, -1000, 1000))
     bits = jax.lax.shift_left(jnp.clip(powers, -127, 127) + np.int32(127), np.int32(23))
@@ -112,7 +115,7 @@ def scale(x: Any, powers: Any, xp: Any) -> Any:
 
 
 def join(digits: Any, unit: Any, xp: Any) -> tuple[Any, Any]:
-    """The double word that digits `[..., DIGITS]` stand for, in units of `2^unit`, `[...]`."""
+    """Returns the double word that digits `[..., DIGITS]` stand for, in units of `2^unit`, `[...]`."""
     places = BITS * np.arange(LOW, LOW + DIGITS, dtype=np.int32)
     powers = np.expand_dims(places, tuple(range(unit.ndim))) - unit[..., None]
     terms = scale(digits, powers, xp)
@@ -126,7 +129,7 @@ def join(digits: Any, unit: Any, xp: Any) -> tuple[Any, Any]:
 
 
 def add(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
-    """The sum of two double words."""
+    """Returns the sum of two double words."""
     high, low = two_sum(a[0], b[0])
     more, less = two_sum(a[1], b[1])
     high, low = two_sum(high, low + more)
@@ -134,32 +137,32 @@ def add(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 def subtract(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
-    """The difference of two double words."""
+    """Returns the difference of two double words."""
     return add(a, (-b[0], -b[1]))
 
 
 def multiply(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
-    """The product of two double words."""
+    """Returns the product of two double words."""
     high, low = _multiply_exactly(a[0], b[0])
     return two_sum(high, low + (a[0] * b[1] + a[1] * b[0]))
 
 
 def divide(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
-    """The quotient of two double words; the divisor is not 0."""
+    """Returns the quotient of two double words; the divisor is not 0."""
     first = a[0] / b[0]
     rest = subtract(a, multiply(b, (first, first * 0)))
     return two_sum(first, rest[0] / b[0])
 
 
 def _multiply_exactly(a: Any, b: Any) -> tuple[Any, Any]:
-    """`a * b` rounded, and what the rounding lost."""
+    """Returns `a * b` rounded, and the rounding error."""
     product = a * b
     (a_high, a_low), (b_high, b_low) = _halve(a), _halve(b)
     return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
 
 
 def _halve(x: Any) -> tuple[Any, Any]:
-    """A number as the sum of two numbers of half the bits."""
+    """Returns two numbers of half the bits that add up to a number."""
     scaled = x * (2.0**12 + 1 if x.dtype == np.float32 else 2.0**27 + 1)
     high = scaled - (scaled - x)
     return high, x - high

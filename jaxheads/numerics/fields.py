@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxheads.numerics import brief
+from jaxheads.numerics.kept import per_head
 
 _KIND = "jaxheads_kind"
 STATIC, LEARNED, RUNNING, HEADS = "static", "learned", "running", "heads"
 
 
 def learned(initializer: Callable[[Any, jax.Array], Any], *, init: Literal[False] = False) -> Any:
-    """A field that lives in the parameter tree and is trained like any parameter; None until bound.
+    """Makes a field that lives in the parameter tree and is trained like any parameter; None until bound.
 
     Args:
         initializer: `(head, key) -> array`, the first value; None if this configuration has no such parameter.
@@ -32,7 +33,7 @@ def learned(initializer: Callable[[Any, jax.Array], Any], *, init: Literal[False
 
 
 def running(initializer: Callable[[Any], Any], *, init: Literal[False] = False) -> Any:
-    """A field carried beside batch statistics: no gradient, no weight decay; None until bound.
+    """Makes a field that is carried beside batch statistics: no gradient, no weight decay; None until bound.
 
     Args:
         initializer: `(head) -> array`, the first value; None if this configuration has no such statistic.
@@ -42,7 +43,7 @@ def running(initializer: Callable[[Any], Any], *, init: Literal[False] = False) 
 
 
 def subheads(**kwargs: Any) -> Any:
-    """A field that holds a head or a tuple of heads: a child of the pytree, so learned fields inside are leaves."""
+    """Makes a field that holds a head or a tuple of heads: a child of the pytree. Learned fields inside are leaves."""
     return dataclasses.field(metadata={_KIND: (HEADS, None)}, **kwargs)
 
 
@@ -55,12 +56,12 @@ def _make_field(kind: str, initializer: Callable[..., Any]) -> Any:
             f"{kind}() takes a function of {' and '.join(names)}. Given one with the arguments {given}. Write "
             f"{kind}(lambda {', '.join(names)}: jnp.zeros(3))."
         )
-    # By keyword in the constructor after all, so that dataclasses.replace of a bound head keeps its parameters.
+    # The constructor takes it by keyword after all, so that dataclasses.replace of a bound head keeps its parameters.
     return dataclasses.field(default=None, kw_only=True, metadata={_KIND: (kind, initializer)})
 
 
 def _list_arguments(function: Callable[..., Any], n: int) -> str | None:
-    """Returns the arguments of a function that cannot be called with `n` values; None if it can, or nobody knows."""
+    """Returns the arguments of a function that cannot be called with `n` values; None if it can, or if unknown."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -74,7 +75,7 @@ def _list_arguments(function: Callable[..., Any], n: int) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def of_kind(cls: type, *kinds: str) -> tuple[dataclasses.Field, ...]:
-    """The fields of a head class, those of `kinds` if any are named."""
+    """Returns the fields of a head class; only the fields of `kinds`, if any are named."""
     every = dataclasses.fields(cls)
     return tuple(f for f in every if not kinds or f.metadata.get(_KIND, (STATIC, None))[0] in kinds)
 
@@ -85,17 +86,17 @@ def names_along(path: Any) -> list[str]:
 
 
 def values_of(node: Any, *kinds: str) -> dict[str, Any]:
-    """Returns the values of a dataclass's fields by name, those of `kinds` if any are named."""
+    """Returns the values of a dataclass's fields by name; only of the fields of `kinds`, if any are named."""
     return {field.name: getattr(node, field.name) for field in of_kind(type(node), *kinds)}
 
 
 def initializer(field: dataclasses.Field) -> Callable[..., Any]:
-    """What makes the first value of a learned or running field."""
+    """Returns the function that makes the first value of a learned or running field."""
     return field.metadata[_KIND][1]
 
 
 def freeze(name: str, value: Any) -> Any:
-    """A static value made hashable, or refused with the name of the field."""
+    """Returns a static value made hashable, or refuses it with the name of the field."""
     if isinstance(value, (list, tuple, Iterator)):
         items = [freeze(name, v) for v in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
@@ -119,7 +120,7 @@ def freeze(name: str, value: Any) -> Any:
 
 
 class Frozen(dataclasses.FrozenInstanceError, ValueError):
-    """Raised by an assignment to a field of a head."""
+    """The error of an assignment to a field of a head."""
 
 
 def register(cls: type) -> None:
@@ -151,7 +152,7 @@ def register(cls: type) -> None:
         return tuple((jax.tree_util.GetAttrKey(n), c) for n, c in zip(data, children, strict=True)), aux
 
     def unflatten(aux, children):
-        # Not through __init__: leaves may be anything here (tracers, None, sentinels), and nothing static is new.
+        # Not through __init__: leaves may be anything here (tracers, None, sentinels), and no static value is new.
         head = object.__new__(cls)
         for name, value in zip((*static, *data), (*aux, *children), strict=True):
             object.__setattr__(head, name, value)
@@ -161,7 +162,7 @@ def register(cls: type) -> None:
 
 
 def children(node: Any) -> dict[str, Any]:
-    """The heads inside a head, by the name under which their parameters nest."""
+    """Returns the heads inside a head, by the name under which their parameters nest."""
     found: dict[str, Any] = {}
     for name, value in values_of(node, HEADS).items():
         if isinstance(value, tuple):
@@ -189,7 +190,7 @@ def check_children(node: Any) -> None:
 
 
 def with_values(node: Any, changes: Mapping[str, Any]) -> Any:
-    """`dataclasses.replace` that goes past `__init__` and reaches, by name, into tuples of heads."""
+    """Replaces values as `dataclasses.replace` does, but without `__init__`, and by name also in tuples of heads."""
     heads = values_of(node, HEADS)
     copy = object.__new__(type(node))
     for name, old in values_of(node).items():
@@ -201,7 +202,7 @@ def with_values(node: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def init(node: Any, key: jax.Array) -> dict[str, Any]:
-    """The first values of the learned fields, nested by the names of the heads inside."""
+    """Returns the first values of the learned fields, nested by the names of the heads inside."""
     check_key(key)
     learned_fields = of_kind(type(node), LEARNED)
     made = {f.name: initializer(f)(node, jax.random.fold_in(key, i)) for i, f in enumerate(learned_fields)}
@@ -221,7 +222,7 @@ def check_key(key: Any) -> None:
 
 
 def _as_arrays(node: Any, made: Mapping[str, Any]) -> dict[str, Any]:
-    """First values as arrays without JAX's weak type, which the first update would take away: a second compilation."""
+    """Returns first values as arrays without JAX's weak type: the first update would drop it, and compile again."""
     values = {}
     for name, value in made.items():
         if value is None:
@@ -238,7 +239,7 @@ def _as_arrays(node: Any, made: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def init_state(node: Any) -> dict[str, Any]:
-    """The first values of the running fields, nested likewise."""
+    """Returns the first values of the running fields, nested likewise."""
     values = _as_arrays(node, {f.name: initializer(f)(node) for f in of_kind(type(node), RUNNING)})
     for name, child in children(node).items():
         if inner := init_state(child):
@@ -246,28 +247,28 @@ def init_state(node: Any) -> dict[str, Any]:
     return values
 
 
-@functools.lru_cache(maxsize=1024)
+@per_head
 def abstract(node: Any) -> dict[str, Any]:
-    """Shapes and dtypes of all learned and running fields of an unbound head."""
+    """Returns the shapes and dtypes of all learned and running fields of an unbound head."""
     if not _may_learn(node):
         return {}
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = merge(
         jax.eval_shape(functools.partial(init, node), key), jax.eval_shape(functools.partial(init_state, node))
     )
-    # The same in 64-bit mode, for the answer is kept.
+    # The answer is kept, so it must be the same in 64-bit mode.
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, _narrow(x.dtype)), shapes)
 
 
 def _narrow(dtype: Any) -> Any:
-    """Floats in float32, as the logits are; integers of 64 bits in 32."""
+    """Returns float32 for floats, as the logits are, and 32 bits for integers of 64 bits."""
     if jnp.issubdtype(dtype, jnp.floating):
         return jnp.float32
     return {"int64": jnp.int32, "uint64": jnp.uint32}.get(str(dtype), dtype)
 
 
 def merge(params: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
-    """Learned and running values in one tree: dicts under the same name are merged."""
+    """Merges learned and running values in one tree; dicts under the same name are merged too."""
     both = {**params, **state}
     for name in set(params) & set(state):
         if not (isinstance(params[name], Mapping) and isinstance(state[name], Mapping)):
@@ -280,7 +281,7 @@ def merge(params: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]
 
 
 def bind(node: Any, params: Mapping[str, Any]) -> Any:
-    """The same head with learned and running fields filled in."""
+    """Returns the same head with learned and running fields filled in."""
     if not isinstance(params, Mapping):
         raise ValueError(f"params must be a dict as head.init(key) makes it. Given {type(params).__name__}.")
     shapes = abstract(unbound(node))
@@ -308,7 +309,7 @@ def bind(node: Any, params: Mapping[str, Any]) -> Any:
 
 
 def unbound(node: Any) -> Any:
-    """The same head with learned and running fields emptied."""
+    """Returns the same head with learned and running fields emptied."""
     if not jax.tree.leaves(node):
         return node
     changes: dict[str, Any] = {field.name: None for field in of_kind(type(node), LEARNED, RUNNING)}
@@ -316,7 +317,7 @@ def unbound(node: Any) -> Any:
 
 
 def missing(node: Any, shapes: Mapping[str, Any] | None = None) -> list[str]:
-    """The learned and running fields that have no value."""
+    """Returns the names of the learned and running fields that have no value."""
     if shapes is None:
         if not _may_learn(node):
             return []
@@ -328,12 +329,12 @@ def missing(node: Any, shapes: Mapping[str, Any] | None = None) -> list[str]:
 
 
 def _may_learn(node: Any) -> bool:
-    """Whether there are learned or running fields at all: nothing need be evaluated where there are none."""
+    """Tells whether there are learned or running fields at all: without any, nothing needs to be evaluated."""
     return bool(of_kind(type(node), LEARNED, RUNNING)) or any(map(_may_learn, children(node).values()))
 
 
 def state_of(node: Any) -> dict[str, Any]:
-    """The values of the running fields of a bound head, nested as `init_state` nests them."""
+    """Returns the values of the running fields of a bound head, nested as `init_state` nests them."""
     values = {name: value for name, value in values_of(node, RUNNING).items() if value is not None}
     for name, child in children(node).items():
         if inner := state_of(child):
@@ -342,18 +343,18 @@ def state_of(node: Any) -> dict[str, Any]:
 
 
 def has_state(node: Any) -> bool:
-    """Whether the node or a head inside it has running fields."""
+    """Tells whether the node or a head inside it has running fields."""
     return bool(_trace_state(unbound(node)))
 
 
-@functools.lru_cache(maxsize=1024)
+@per_head
 def _trace_state(node: Any) -> dict[str, Any]:
-    """Shapes and dtypes of what `init_state` of an unbound head makes."""
+    """Returns the shapes and dtypes of the result of `init_state` for an unbound head."""
     return jax.eval_shape(functools.partial(init_state, node))
 
 
 def carry(node: Any, state: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The new state with the fields that it does not mention left as they were; a head inside it must mention."""
+    """Returns the new state. A field that it lacks stays as it was; a head inside must be in it."""
     inside = children(node)
     kept = {name: value for name, value in state.items() if name not in inside}
     both = {k: carry(inside[k], state[k], v) if k in inside and k in state else v for k, v in new.items()}

@@ -12,7 +12,7 @@ from jaxheads.numerics import masking, meshes, pairs
 from jaxheads.numerics.edges import WIDTH, in_three
 
 BLOCK = 2**14
-LARGE = 2**16  # sums, of which blocks take more memory than entries do
+LARGE = 2**16  # for so many sums, blocks take more memory than the entries do
 
 
 def histogram(
@@ -24,7 +24,7 @@ def histogram(
         buckets: which of `n` sums each entry adds to, int32 `[..., c]`.
         weights: several float32 arrays of that shape.
         n: the number of sums.
-        columns: to which row of sums each entry of the last axis goes, numbered from 0; by default there is one row.
+        columns: the row of sums, numbered from 0, for each entry of the last axis; by default there is one row.
     """
 
     def by_scatter(buckets, *weights):
@@ -39,7 +39,7 @@ def histogram(
 def by_label(
     buckets: jax.Array, labels: jax.Array, weights: jax.Array, n: int, columns: Sequence[int] | None = None
 ) -> jax.Array:
-    """Histograms of negatives and of positives: float32 `[2, rows, n]`; a soft label y adds `1 - y` and `y` times.
+    """Returns histograms of negatives and positives: float32 `[2, rows, n]`. A soft label y adds `1 - y` and `y` times.
 
     Where labels turn out to be 0 and 1, each entry is added once, to the bucket of its label.
     """
@@ -74,17 +74,17 @@ def by_label(
 
 
 def _holds_everywhere(condition: jax.Array) -> jax.Array:
-    """`jnp.all`, by a sum: XLA's CPU code for an `and` of many is slower."""
+    """Tells whether a condition holds everywhere, by a sum: XLA's CPU code for an `and` of many is slower."""
     return jax.lax.eq(masking.total((~condition).astype(jnp.float32)), np.float32(0))
 
 
 def _is_few(buckets: jax.Array) -> bool:
-    """Whether a float32 can count the entries that meet in one sum."""
+    """Tells whether a float32 can count the entries that meet in one sum."""
     return _is_known(buckets) and math.prod(buckets.shape) < 2**24
 
 
 def _flatten(buckets: jax.Array, n: int, columns: Sequence[int] | None) -> tuple[int, int, jax.Array]:
-    """Returns how many rows of sums there are, how many entries of a last axis one sum gets at most, and their sums."""
+    """Returns the number of rows of sums, the most entries of a last axis in one sum, and the sum of each entry."""
     if columns is None:
         return 1, buckets.shape[-1], buckets
     first = np.asarray(columns, np.int32) * n
@@ -95,11 +95,11 @@ def _flatten(buckets: jax.Array, n: int, columns: Sequence[int] | None) -> tuple
 def _sum_by_scatter(
     buckets: jax.Array, weights: Sequence[jax.Array], n: int, columns: Sequence[int] | None
 ) -> jax.Array:
-    """By adding each entry to its sum: a CPU or a GPU takes no time to find it.
+    """Adds each entry to its sum: a CPU or a GPU takes no time to find it.
 
     A running float32 sum drifts: a million weights of 0.1 in one bucket are off by 1 %. So each weight is split in a
-    multiple of a quantum, of which a block of rows adds up exactly, and a small rest; every block has a histogram of
-    its own; and the blocks are added pairwise.
+    multiple of a quantum and a small rest. A block of rows adds up such multiples exactly. Every block has a histogram
+    of its own, and the blocks are added pairwise.
     """
     rows, most, buckets = _flatten(buckets, n, columns)
     sums = [_scatter(buckets, each, rows * n, most) for each in weights]
@@ -107,13 +107,13 @@ def _sum_by_scatter(
 
 
 def _scatter(buckets: jax.Array, weights: jax.Array, n: int, most: int) -> jax.Array:
-    """The sums `[n]` of one array of weights; `most` entries of a last axis can meet in one of them."""
+    """Returns the sums `[n]` of one array of weights; `most` entries of a last axis can meet in one of them."""
     examples = buckets.shape[:-1]
     if buckets.ndim > 1 and buckets.shape[-1] == 1:
         buckets, weights = buckets[..., 0], weights[..., 0]
     mesh = meshes.explicit_mesh(buckets)
     replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec(None))
-    # Under shape polymorphism the number of rows is no number: then all is one block.
+    # Under shape polymorphism the number of rows is no number: then all rows are one block.
     rows = math.prod(examples) * most if _is_known(buckets) else None
     block = max(BLOCK, n)
     blocks = 1 if rows is None else max(1, -(-rows // block))
@@ -128,13 +128,13 @@ def _scatter(buckets: jax.Array, weights: jax.Array, n: int, most: int) -> jax.A
 
     if not meshes.is_local(buckets):
         # The quantum below would be a second all-reduce. Nine bits of each weight are as good while weights are of one
-        # size: where they are of a thousand to one in one bucket, it is off by 1e-5 (see BUILD_NOTES).
+        # size: if weights in one bucket are as a thousand to one, the sum is off by 1e-5 (see BUILD_NOTES).
         coarse = jax.lax.reduce_precision(weights, exponent_bits=8, mantissa_bits=8)
         return sums(coarse) + sums(weights - coarse)
     coarse = weights if rows == 0 else _round_down(weights, None if rows is None else min(rows, block))
 
     def together(coarse, rest):
-        # As one complex number: on a CPU one scatter of those takes little longer than one of floats.
+        # As one complex number: on a CPU a scatter of complex numbers takes little longer than one of floats.
         zeros = jnp.zeros(blocks * n, jnp.complex64)
         added = zeros.at[buckets].add(jax.lax.complex(coarse, rest), mode="promise_in_bounds").reshape(blocks, n)
         return pairs.fold(jnp.real(added), jnp.add) + pairs.fold(jnp.imag(added), jnp.add)
@@ -150,20 +150,20 @@ def _scatter(buckets: jax.Array, weights: jax.Array, n: int, most: int) -> jax.A
 
 
 def _round_down(weights: jax.Array, rows: int | None) -> jax.Array:
-    """The weights rounded down to multiples of a power of two, such that any `rows` of them, or all, add up exactly."""
+    """Rounds the weights down to multiples of a power of two, such that any `rows` of them, or all, add up exactly."""
     bound = jnp.sum(weights)
     bound = bound if rows is None else jnp.minimum(bound, rows * jnp.max(weights))
     exponent = jax.lax.shift_right_logical(jax.lax.bitcast_convert_type(bound, jnp.int32), np.int32(23))
     exponent = jax.lax.sub(exponent, np.int32(126))
     # A sum below 2^e in multiples of 2^(e - 23) has 23 bits; a float32 holds 24. Where the rest would be subnormal, and
-    # so 0 to XLA, and where the sum is no number, the quantum is so large that all is rest.
+    # so 0 to XLA, and where the sum is no number, the quantum is so large that a whole weight is rest.
     usual = jax.lax.is_finite(bound) & jax.lax.gt(exponent, np.int32(-80))
     power = masking.keep(usual, jax.lax.sub(exponent, np.int32(23)), 127)
     return jax.lax.floor(weights * _raise_two(jax.lax.neg(power))) * _raise_two(power)
 
 
 def _raise_two(exponent: jax.Array) -> jax.Array:
-    """`2^e` as a float32, for e from -127 (where it is 0) to 127."""
+    """Returns `2^e` as a float32, for e from -127 (where it is 0) to 127."""
     return jax.lax.bitcast_convert_type(jax.lax.shift_left(exponent + 127, np.int32(23)), jnp.float32)
 
 
@@ -174,15 +174,15 @@ def _is_known(x: jax.Array) -> bool:
 def _sum_by_product(
     buckets: jax.Array, weights: Sequence[jax.Array], n: int, columns: Sequence[int] | None
 ) -> jax.Array:
-    """By products of matrices of zeros and ones, a TPU's way: it takes long to find a place in memory.
+    """Adds up by products of matrices of zeros and ones, for a TPU: it takes long to find a place in memory.
 
     Bucket `64 i + j` is entry `(i, j)` of `sum(e_i w e_j^T)`. The compiler makes the one-hot vectors where it
-    multiplies and never writes them. A product is of bfloat16 numbers, added up in float32: each weight is cut in
-    three that bfloat16 holds, and a block of rows adds the parts of equal weights up exactly.
+    multiplies and never writes them. A product takes bfloat16 numbers and adds them up in float32. So each weight is
+    cut in three numbers that bfloat16 holds, and a block of rows adds the parts of equal weights up exactly.
     """
     cut, merged = _plan_blocks(buckets, math.prod(buckets.shape[1 : None if columns is None else -1]))
     entries, mesh = cut(buckets), meshes.explicit_mesh(buckets)
-    # Blocks are kept apart, and columns that have rows of their own.
+    # Blocks are kept apart, and so are columns that have rows of their own.
     apart = [0] if columns is None else [0, entries.ndim - 1]
     added = [axis for axis in range(entries.ndim) if axis not in apart]
     batch, contracted = ([axis + 1 for axis in axes] for axes in (apart, added))
@@ -222,7 +222,7 @@ def _sum_by_product(
 
 
 def _plan_blocks(x: jax.Array, width: int) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
-    """How to cut arrays of the shape of `x` in blocks on a new first axis, and how to add up what comes of them.
+    """Returns a function that cuts arrays like `x` in blocks on a new first axis, and one that adds up their sums.
 
     A block holds at most `BLOCK` numbers that meet in one sum, `width` from each entry of the first axis of `x`.
     """
@@ -235,22 +235,22 @@ def _plan_blocks(x: jax.Array, width: int) -> tuple[Callable[[jax.Array], jax.Ar
         blocks = -(-n // rows)
 
         def cut(x: jax.Array) -> jax.Array:
-            # What is filled up adds zeros to the first bucket.
+            # The padding adds zeros to the first bucket.
             filled = jnp.pad(x, [(0, blocks * rows - n), *[(0, 0)] * (x.ndim - 1)])
             return filled.reshape(blocks, rows, *x.shape[1:])
 
         return cut, lambda x: pairs.fold(x, jnp.add)
-    # Blocks that no two devices share, if the first axis is cut in equal parts: else rows would move.
+    # No two devices share a block, if the first axis is cut in equal parts: else rows would move.
     each, rest = divmod(n, meshes.count_devices(x))
     rows = next((rows for rows in range(min(most, each), 0, -1) if each % rows == 0), 1)
     if rest or 16 * rows < min(most, each):
         return one
-    # Added up on every device, and then over devices, in one all-reduce.
+    # Blocks are added up on every device, and then over devices, in one all-reduce.
     return (lambda x: x.reshape(n // rows, rows, *x.shape[1:])), (lambda x: jnp.sum(x, axis=0))
 
 
 def _add_by_row(sums: jax.Array, columns: Sequence[int]) -> jax.Array:
-    """Sums by column `[blocks, c, n]` added by row `[blocks, rows, n]`."""
+    """Adds up sums by column `[blocks, c, n]` to sums by row `[blocks, rows, n]`."""
     members = [np.flatnonzero(np.asarray(columns) == row) for row in range(max(columns) + 1)]
     out = sums[:, np.array([inside[0] if len(inside) else 0 for inside in members])]
     for row, inside in enumerate(members):

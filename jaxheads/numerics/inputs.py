@@ -1,4 +1,4 @@
-"""What users pass, made into arrays of a known dtype and shape, or refused with the fix in the message.
+"""The values of users, made into arrays of a known dtype and shape, or refused with the fix in the message.
 
 Shapes and dtypes are checked whenever a head is called, traced or not. Values can be looked at only in host arrays:
 waiting for a device array would stall the device, and a tracer has no values.
@@ -18,12 +18,12 @@ from jaxheads.numerics.reduction import Divisor
 
 
 def is_traced(tree: Any) -> bool:
-    """Whether any leaf is a tracer."""
+    """Tells whether any leaf is a tracer."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def is_readable(x: Any, check: bool | None) -> bool:
-    """Whether the values of `x` may be looked at: host arrays always, device arrays on request."""
+    """Tells whether the values of `x` may be looked at: host arrays always, device arrays on request."""
     if isinstance(x, Tracer) or check is False:
         return False
     if isinstance(x, jax.Array):
@@ -46,9 +46,9 @@ class NumpyArrayLike(Protocol):
 
 
 def as_array(x: Any, what: str, *, names: bool | None = None) -> np.ndarray | jax.Array:
-    """`x` as a NumPy array, or as it is if it is a JAX array.
+    """Returns `x` as a NumPy array, or as it is if it is a JAX array.
 
-    `names` is for labels: whether they may be names, and objects may stand among strings.
+    `names` is for labels: it tells whether they may be names, with objects among the strings.
     """
     if isinstance(x, np.ma.MaskedArray):
         x = _unmask(x, what)
@@ -58,6 +58,11 @@ def as_array(x: Any, what: str, *, names: bool | None = None) -> np.ndarray | ja
         return x
     if isinstance(x, JaxArrayLike):
         return jnp.asarray(x)
+    if isinstance(x, (list, tuple)) and is_traced(x):
+        raise ValueError(
+            f"{what} must be an array. Given a {type(x).__name__} of {len(x)} values that jit has traced, each as an "
+            "argument of its own. Make an array of it before the compiled function: np.asarray(x)."
+        )
     try:
         array = np.asarray(x)
     except ValueError as error:
@@ -78,7 +83,7 @@ def as_array(x: Any, what: str, *, names: bool | None = None) -> np.ndarray | ja
 
 
 def _unmask(x: np.ma.MaskedArray, what: str) -> np.ndarray:
-    """The data of a masked array in which nothing is masked: what a mask hides would count."""
+    """Returns the data of a masked array in which nothing is masked: a masked value would count."""
     if hidden := int(np.ma.count_masked(x)):
         raise ValueError(
             f"{what} must be an array without a mask of its own. Given a NumPy masked array with {hidden} masked "
@@ -88,19 +93,19 @@ def _unmask(x: np.ma.MaskedArray, what: str) -> np.ndarray:
 
 
 def is_integer(x: Any, low: int, high: float = math.inf) -> TypeGuard[int]:
-    """Whether `x` is a Python or NumPy integer, not a bool, from `low` to `high`."""
+    """Tells whether `x` is a Python or NumPy integer, not a bool, from `low` to `high`."""
     return isinstance(x, (int, np.integer)) and not isinstance(x, bool) and bool(low <= x <= high)
 
 
 def is_text(x: Any) -> bool:
-    """Whether `x` is a NumPy array of strings or bytes, or of objects with some among them."""
+    """Tells whether `x` is a NumPy array of strings or bytes, or of objects with some among them."""
     if not isinstance(x, np.ndarray):
         return False
     return x.dtype.kind in "UST" or (x.dtype.kind == "O" and any(isinstance(v, (str, bytes)) for v in x.flat))
 
 
 def dtype_kind(x: Any) -> str:
-    """`"bool"`, `"int"`, `"float"` or `"other"`; bfloat16 and the 8-bit floats are floats, times are none of these."""
+    """Returns `"bool"`, `"int"`, `"float"` or `"other"`. Bfloat16 and 8-bit floats are floats, times are `"other"`."""
     if is_time(x.dtype):  # NumPy counts a timedelta64 among the integers
         return "other"
     for kind, dtype in (("bool", jnp.bool_), ("int", jnp.integer), ("float", jnp.floating)):
@@ -110,12 +115,12 @@ def dtype_kind(x: Any) -> str:
 
 
 def is_time(dtype: Any) -> bool:
-    """Whether the values are points in time or durations."""
+    """Tells whether the values are points in time or durations."""
     return isinstance(dtype, np.dtype) and dtype.kind in "mM"
 
 
 def mend_time(dtype: Any) -> str:
-    """How to make numbers of times; empty for another dtype."""
+    """Returns the advice for making numbers of times; an empty text for another dtype."""
     if not is_time(dtype):
         return ""
     duration = "x" if dtype.kind == "m" else "(x - x.min())"
@@ -126,7 +131,7 @@ def mend_time(dtype: Any) -> str:
 
 
 def cast(x: Any, dtype: Any) -> Any:
-    """`x` in `dtype`, staying on the host if it is there."""
+    """Returns `x` in `dtype`. It stays on the host if it is there."""
     if isinstance(x, np.ndarray):
         with np.errstate(over="ignore", invalid="ignore"):
             return x.astype(dtype, copy=False)
@@ -134,7 +139,7 @@ def cast(x: Any, dtype: Any) -> Any:
 
 
 def as_numbers(x: Any, what: str, *, kinds: tuple[str, ...] = ("bool", "int", "float")) -> Any:
-    """`x` as float32, refusing what is not a number."""
+    """Returns `x` as float32. Refuses values that are no numbers."""
     array = as_array(x, what)
     if dtype_kind(array) not in kinds:
         given = f"strings (dtype {array.dtype})" if is_text(array) else f"dtype {array.dtype}"
@@ -160,7 +165,7 @@ def check_logits(shape: tuple[int, ...], dimension: int) -> None:
 
 
 def expand(x: Any, lead: tuple[int, ...], sizes: tuple[int, ...], what: str) -> Any:
-    """`x` of shape `lead` or `lead + [E]`, E one of `sizes`, as `lead + [E]`."""
+    """Returns `x` of shape `lead` or `lead + [E]`, E one of `sizes`, as `lead + [E]`."""
     shape = tuple(x.shape)
     if len(shape) == len(lead):
         shape = (*shape, 1)
@@ -176,12 +181,12 @@ def expand(x: Any, lead: tuple[int, ...], sizes: tuple[int, ...], what: str) -> 
 
 
 def as_weights(x: Any, lead: tuple[int, ...], sizes: tuple[int, ...], what: str) -> Any:
-    """Float32 weights `lead + [1]` (or `lead + [d]` where a head takes weights per logit)."""
+    """Returns float32 weights `lead + [1]` (or `lead + [d]` where a head takes weights per logit)."""
     return expand(as_numbers(x, what), lead, sizes, what)
 
 
 def add_last_axis(x: Any) -> Any:
-    """`x[..., None]`. Arrays on a device go through compiled code: JAX's reshape outside it takes six times as long."""
+    """Returns `x[..., None]`. For device arrays it is compiled: JAX's reshape outside `jit` takes six times as long."""
     return x.reshape((*x.shape, 1)) if isinstance(x, (np.ndarray, Tracer)) else _add_last_axis(x)
 
 
@@ -191,7 +196,10 @@ def _add_last_axis(x: jax.Array) -> jax.Array:
 
 
 def as_where(x: Any, lead: tuple[int, ...], what: str = "where", sizes: tuple[int, ...] = (1,)) -> Any:
-    """Bool or 0/1 `lead + [1]`, or of one of `sizes`; one of fewer leading axes holds for all that is inside."""
+    """Returns a mask, bool or 0/1: `lead + [1]`, or one of `sizes` in place of 1.
+
+    An entry of a mask with fewer leading axes holds for all elements inside it.
+    """
     array = as_array(x, what)
     if dtype_kind(array) == "other":
         raise ValueError(f"{what} must be bool, or 0 and 1. Given dtype {array.dtype}.")
@@ -213,7 +221,10 @@ def check_where(values: np.ndarray, live: np.ndarray, what: str) -> None:
 
 
 def as_slices(x: Any, lead: tuple[int, ...], n: int) -> Any:
-    """Ids of slices `lead + [1]`, or membership `lead + [n]`; of fewer leading axes they hold for what is inside."""
+    """Returns ids of slices `lead + [1]`, or a membership matrix `lead + [n]`.
+
+    An entry with fewer leading axes holds for all elements inside it.
+    """
     array, what = as_array(x, "slices"), f"slices (ids, or a membership matrix of {n} columns)"
     kind, shape = dtype_kind(array), tuple(array.shape)
     if kind not in ("int", "bool"):
@@ -228,7 +239,7 @@ def as_slices(x: Any, lead: tuple[int, ...], n: int) -> Any:
 
 
 def check_slices(ids: Any, n: int, live: Any, check: bool | None) -> None:
-    """Refuses ids on the host that no group has, in rows that are `live [..., 1]` (None: nobody knows which)."""
+    """Refuses ids on the host that no group has, in rows that are `live [..., 1]` (None: not known)."""
     if live is None or not is_readable(ids, check):
         return
     values = np.asarray(ids)
@@ -243,7 +254,7 @@ def check_slices(ids: Any, n: int, live: Any, check: bool | None) -> None:
 
 
 def as_normalizer(x: Any) -> Any:
-    """A divisor: one number, float32 if it comes from the host. Of device arrays only the shape is looked at."""
+    """Returns a divisor: one number, float32 if it comes from the host. A device array's value is not looked at."""
     if x is None or isinstance(x, Divisor):
         return x
     array = as_array(x, "normalizer")
@@ -261,7 +272,7 @@ def as_normalizer(x: Any) -> Any:
 
 
 def as_scalars(losses: Any) -> list[Any] | None:
-    """Regularization losses as float32 scalars."""
+    """Returns regularization losses as float32 scalars."""
     if losses is None:
         return None
     if not isinstance(losses, (list, tuple)):
@@ -274,5 +285,5 @@ def as_scalars(losses: Any) -> list[Any] | None:
 
 
 def add_scalars(losses: Any) -> jax.Array:
-    """Their sum, 0 if there are none."""
+    """Returns the sum of regularization losses, 0 if there are none."""
     return functools.reduce(jnp.add, losses or [], jnp.float32(0))

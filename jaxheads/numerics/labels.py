@@ -1,4 +1,4 @@
-"""What labels are legal: as a spec, in checks that name the first that is not, in arrays a compiled step takes."""
+"""Legal labels: their spec, checks that name the first illegal label, and arrays for a compiled step."""
 
 import dataclasses
 import warnings
@@ -17,15 +17,15 @@ INT32 = np.iinfo(np.int32)
 
 @dataclasses.dataclass(frozen=True)
 class LabelSpec:
-    """What labels are legal: read by the checks, the masks and the tests' samplers.
+    """The labels that are legal. The checks, the masks and the tests' samplers read it.
 
     Attributes:
         size: the last axis; None for any.
         kind: `"float"` (any number is taken), `"int"` or `"bool"`.
         low: the smallest legal value; None for no limit.
         high: the largest legal value; None for no limit. Labels must be finite in any case.
-        fill: the legal value that masked rows are given before a formula sees them; their logits become 0. A head with
-            learned fields is given copies of a live row instead, if there is one.
+        fill: the legal value that masked rows get before a formula sees them; their logits become 0. A head with
+            learned fields gets copies of a live row instead, if there is one.
         axes: sizes of the axes before the last that belong to one element (boxes of an image); None for any.
     """
 
@@ -73,11 +73,11 @@ class LabelSpec:
 
     @property
     def dtype(self) -> Any:
-        """What labels are cast to."""
+        """The dtype that labels are cast to."""
         return {"float": jnp.float32, "int": jnp.int32, "bool": jnp.bool_}[self.kind]
 
     def illegal(self, labels: Any, xp: Any) -> Any:
-        """Bool like `labels`: outside the range or not a finite number, as they are or as they will be cast."""
+        """Tells which labels are out of range or not finite, as they are or will be cast: bool like `labels`."""
         wide, dtype = labels.dtype.itemsize > 4, labels.dtype
         if self.kind == "bool":
             labels = labels if wide or dtype == np.uint32 else inputs.cast(labels, jnp.int32)
@@ -101,9 +101,10 @@ class LabelSpec:
         return ~legal
 
     def settle(self, labels: np.ndarray, illegal: np.ndarray | None) -> np.ndarray:
-        """Labels of the host in their final dtype, those found illegal (or, if nobody looked, all) still visibly so.
+        """Returns labels of the host in their final dtype. Labels found illegal stay illegal.
 
-        A plain cast would hide some in the legal range: 2**32 is 0 as an int32, 2 is True, 1 + 1e-9 is 1.
+        A plain cast would hide some in the legal range: 2**32 is 0 as an int32, 2 is True, 1 + 1e-9 is 1. Integers and
+        bools stay illegal without a check too.
         """
         if self.kind == "float":
             final = inputs.cast(labels, jnp.float32)
@@ -116,7 +117,7 @@ class LabelSpec:
         return inputs.cast(labels, jnp.int32)
 
     def describe(self) -> str:
-        """The legal values in words."""
+        """Returns the legal values in words."""
         kind = {"float": "numbers", "int": "integers", "bool": "booleans"}[self.kind]
         if self.low is None and self.high is None:
             return f"finite {kind}" if self.kind == "float" else kind
@@ -128,14 +129,14 @@ Specs: TypeAlias = LabelSpec | Mapping[str, LabelSpec]
 
 
 def per_label(specs: Specs, function: Any, *labels: Any) -> Any:
-    """`function(spec, *labels, name)` for the one label, or a dict of results for structured labels."""
+    """Returns `function(spec, *labels, name)` for the one label, or a dict of results for structured labels."""
     if isinstance(specs, LabelSpec):
         return function(specs, *labels, "labels")
     return {k: function(s, *(x[k] for x in labels), f"labels[{k!r}]") for k, s in specs.items()}
 
 
 def as_encoded(label: Any) -> vocabulary.Encoded:
-    """A label with what could not be encoded in it: nothing, unless it was made of lists."""
+    """Returns a label with the entries that could not be encoded: none, unless it was made of lists."""
     return label if isinstance(label, vocabulary.Encoded) else vocabulary.Encoded(label, {})
 
 
@@ -147,10 +148,10 @@ def encode(
     to_array: Callable[[Any], Any],
     entries: bool = False,
 ) -> Any:
-    """Labels as `gather` makes them, in the shape they have: NumPy arrays for a later compiled step.
+    """Returns labels as `gather` makes them, in the shape they have: NumPy arrays for a later compiled step.
 
-    What is illegal in rows that are absent stays so (an unknown name is -1): accepted by a step under the same `where`,
-    and visible in one without. With `entries`, the mask may be one of each entry.
+    An illegal label in an absent row stays illegal (an unknown name is -1). A step under the same `where` accepts it; a
+    step without it sees it. With `entries`, the mask may have one value for each entry.
     """
 
     def take(spec: LabelSpec, label: Any, what: str) -> Any:
@@ -175,14 +176,14 @@ def encode(
 
 
 def leading_shape(spec: LabelSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The leading axes of labels that come without logits: `[..., 1]` is read as one label a row."""
+    """Returns the leading axes of labels that come without logits: `[..., 1]` is read as one label a row."""
     if spec.size != 1 or spec.axes:
         return shape[: len(shape) - len(spec.event)]
     return shape[:-1] if shape[-1:] == (1,) and len(shape) > 1 else shape
 
 
 def each_label(specs: Specs, labels: Any, take: Any) -> Any:
-    """`take(spec, label, name)` of the one label, or of each of a dict with the keys of the specs."""
+    """Returns `take(spec, label, name)` of the one label, or of each label in a dict with the keys of the specs."""
     if not isinstance(specs, LabelSpec) and not specs:
         if labels is not None:
             raise ValueError("This head takes no labels: labels must be None. Given labels.")
@@ -199,7 +200,7 @@ def each_label(specs: Specs, labels: Any, take: Any) -> Any:
 
 
 def give_dtype(array: Any, label: Any, spec: LabelSpec) -> Any:
-    """`array`; but a list without elements has no dtype of its own, and missing integers are floats in `array`."""
+    """Returns `array` in its true dtype: an empty list has none of its own, and missing integers are floats in it."""
     if isinstance(array, np.ndarray) and array.dtype.kind == "f" and spec.kind != "float":
         column = missing.read(np.asarray(label, object) if isinstance(label, (list, tuple)) else label)
         if column is not None and column.dtype.kind in ("iu" if spec.kind == "int" else "biu"):
@@ -217,10 +218,10 @@ def settle_labels(
     check: bool | None,
     what: str,
 ) -> Any:
-    """Labels with a last axis, encoded, checked, and (names excepted) in their final dtype if they come from the host.
+    """Returns labels with a last axis, encoded and checked; in their final dtype if they are numbers of the host.
 
-    Illegal ones are refused in rows known to be live. In others they stay illegal, for the compiled check to judge: it
-    sees all masks.
+    Illegal labels are refused in rows known to be live. In other rows they stay illegal, and the compiled check judges:
+    it sees all masks.
     """
     if inputs.is_text(array) or (array.dtype == object and label_vocabulary is not None):
         ids = vocabulary.encode(array, label_vocabulary, np.asarray(False))
@@ -251,7 +252,7 @@ def _warn_of_rounding(labels: np.ndarray, live: np.ndarray, what: str) -> None:
     for i in range(labels.shape[-1]):
         exact = labels[..., i][live[..., i]].astype(np.float64)
         spread = exact.std() if exact.size else 0.0
-        # By far the most labels are told apart: half a unit in the last place of the largest is enough.
+        # Float32 tells most labels apart. To see this, half a unit in the last place of the largest is enough.
         if not 0 < spread <= 100 * np.abs(exact).max() * 2.0**-24:
             continue
         if (lost := np.abs(exact - exact.astype(np.float32)).max()) > 1e-2 * spread:
@@ -265,7 +266,7 @@ def _warn_of_rounding(labels: np.ndarray, live: np.ndarray, what: str) -> None:
 
 
 def give_shape(spec: LabelSpec, array: Any, lead: tuple[int, ...], what: str) -> Any:
-    """Labels of shape `lead + [spec.size]`."""
+    """Returns labels of shape `lead + [spec.size]`."""
     shape, event = tuple(array.shape), spec.event
     if len(event) > 1 or None in event:
         fits = len(shape) == len(lead) + len(event) and shape[: len(lead)] == lead
@@ -299,7 +300,7 @@ def _check_label_size(
 
 
 def _fit_live(live: np.ndarray, labels: Any) -> np.ndarray:
-    """Live elements in a shape that broadcasts to labels: whole rows where weights are per logit."""
+    """Returns live elements in a shape that broadcasts to labels: whole rows where weights are per logit."""
     per_logit = live.ndim and live.shape[-1] not in (1, labels.shape[-1])
     return np.asarray(live.any(-1, keepdims=True)) if per_logit else live
 

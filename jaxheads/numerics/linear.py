@@ -10,7 +10,7 @@ import numpy as np
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LinearLogits:
-    """`hidden @ kernel + bias`, not multiplied yet; taken by every head in place of an array of logits.
+    """`hidden @ kernel + bias`, not multiplied yet. Every head takes it in place of an array of logits.
 
     Args:
         hidden: the last hidden layer, `[..., d]`.
@@ -50,12 +50,12 @@ class LinearLogits:
             )
 
     def columns(self, start: int, stop: int) -> "LinearLogits":
-        """The logits `start ... stop - 1`, not multiplied either."""
+        """Returns the logits `start ... stop - 1`, not multiplied either."""
         bias = None if self.bias is None else self.bias[start:stop]
         return LinearLogits(self.hidden, self.kernel[:, start:stop], bias)
 
     def multiply(self) -> jax.Array:
-        """The logits as float32, accumulated in float32 whatever the dtype of the factors."""
+        """Returns the logits as float32, accumulated in float32 for any dtype of the factors."""
         hidden, kernel = jnp.asarray(self.hidden), jnp.asarray(self.kernel)
         dtype = hidden.dtype if hidden.dtype == kernel.dtype and hidden.dtype.itemsize < 4 else jnp.float32
         logits = jnp.matmul(hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)

@@ -16,7 +16,7 @@ from jaxheads.numerics import meshes
 
 
 def true_like(x: Any) -> jax.Array:
-    """True for every entry of `x`, laid out over a mesh as `x` is; `ones_like` forgets the layout in jax 0.12."""
+    """Returns True for every entry of `x`, laid out over a mesh like `x`; jax 0.12's `ones_like` forgets the layout."""
     if meshes.is_off_mesh(x):
         return jax.lax.full(jnp.shape(x), True)
     x = jnp.asarray(x)
@@ -24,14 +24,14 @@ def true_like(x: Any) -> jax.Array:
 
 
 def ones_like(x: Any) -> jax.Array:
-    """Float32 ones, laid out over a mesh as `x` is."""
+    """Returns float32 ones, laid out over a mesh as `x` is."""
     if meshes.is_off_mesh(x):
         return jax.lax.full(jnp.shape(x), np.float32(1))
     return true_like(x).astype(jnp.float32)
 
 
 def rows_like(mask: jax.Array, x: jax.Array) -> jax.Array:
-    """`mask [..., 1]` with the axes added or dropped that let it broadcast against `x [..., a, b]`."""
+    """Returns `mask [..., 1]` with axes added or dropped, so that it broadcasts against `x [..., a, b]`."""
     lead = mask.ndim - 1
     if x.ndim <= lead:
         return jnp.any(mask, axis=tuple(range(x.ndim, mask.ndim)))
@@ -39,7 +39,7 @@ def rows_like(mask: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def choose(mask: Any, x: Any, other: Any) -> jax.Array:
-    """`jnp.where`, in one operation if nothing is to be broadcast: tracing it takes a quarter of the time."""
+    """Chooses as `jnp.where`, in one operation if nothing is broadcast: tracing it takes a quarter of the time."""
     if jnp.shape(mask) == jnp.shape(x) == jnp.shape(other) and jnp.result_type(x) == jnp.result_type(other):
         return jax.lax.select_n(mask, other, x)
     return jnp.where(mask, x, other)
@@ -51,12 +51,12 @@ def is_not_zero(x: jax.Array) -> jax.Array:
 
 
 def keep(mask: jax.Array, x: Any, fill: float) -> Any:
-    """`x` where `mask`, else `fill`."""
+    """Returns `x` where `mask` holds, else `fill`."""
     return choose(mask, x, jax.lax.full_like(x, fill))
 
 
 def keep_rows(mask: jax.Array, x: jax.Array, fill: float, copies: bool = False) -> jax.Array:
-    """`keep` for a column of features, or `copy_first`: only columns that share the mask's leading axes are touched.
+    """Applies `keep` or `copy_first` to a column of features, if the column shares the mask's leading axes.
 
     The fill is 1: unlike 0 it is harmless to a logarithm, a square root and a division alike.
     """
@@ -66,17 +66,17 @@ def keep_rows(mask: jax.Array, x: jax.Array, fill: float, copies: bool = False) 
     return copy_first(rows_like(mask, x), x, fill, shared, False) if copies else keep(rows_like(mask, x), x, fill)
 
 
-# Where devices may share a batch, copies are looked for within so many blocks of it, or fewer. That is a power of two,
-# so devices hold whole blocks, and need no word from each other. Blocks of fewer rows are joined: a small block may
-# have no live row.
+# Where devices may share a batch, copies are looked for within so many blocks of it, or fewer. The number is a power of
+# two, so devices hold whole blocks, and need no word from each other. Blocks of fewer rows are joined: a small block
+# may have no live row.
 _BLOCKS, _ROWS = 64, 8
 
 
 def copy_first(mask: jax.Array, x: jax.Array, fill: float, lead: int, entries: bool) -> jax.Array:
-    """`x` where `mask`; elsewhere the first entry of a block for which it holds, along the first `lead` axes.
+    """Returns `x` where `mask` holds; else the first entry of a block for which it holds, along the first `lead` axes.
 
-    If it holds for none of these, it is the first of the whole block if `entries` have masks of their own; else `fill`.
-    The copies have no gradient. They are sums of one entry and zeros, because that is quick on a mesh too.
+    If it holds for none of these, the copy is the first of the whole block if `entries` have masks of their own; else
+    `fill`. The copies have no gradient. They are sums of one entry and zeros, because that is quick on a mesh too.
     """
     if any(isinstance(size, int) and size == 0 for size in x.shape):
         return x
@@ -92,7 +92,7 @@ def copy_first(mask: jax.Array, x: jax.Array, fill: float, lead: int, entries: b
     levels = [(x, whole_mask)]
     for axes in (range(1, lead + 1), *([range(lead + 1, x.ndim)] if entries else [])):
         for axis in axes:
-            # A mask of whole rows has one column: finding the first is what takes time.
+            # A mask of whole rows has one column. The search for the first takes the time, so it runs on that column.
             index = meshes.index(there, axis, np.int32)
             first = there & (index == jnp.argmax(there, axis, keepdims=True).astype(np.int32))
             first = jnp.broadcast_to(first, found.shape)
@@ -109,7 +109,7 @@ def copy_first(mask: jax.Array, x: jax.Array, fill: float, lead: int, entries: b
 
 
 def _copy_first_row(mask: jax.Array, x: jax.Array, fill: float, lead: int) -> jax.Array:
-    """`copy_first` on one device, which may look up a row: sums of one entry and zeros would read all of them."""
+    """Copies as `copy_first`, on one device. It may look up a row: sums of one entry and zeros would read all rows."""
     live = jnp.broadcast_to(mask, (*x.shape[:lead], *mask.shape[lead:]))
     rows, live = (jnp.reshape(part, (-1, *part.shape[lead:])) for part in (x, live))
     first = _find_first(live)
@@ -126,7 +126,7 @@ _NOWHERE = np.int32(np.iinfo(np.int32).max)
 
 
 def _find_first(live: jax.Array) -> jax.Array:
-    """The index of the first row that is live, for each column of the mask, `[1, ...]`; `_NOWHERE` if none is."""
+    """Returns the index of the first live row, for each column of the mask, `[1, ...]`; `_NOWHERE` if none is live."""
 
     def search(live: jax.Array) -> jax.Array:
         # A minimum takes XLA's CPU code a fraction of the time of an argmax.
@@ -140,7 +140,7 @@ def _find_first(live: jax.Array) -> jax.Array:
 
 
 def _count_blocks(mask: jax.Array, x: jax.Array) -> int:
-    """Into how many blocks the rows are cut; of a number of rows that is a symbol, in export, into one."""
+    """Returns how many blocks the rows are cut into: one, if the number of rows is a symbol, in export."""
     rows, devices = x.shape[0], max(map(meshes.count_devices, (mask, x)))
     if devices == 1:
         return 1
@@ -151,13 +151,13 @@ def _count_blocks(mask: jax.Array, x: jax.Array) -> int:
 
 
 def weighted(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """`weights * values` as float32, 0 wherever the weight is 0, whatever the value is there."""
+    """Returns `weights * values` as float32; 0 wherever the weight is 0, for any value there."""
     product = jnp.asarray(values, jnp.float32) * weights
     return choose(is_not_zero(weights), product, jax.lax.full_like(product, 0))
 
 
 def total(x: jax.Array) -> jax.Array:
-    """The sum of all of `x`. A last axis of size 1 is dropped first: with it XLA's CPU code is 20 times slower."""
+    """Returns the sum of all of `x`. A last axis of size 1 is dropped: with it XLA's CPU code is 20 times slower."""
     return column_totals(jax.lax.squeeze(x, (x.ndim - 1,)) if x.ndim > 1 and x.shape[-1] == 1 else x, kept=0)
 
 
@@ -166,7 +166,7 @@ _IN_A_ROW = 256
 
 
 def column_totals(x: jax.Array, kept: int = 1) -> jax.Array:
-    """The sums over all but the last `kept` axes (of one: `[d]`), axis by axis where one step would not be exact.
+    """Returns the sums over all but the last `kept` axes (if one: `[d]`), axis by axis where one step is not exact.
 
     XLA sums blocks of up to 32 numbers along each axis, and adds the numbers of a block one after the other. Three axes
     make blocks of up to 32,768 numbers: with jaxlib 0.10 on CPUs the sum of `[64, 33, 100]` is off by 6e-6, that of
@@ -184,7 +184,7 @@ def column_totals(x: jax.Array, kept: int = 1) -> jax.Array:
 
 @jax.custom_jvp
 def _settle(x: jax.Array) -> jax.Array:
-    """`x` itself, by operations that no compiler removes: the sums before and after stay apart.
+    """Returns `x` itself, by operations that no compiler removes: the sums before and after stay apart.
 
     `jax.lax.optimization_barrier` is not enough. XLA drops it before it joins loops, and LLVM may then add all numbers
     of two loops one after the other: with jaxlib 0.10 on a CPU with AVX-512, not on every CPU.

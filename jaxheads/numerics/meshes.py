@@ -1,4 +1,4 @@
-"""Where arrays lie, as far as their types tell."""
+"""The meshes and devices of arrays, as far as their types tell."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def explicit_mesh(x: Any) -> Any:
-    """The mesh over which `x` is sharded if that mesh has Explicit axes, else None.
+    """Returns the mesh over which `x` is sharded if that mesh has Explicit axes, else None.
 
     On such a mesh a gather, a scatter and an iota must be told how their result is laid out.
     """
@@ -27,27 +27,27 @@ def enter(x: Any) -> Any:
 
 
 def is_off_mesh(x: Any) -> bool:
-    """Whether the type of `x` knows of no mesh."""
+    """Tells whether the type of `x` knows of no mesh."""
     return jax.typeof(x).sharding.mesh.empty
 
 
 def is_local(tree: Any) -> bool:
-    """Whether every leaf is known to live on one device: no mesh, or one whose axes are all mapped by hand."""
+    """Tells whether every leaf is known to live on one device: no mesh, or one whose axes are all mapped by hand."""
     meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree)]
     return all(mesh.empty or set(mesh.axis_types) == {AxisType.Manual} for mesh in meshes)
 
 
 def replicated(x: jax.Array) -> jax.Array:
-    """`x` whole on every device, where types say that it is not."""
+    """Returns `x`, made whole on every device where types say that it is not."""
     mesh = explicit_mesh(x)
     return x if mesh is None else jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*[None] * x.ndim)))
 
 
 def count_devices(x: jax.Array) -> int:
-    """Over how many devices the first axis of `x` may be cut, as far as its type tells.
+    """Returns over how many devices the first axis of `x` may be cut, as far as its type tells.
 
     A type names the Explicit axes that cut it. Any Auto axis of its mesh may cut it too. A Manual one has cut it
-    already. What is on no mesh lies on one device, but for what `jit(in_shardings=...)` cuts: no type tells of that
+    already. An array on no mesh lies on one device, unless `jit(in_shardings=...)` cuts it: no type tells of that
     (`findings/jax_mesh_of_no_mesh_has_no_devices.sh`).
     """
     sharding = jax.typeof(x).sharding
@@ -80,7 +80,7 @@ def check_axis(axis_name: Any) -> None:
 
 
 def psum(tree: Any, axis_name: Any) -> Any:
-    """The sum over the devices of a mapped axis; without one the same."""
+    """Returns the sum over the devices of a mapped axis; without an axis, the same values."""
     if axis_name is None:
         return tree
     check_axis(axis_name)
@@ -130,16 +130,16 @@ def axes_of_rows(x: Any) -> list[str]:
 
 
 def mean_of_gradients(grads: Any, axis_name: Any) -> Any:
-    """The gradients of a loss that is over all devices already: their mean over a mapped axis.
+    """Returns the gradients of a loss that is over all devices already: their mean over a mapped axis.
 
-    Under the default check of `shard_map` they come out of `grad` added up; there a mean would be one all-reduce of
-    all gradients more, for nothing.
+    Under the default check of `shard_map` they come out of `grad` added up. A mean would be one more all-reduce of all
+    gradients there, for nothing.
     """
     return grads if axis_name is None or _is_typed(axis_name) else jax.lax.pmean(grads, axis_name)
 
 
 def varies(x: Any, axis_name: Any) -> bool:
-    """Whether the type of `x` tells that it differs over a mapped axis (or one of several)."""
+    """Tells whether the type of `x` says that it differs over a mapped axis (or one of several)."""
     return _is_typed(axis_name) and any(_make_varying(x, name) is None for name in _select_manual(axis_name))
 
 
@@ -166,17 +166,17 @@ def _make_varying(x: Any, name: Any) -> Any:
 
 
 def columns(x: jax.Array, dtype: Any) -> jax.Array:
-    """The index of the last axis at every entry of `x`, laid out like `x`."""
+    """Returns the index along the last axis for every entry of `x`, laid out like `x`."""
     return index(x, x.ndim - 1, dtype)
 
 
 def flat_index(x: jax.Array) -> jax.Array:
-    """The row-major position, int32, of every entry of `x`, laid out like `x`."""
+    """Returns the row-major position, int32, of every entry of `x`, laid out like `x`."""
     steps = [math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim)]
     return sum((index(x, axis, jnp.int32) * step for axis, step in enumerate(steps)), jnp.int32(0))
 
 
 def index(x: jax.Array, axis: int, dtype: Any) -> jax.Array:
-    """The position along one axis of every entry of `x`, laid out like `x`."""
+    """Returns the position along one axis of every entry of `x`, laid out like `x`."""
     out_sharding = None if explicit_mesh(x) is None else jax.typeof(x).sharding
     return jax.lax.broadcasted_iota(dtype, x.shape, axis, out_sharding=out_sharding)

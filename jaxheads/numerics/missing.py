@@ -24,17 +24,37 @@ class Kinded(Protocol):
     def kind(self) -> str: ...
 
 
+@runtime_checkable
+class Named(Protocol):
+    """A table whose columns have names: of pyarrow, whose `columns` are the columns themselves, or of datasets."""
+
+    @property
+    def column_names(self) -> Any: ...
+
+
+def is_frame(x: Any) -> bool:
+    """Tells whether a value has columns by name, as a data frame of any library."""
+    return hasattr(x, "__getitem__") and (hasattr(x, "columns") or isinstance(x, Named))
+
+
+def names_of(frame: Any) -> list[Any]:
+    """Returns the names of the columns of a data frame, which may have a column that is named `column_names`."""
+    named = isinstance(frame, Named) and isinstance(frame.column_names, list)
+    return frame.column_names if named else [*frame.columns]
+
+
 def read(x: Any) -> np.ma.MaskedArray | None:
     """Returns the values of a column with a mask of the missing ones; None for a column that needs none.
 
-    Those are columns of floats, where NaN is missing, columns of text, and columns in which nothing is missing. Values
-    are bool, integers or floats, as the column says or as they are.
+    These need none: columns of floats, where NaN is missing, columns of text, and columns without a missing value.
+    Values are bool, integers or floats, as the column says or as they are.
     """
-    if hasattr(x, "columns"):
-        read_columns = [read(x[name]) for name in x.columns]
+    if is_frame(x):
+        names = names_of(x)
+        read_columns = [read(x[name]) for name in names]
         if not any(column is not None for column in read_columns):
             return None
-        parts = [x[name] if column is None else column for name, column in zip(x.columns, read_columns, strict=True)]
+        parts = [x[name] if column is None else column for name, column in zip(names, read_columns, strict=True)]
         return np.ma.stack([np.ma.asarray(part) for part in parts], axis=-1)
     dtype: Any = x.dtype if isinstance(x, Typed) else np.dtype(object)
     declared = dtype.kind if isinstance(dtype, Kinded) else None

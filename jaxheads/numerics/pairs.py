@@ -4,8 +4,8 @@ A float32 counter stops at 2^24. The pair goes on: `two_sum` returns the roundin
 (Knuth 1969), and the error is carried along (Dekker 1971; the addition below is `AccurateDWPlusDW` of Joldes,
 Muller and Popescu 2017, with a relative error below 3 * 2^-48).
 
-A trailing axis of size 1 is a plain float32 array, which is what one batch contributes; size 2 is a pair. Adding
-any two gives a pair, so that a `lax.scan` that starts from zero pairs never changes type.
+A trailing axis of size 1 is a plain float32 array, as one batch gives it; size 2 is a pair. Adding any two gives a
+pair, so that a `lax.scan` that starts from zero pairs never changes type.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from jaxheads.numerics import meshes
 
 
 def two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`a + b` rounded, and what the rounding lost."""
+    """Returns `a + b` rounded, and the rounding error."""
     s = a + b
     t = s - a
     return s, (a - (s - t)) + (b - t)
@@ -29,7 +29,7 @@ def _split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def add(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The sum of two states `[..., 1 or 2]` as a pair `[..., 2]`."""
+    """Returns the sum of two states `[..., 1 or 2]` as a pair `[..., 2]`."""
     rank = max(a.ndim, b.ndim)
     a, b = (jnp.expand_dims(x, tuple(range(rank - x.ndim))) for x in (a, b))
     (a_sum, a_error), (b_sum, b_error) = _split(a), _split(b)
@@ -46,10 +46,10 @@ def add(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def psum(x: jax.Array, axis_name) -> jax.Array:
-    """The sum over the devices of `axis_name`, the same on all of them, in one all-reduce.
+    """Returns the sum over the devices of `axis_name`, the same on all of them, in one all-reduce.
 
-    A plain `psum` of pairs would add the large parts in float32 and lose what the small parts keep. So each device puts
-    its pair in a slot of its own of a zero array; adding zeros loses nothing; then the slots are added as pairs.
+    A plain `psum` of pairs would add the large parts in float32, and lose the errors that the small parts keep. So each
+    device puts its pair in its own slot of a zero array. Adding zeros loses nothing. Then the slots are added as pairs.
     """
     if x.shape[-1] == 1:
         return meshes.psum(x, axis_name)
@@ -61,7 +61,7 @@ def psum(x: jax.Array, axis_name) -> jax.Array:
 
 
 def fold(x: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
-    """The entries of the first axis combined pairwise, in about log2(n) rounds: rounding errors grow no faster."""
+    """Combines the entries of the first axis pairwise, in about log2(n) rounds: rounding errors grow no faster."""
     while (n := x.shape[0]) > 1:
         half = n // 2
         merged = combine(x[:half], x[half : 2 * half])
@@ -70,7 +70,7 @@ def fold(x: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array]) -> 
 
 
 def merge(states: Sequence[np.ndarray]) -> np.ndarray:
-    """The sum of states `[..., 1 or 2]` of equal leading shape as pairs `[..., 2]`: in float64, on the host."""
+    """Returns the sum of states `[..., 1 or 2]` of equal leading shape as pairs `[..., 2]`: in float64, on the host."""
     total = sum(np.asarray(x, np.float64).sum(-1) for x in states)
     high = np.asarray(total, np.float32)
     with np.errstate(invalid="ignore"):

@@ -34,7 +34,7 @@ class Reduction(enum.Enum):
 
     @classmethod
     def of(cls, value: "Reduction | str") -> "Reduction":
-        """The member that `value` is or names."""
+        """Returns the member that `value` is or names."""
         if isinstance(value, cls):
             return value
         if value == "auto":
@@ -52,11 +52,11 @@ SMALLEST_SUM = 2.0**-120
 
 
 class Divisor(NamedTuple):
-    """What the loss of a whole batch is divided by, for the losses of its parts; `head.divisor` makes it.
+    """The divisor of the loss of a whole batch, for the losses of its parts; `head.divisor` makes it.
 
     Attributes:
         value: the divisor under the head's reduction; under `SUM` the number of elements, by which nothing is divided.
-        live: how many elements weigh anything.
+        live: the number of elements whose weight is not 0.
     """
 
     value: jax.Array
@@ -64,7 +64,7 @@ class Divisor(NamedTuple):
 
 
 def divide(total: jax.Array, by: jax.Array) -> jax.Array:
-    """`total / by`, and 0 where `by` is 0: an empty batch is a harmless step, not a NaN. A NaN total stays NaN."""
+    """Returns `total / by`, and 0 where `by` is 0: an empty batch is a harmless step. A NaN total stays NaN."""
     empty = jax.lax.eq(by, jax.lax.full_like(by, 0))
     ratio = jax.lax.div(total, masking.choose(empty, jax.lax.full_like(by, 1), by))
     is_nan = jax.lax.ne(ratio, ratio)

@@ -10,19 +10,20 @@ from jaxheads.numerics import masking, meshes
 
 
 def log_odds(probability: float) -> float:
-    """`ln(p / (1 - p))` in float64, on the host."""
+    """Returns `ln(p / (1 - p))` in float64, on the host."""
     return math.log(probability) - math.log1p(-probability)
 
 
 def two_class_probabilities(logits: jax.Array) -> jax.Array:
-    """`softmax([0, z])` from `z [..., 1]`, without a maximum: `[sigmoid(-z), sigmoid(z)]`, finite at any z."""
+    """Returns `softmax([0, z])` of `z [..., 1]`, without a maximum: `[sigmoid(-z), sigmoid(z)]`, finite at any z."""
     return jnp.concatenate([jax.nn.sigmoid(-logits), jax.nn.sigmoid(logits)], axis=-1)
 
 
 def log1p(x: jax.Array) -> jax.Array:
-    """`ln(1 + x)` for x from 0 to 1, by `2 artanh(x / (2 + x))` and its series: half the time of XLA's on a CPU.
+    """Returns `ln(1 + x)` for x from 0 to 1, by `2 artanh(x / (2 + x))` and its series.
 
-    The argument of the series is at most 1/3, so the first term left out is below 2e-9 of the value.
+    It takes half the time of XLA's on a CPU. The argument of the series is at most 1/3, so the first term left out is
+    below 2e-9 of the value.
     """
     s = jax.lax.div(x, jax.lax.add(x, jax.lax.full_like(x, 2)))
     square, series = jax.lax.mul(s, s), jax.lax.full_like(x, 1 / 15)
@@ -32,9 +33,9 @@ def log1p(x: jax.Array) -> jax.Array:
 
 
 def pick(values: jax.Array, ids: jax.Array) -> jax.Array:
-    """`values[..., ids]` from `values [..., n]` and in-range `ids [..., 1]`: `[..., 1]`.
+    """Returns `values[..., ids]` from `values [..., n]` and in-range `ids [..., 1]`: `[..., 1]`.
 
-    By selection, not by gather: a gather's gradient is a scatter, which an Explicit mesh refuses and a TPU runs
+    It selects, and does not gather: a gather's gradient is a scatter, which an Explicit mesh refuses and a TPU runs
     slowly, and the selection fuses with its neighbours.
     """
     chosen = meshes.columns(values, ids.dtype) == ids
@@ -42,18 +43,19 @@ def pick(values: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def is_argmax(values: jax.Array, ids: jax.Array) -> jax.Array:
-    """Whether `ids [..., 1]` is the first maximum of `values [..., n]`: bool `[..., 1]`.
+    """Tells whether `ids [..., 1]` is the first maximum of `values [..., n]`: bool `[..., 1]`.
 
-    By counting who comes before it, which is one fused pass; an argmax is not. A row with a NaN has no maximum.
+    It counts the values that come before, in one fused pass; an argmax is not one. A row with a NaN has no maximum.
     """
     return rank(values, ids) == 0
 
 
 def rank(values: jax.Array, ids: jax.Array) -> jax.Array:
-    """How many of `values [..., n]` come before those at `ids [..., 1]`: float32 `[..., 1]`; n in a row with a NaN.
+    """Returns how many of `values [..., n]` come before those at `ids [..., 1]`: float32 `[..., 1]`.
 
-    Of equal values the first comes first, as in `jax.lax.top_k`: the k best are those of a rank below k. (There -0.0
-    comes after 0.0; here, as in `argmax`, they are equal.) Counted in float32, for which a CPU has the quicker sum.
+    It is n in a row with a NaN. Of equal values the first comes first, as in `jax.lax.top_k`: the k best have a rank
+    below k. (There -0.0 comes after 0.0; here, as in `argmax`, they are equal.) The count is in float32, for which a
+    CPU has the quicker sum.
     """
     mine, has_nan = _zero_nan(pick(values, ids)), jnp.isnan(jnp.max(values, axis=-1, keepdims=True))
     ahead = (values > mine) | ((values == mine) & (meshes.columns(values, ids.dtype) < ids))
@@ -62,9 +64,9 @@ def rank(values: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def first_argmax(values: jax.Array) -> jax.Array:
-    """The first maximum of `values [..., n]`: int32 `[..., 1]`; n where there is none, in a row with a NaN.
+    """Returns the index of the first maximum of `values [..., n]`: int32 `[..., 1]`; n in a row with a NaN.
 
-    By comparison with the maximum, two passes that fuse with their neighbours: XLA's argmax takes a CPU six times as
+    It compares with the maximum, in two passes that fuse with their neighbours: XLA's argmax takes a CPU six times as
     long.
     """
     n, largest = values.shape[-1], jnp.max(values, axis=-1, keepdims=True)
@@ -75,18 +77,18 @@ def first_argmax(values: jax.Array) -> jax.Array:
 
 
 def _zero_nan(x: jax.Array) -> jax.Array:
-    """`x` with 0 for NaN: for what is made of a row and compared with all of it.
+    """Returns `x` with 0 for NaN. It is for a value that is made of a row and compared with all entries of the row.
 
-    Were it the plain result of a reduction, XLA's CPU code would write it out as often as the row has entries.
+    Without it, XLA's CPU code would write out the plain result of a reduction as often as the row has entries.
     """
     return masking.keep(jax.lax.eq(x, x), x, 0)
 
 
 def log_odds_of_each(logits: jax.Array) -> jax.Array:
-    """`ln(p_k / (1 - p_k))` of `p = softmax(logits)`: each logit less the logsumexp of the others, `[..., n]`.
+    """Returns `ln(p_k / (1 - p_k))` of `p = softmax(logits)`: each logit less the logsumexp of the others, `[..., n]`.
 
-    From the sum over all, what is left of the largest one's others would cancel: they are added up by themselves. Of
-    any other class the sum holds the 1 of the largest, whether its own part is taken away or not.
+    The sum over all less the part of the largest would cancel, so the others of the largest are added up by themselves.
+    For any other class the sum holds the 1 of the largest, with or without the part of that class.
     """
     columns, first = meshes.columns(logits, jnp.int32), first_argmax(logits)
     is_first = columns == first
@@ -101,5 +103,5 @@ def log_odds_of_each(logits: jax.Array) -> jax.Array:
 
 
 def fits_float32(probability: float) -> bool:
-    """Whether a probability in (0, 1) stays inside as a float32."""
+    """Tells whether a probability in (0, 1) stays inside as a float32."""
     return 0.0 < float(np.float32(probability)) < 1.0

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 
 from jaxheads.numerics import pairs
 
-# Small tiles save memory, large ones spare the CPU the handling of many: an eighth of the rows, within these limits.
-# Each tile makes sums of its own, so it holds about as many elements as there are sums, but no more than the last.
+# Small tiles save memory, and a CPU handles few large tiles sooner: an eighth of the rows, within these limits. Each
+# tile makes sums of its own, so it holds about as many elements as there are sums, but no more than the last limit.
 MIN_ROWS, MAX_ROWS, MIN_ELEMENTS, MAX_ELEMENTS = 2**13, 2**15, 2**18, 2**20
 
 
 def tile_rows(shape: tuple[Any, ...], size: int = 0) -> int | None:
-    """How many rows of an array of this shape make a tile of `size` sums, None if it is not worth cutting."""
+    """Returns how many rows of an array of this shape make a tile of `size` sums; None if it is not worth cutting."""
     if not all(isinstance(size, int) for size in shape):
         return None
     rows = min(max(MIN_ROWS, shape[0] // 8), MAX_ROWS)
@@ -32,11 +32,11 @@ def tile_rows(shape: tuple[Any, ...], size: int = 0) -> int | None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Late:
-    """What is to be reduced, with the weights and groups of its rows: tile by tile, or once for all rows.
+    """An observation to reduce, with the weights and groups of its rows: tile by tile, or once for all rows.
 
     Attributes:
-        observation: with arrays of one entry a row, and `reduce`.
-        weights: of the rows.
+        observation: a value with arrays of one entry a row, and with `reduce`.
+        weights: the weights of the rows.
         groups, replicas: as `how` takes them.
         how: `(observation, weights, groups, replicas) -> sums`.
     """
@@ -48,22 +48,22 @@ class Late:
     how: Callable[..., jax.Array] = dataclasses.field(metadata={"static": True})
 
     def reduce(self) -> jax.Array:
-        """The sums."""
+        """Returns the sums."""
         return self.how(self.observation, self.weights, self.groups, self.replicas)
 
 
 def finish(parts: list[Any]) -> list[jax.Array]:
-    """The sums, of what was left for later too."""
+    """Returns the sums, also of the parts that were left for later."""
     return [part.reduce() if isinstance(part, Late) else part for part in parts]
 
 
 def sum_over_rows(sums: Callable[..., list[Any]], batch: Any, n: int, rows: int) -> list[jax.Array]:
-    """The parts of `sums(tile, fresh, i)` added over all tiles of `batch`, whose leaves have `n` rows.
+    """Adds up the parts of `sums(tile, fresh, i)` over all tiles of `batch`, whose leaves have `n` rows.
 
-    The last tile overlaps the one before it; `fresh [rows]` is False for the rows that were counted already. What a
-    tile leaves for later is reduced once, for all tiles together.
+    The last tile overlaps the one before it; `fresh [rows]` is False for the rows that were counted already. The parts
+    that a tile leaves for later are reduced once, for all tiles together.
     """
-    # Without their last axis of size 1: with it XLA's CPU code for what is made of a tile is many times slower.
+    # Without their last axis of size 1: with it XLA's CPU code for the values of a tile is many times slower.
     thin = jax.tree.map(lambda x: x.ndim > 1 and x.shape[-1] == 1, batch)
     batch = jax.tree.map(lambda x, is_thin: x[..., 0] if is_thin else x, batch, thin)
     is_late: list[bool] = []
@@ -80,7 +80,7 @@ def sum_over_rows(sums: Callable[..., list[Any]], batch: Any, n: int, rows: int)
 
     def body(carry: Any, i: jax.Array) -> tuple[Any, list[Any]]:
         parts, late = of_tile(i)
-        # Each by itself: put together in one array, XLA would make what is in them again for every number.
+        # Each by itself: if they were in one array, XLA would make all of them again for every number.
         added = [pairs.two_sum(total, part) for (total, _), part in zip(carry, parts, strict=True)]
         carry = [(total, lost + error) for (total, error), (_, lost) in zip(added, carry, strict=True)]
         return carry, [
@@ -98,7 +98,7 @@ def sum_over_rows(sums: Callable[..., list[Any]], batch: Any, n: int, rows: int)
     exact = iter([jnp.where(jnp.isfinite(total), total + lost, total) for total, lost in carry])
     whole = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
     for arrays, of_tiles in zip(whole, stacked, strict=True):
-        # Keys are no rows: those of one tile serve all.
+        # Keys are no rows: the keys of one tile serve all tiles.
         arrays["replicas"] = jax.tree.map(lambda x: x[0], of_tiles["replicas"])
     late = iter([dataclasses.replace(like, **arrays) for arrays, like in zip(whole, late_shapes, strict=True)])
     return [next(late).reduce() if later else next(exact) for later in is_late]

@@ -29,9 +29,9 @@ def check(vocabulary: Any, n: int, head: str) -> None:
 
 
 def encode(labels: np.ndarray, vocabulary: tuple[str, ...] | None, where: np.ndarray | None = None) -> np.ndarray:
-    """The ids, int32, of an array of strings or bytes; -1, which no class has, for whatever is not a name.
+    """Returns the ids, int32, of an array of strings or bytes; -1, which no class has, for a value that is no name.
 
-    Those are refused in rows that exist (by default all).
+    Such values are refused in rows that exist (by default all).
     """
     if vocabulary is None:
         example = f" (e.g. {_show(labels.flat[0])})" if labels.size else ""
@@ -62,7 +62,7 @@ class Encoded(NamedTuple):
 
     Attributes:
         array: -1, which is illegal, throughout a row that could not be encoded.
-        strangers: what there is no class for, by the position of its row.
+        strangers: the values without a class, by the position of their row.
     """
 
     array: np.ndarray
@@ -70,19 +70,19 @@ class Encoded(NamedTuple):
 
 
 def has_names(labels: Any) -> bool:
-    """Whether there is a string anywhere in nested lists."""
+    """Tells whether there is a string anywhere in nested lists."""
     if isinstance(labels, (list, tuple)):
         return any(map(has_names, labels))
     return isinstance(labels, (str, bytes))
 
 
 def is_empty(labels: Any) -> bool:
-    """Whether nested lists hold nothing at all: rows without names."""
+    """Tells whether nested lists hold nothing at all: rows without names."""
     return isinstance(labels, (list, tuple)) and all(map(is_empty, labels))
 
 
 def multi_hot(labels: Any, n: int, vocabulary: tuple[str, ...] | None) -> Encoded:
-    """Lists of ids or names, one an example, nested as deep as the leading axes: int32 `[..., n]`."""
+    """Encodes lists of ids or names, one an example, nested as deep as the leading axes: int32 `[..., n]`."""
     depth = _count_levels(labels)
     if depth < 2 and len(labels):
         raise ValueError(
@@ -138,7 +138,7 @@ def _count_levels(labels: Any) -> int:
 
 
 def _measure_lead(labels: Any, depth: int) -> tuple[int, ...]:
-    """The leading shape of lists whose rows are `depth` levels down."""
+    """Returns the leading shape of lists whose rows are `depth` levels down."""
     if not isinstance(labels, (list, tuple)):
         raise ValueError(
             f"labels must be lists of class ids or names, one list a row. Given {brief.tell(labels)} for a row."
@@ -160,7 +160,7 @@ def _walk_rows(labels: Any, depth: int) -> Iterator[Any]:
 
 
 def _decode(name: Any) -> str | None:
-    """A name; None for what is none: undecodable bytes, and what stands for a missing value (None, NaN, pandas.NA)."""
+    """Returns a name; None for a value that is none: undecodable bytes, a missing value (None, NaN, pandas.NA)."""
     if isinstance(name, bytes):
         try:
             return name.decode("utf-8")

@@ -22,4 +22,4 @@ class RoundingWarning(UserWarning):
 
 
 class StackedWarning(UserWarning):
-    """Several states in one were read: the values are arrays, of each state alone, not of all data."""
+    """Several states in one were read: a value is an array with an entry for each state, and none for all data."""

@@ -111,12 +111,40 @@ def _spread(mask: Any, shape: tuple[int, ...]) -> np.ndarray:
     return there
 
 
-def _to_host(x: Any) -> Any:
+def _to_host(x: Any, what: str) -> Any:
     """Returns an array of the host; random keys as they are, and a mask where values of a column are missing."""
     if is_key(x):
         return x
-    column = missing.read(np.asarray(x, object) if isinstance(x, (list, tuple)) and _has_none(x) else x)
-    return np.asarray(x) if column is None else column
+    array = _to_dense(x, what)
+    column = missing.read(array if isinstance(x, (list, tuple)) or array.ndim > 1 else x)
+    return array if column is None else column
+
+
+def _to_dense(x: Any, what: str) -> np.ndarray:
+    """Returns an array of the host. A column whose rows are lists or arrays becomes one array, if these are alike."""
+    try:
+        array = np.asarray(x, object if isinstance(x, (list, tuple)) and _has_none(x) else None)
+    except ValueError as error:
+        raise ValueError(_say_uneven(what, f"a {type(x).__name__} that NumPy cannot convert ({error})")) from error
+    if array.dtype != object or not any(isinstance(row, (list, tuple, np.ndarray)) for row in array.flat):
+        return array
+    shapes = {_measure(row) for row in array.flat}
+    if len(shapes) > 1:
+        shown = ", ".join("none" if shape is None else str([*shape]) for shape in [*shapes][:3])
+        raise ValueError(_say_uneven(what, f"rows of {len(shapes)} shapes: {shown}"))
+    return np.stack([_to_dense(row, what) for row in array.flat]).reshape(*array.shape, *shapes.pop())
+
+
+def _measure(row: Any) -> tuple[int, ...] | None:
+    return row.shape if isinstance(row, np.ndarray) else (len(row),) if isinstance(row, (list, tuple)) else None
+
+
+def _say_uneven(what: str, given: str) -> str:
+    if what.startswith("['labels']"):
+        fix = "Encode labels first, on the host: head.encode_labels(labels)."
+    else:
+        fix = "Fill them up to one length, and keep their lengths in a column of their own, or a mask."
+    return f"Each row of {what} must have the same shape, for a step is compiled. Given {given}. {fix}"
 
 
 def _has_none(x: Any) -> bool:
@@ -128,15 +156,23 @@ def is_key(x: Any) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _to_array(x: Any) -> Any:
-    return x if isinstance(x, jax.Array) else np.asarray(x)
+def _to_key_or_dense(x: Any, what: str) -> Any:
+    return x if is_key(x) else _to_dense(x, what)
 
 
-def _read(batch: Any, to_array: Callable[[Any], Any]) -> tuple[Any, int]:
+def _to_array(x: Any, what: str) -> Any:
+    return x if isinstance(x, jax.Array) else _to_dense(x, what)
+
+
+def _read(batch: Any, to_array: Callable[[Any, str], Any]) -> tuple[Any, int]:
     """Returns the arrays of a batch, and the number of rows that all arrays have. A data frame becomes its columns."""
     if isinstance(batch, Mapping):
         batch = {key: value if (table := columns.table(value)) is None else table for key, value in batch.items()}
-    arrays = jax.tree.map(to_array, batch, is_leaf=lambda x: isinstance(x, list))
+    arrays = jax.tree.map_with_path(
+        lambda path, x: to_array(x, jax.tree_util.keystr(path) or "the batch"),
+        batch,
+        is_leaf=lambda x: isinstance(x, list),
+    )
     found = jax.tree.leaves_with_path(arrays)
     shapes = {jax.tree_util.keystr(path) or "the batch": tuple(np.shape(array)) for path, array in found}
     rows = {shape[0] for shape in shapes.values() if shape}
@@ -180,7 +216,7 @@ def shard_batch(batch: Any, mesh: Mesh, axis_name: str | tuple[str, ...] | None 
         )
     # A process may also have its own mesh. Then it is the only process.
     processes = len({device.process_index for device in mesh.devices.flat})
-    arrays, rows = _read(batch, (lambda x: x if is_key(x) else np.asarray(x)) if processes > 1 else _to_array)
+    arrays, rows = _read(batch, _to_array if processes == 1 else _to_key_or_dense)
     sharding = NamedSharding(mesh, PartitionSpec(names))
     parts = _count_parts(sharding, math.prod(mesh.shape[name] for name in names))
     refused = None

@@ -11,8 +11,9 @@ import numpy as np
 
 from jaxheads.engine.gathering import gather
 from jaxheads.head import Head
-from jaxheads.numerics import columns, inputs
+from jaxheads.numerics import inputs
 from jaxheads.numerics.batch import Given
+from jaxheads.numerics.missing import is_frame
 
 KEYS = ("features", "labels", "weights", "where")
 HEAD, OPTIMIZER = "jaxheads_head", "jaxheads_optimizer"
@@ -50,7 +51,7 @@ def _find_noted(step: Any, name: str) -> Any:
 
 def check_batches(batches: Any, what: str) -> Any:
     """Returns batches, or refuses a value that is not an iterable of them, such as one batch alone."""
-    if isinstance(batches, Mapping) or columns.is_frame(batches):
+    if isinstance(batches, Mapping) or is_frame(batches):
         given = f"one dict with the keys {[*batches]}" if isinstance(batches, Mapping) else "a data frame"
         raise ValueError(f"{what} must be a list of batches, each a dict. Given {given}. Put it in a list: [batch].")
     if isinstance(batches, (str, bytes)) or not isinstance(batches, (Iterable, Indexed)):

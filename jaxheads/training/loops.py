@@ -13,7 +13,6 @@ import numpy as np
 from jaxheads.metrics import Metrics
 from jaxheads.metrics.base import LOSS, join_names
 from jaxheads.numerics import brief, describing
-from jaxheads.numerics.brief import Shaped
 from jaxheads.numerics.warned import CheckpointWarning
 from jaxheads.training.checking import (
     check_batch,
@@ -24,7 +23,17 @@ from jaxheads.training.checking import (
     optimizer_of,
 )
 from jaxheads.training.checkpoints import Checkpoints, Damaged, as_folder, locked
-from jaxheads.training.progress import TRAIN, VALIDATION, Progress, bar_of, check_monitor, mean_loss_and_metrics
+from jaxheads.training.processes import abort_on_error
+from jaxheads.training.progress import (
+    TRAIN,
+    VALIDATION,
+    Progress,
+    bar_of,
+    check_first_batch,
+    check_monitor,
+    describe_first_batch,
+    mean_loss_and_metrics,
+)
 from jaxheads.training.state import TrainState
 from jaxheads.training.text import describe
 
@@ -103,6 +112,8 @@ def fit(
 ) -> Fitted:
     """Trains for some epochs, validates after each, keeps the best state, and continues the run of a killed process.
 
+    If several processes train together, an error in one of them ends it at once (`jh.training.abort_on_error`).
+
     Args:
         state: the first state; it is copied. A `pmap` step must have `in_axes=(None, 0), out_axes=None`.
         train_step: the step that `make_train_step` returned. If it is not compiled yet, it is compiled here, with a
@@ -123,7 +134,7 @@ def fit(
             one before it, with a `CheckpointWarning`. One run at a time holds the directory.
         checkpoint_every: the number of batches between checkpoints; by default there is one after each epoch.
         allow_changes: True goes on with the checkpoint of another head or optimizer, for example to lower the learning
-            rate, or with batches of another size in an epoch that was begun.
+            rate, or with other batches in an epoch that was begun.
         writer: an object with `add_scalar(tag, value, step)`, like a `tensorboardX.SummaryWriter`; it gets the history.
         progress: whether to print a line for each epoch, and to show a bar in terminals and notebooks (if tqdm is
             installed).
@@ -167,7 +178,7 @@ def fit(
         raise ValueError(f"allow_changes must be True or False. Given {allow_changes!r}.")
     plan = _Plan(batches, epochs, eval_step, validation, monitor, bool(higher_is_better), patience, checkpoint_every)
     folder = as_folder(directory)
-    with locked(folder):
+    with abort_on_error(), locked(folder):
         return _train(state, train_step, plan, folder, allow_changes, writer, progress)
 
 
@@ -204,8 +215,7 @@ def _train(
             "Give more, or another directory."
         )
     best = _restore_best(kept, state, at) if plan.validation is not None else state
-    begun = at.run.get(BATCHES)
-    at.run = run
+    begun, at.run = at.run, run
     if progress and (at.epoch or at.batch):
         print(f"going on after epoch {at.epoch}, batch {at.batch} of {folder}")
     while at.epoch < plan.epochs and (plan.patience is None or at.stale < plan.patience):
@@ -214,14 +224,10 @@ def _train(
         check_batches(given, "batches")
         for i, batch in enumerate(bar_of(given, f"epoch {at.epoch + 1}/{plan.epochs}", progress)):
             if i == 0:
-                shapes = _describe_batch(batch)
-                if skipped and begun is not None and begun != shapes and not allow_changes:
-                    raise ValueError(
-                        f"Epoch {at.epoch + 1} was begun with batches of {begun}, and goes on with {shapes}: some rows "
-                        "would be trained on twice, others not at all. Give the same batches to as many processes, or "
-                        "pass allow_changes=True."
-                    )
-                at.run = {**run, BATCHES: shapes}
+                found = {} if folder is None else describe_first_batch(batch)
+                if skipped and not allow_changes:
+                    check_first_batch(begun, found, at.epoch)
+                at.run = run | found
             if i < skipped:
                 continue
             if i == skipped:
@@ -260,21 +266,6 @@ def _describe_run(train_step: Any) -> dict[str, str]:
     both = {"head": head_of(train_step), "optimizer": optimizer_of(train_step)}
     texts = {name: describing.describe(found) for name, found in both.items() if found is not None}
     return texts | describing.describe_code(list(both.values()))
-
-
-# The batches of an epoch that is not finished, in the texts that identify a run.
-BATCHES = "batches"
-
-
-def _describe_batch(batch: Any) -> str:
-    """Returns the shapes of the arrays in a batch, and the number of processes that train."""
-
-    def shapes(x: Any) -> list[str]:
-        if isinstance(x, Mapping):
-            return [shape for key in sorted(x, key=str) for shape in shapes(x[key])]
-        return [f"[{', '.join(map(str, x.shape))}]"] if isinstance(x, Shaped) else []
-
-    return f"{', '.join(shapes(batch))} in {jax.process_count()} process(es)"
 
 
 def _restore_best(kept: Checkpoints, state: TrainState, at: Progress) -> TrainState:

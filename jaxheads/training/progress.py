@@ -3,13 +3,15 @@
 import base64
 import builtins
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ from jaxheads.metrics.base import LOSS, join_names
 from jaxheads.metrics.curves import Interval
 from jaxheads.metrics.state import metric_names, read_nothing
 from jaxheads.numerics import pairs
+from jaxheads.numerics.brief import Shaped
 from jaxheads.training.checking import check_batch
 
 # The first parts of the keys in a history, such as `train/loss` and `validation/auc`.
@@ -140,6 +143,44 @@ def mean_loss_and_metrics(state: Any, step: Any, batches: Iterable[Any], key: An
     if metrics is None:
         raise ValueError("There are no batches. Given an empty iterable, or an iterator that was used up: pass a list.")
     return float(at.sums[0].sum()) / at.batch, dataclasses.replace(metrics, state=at.sums[1:])
+
+
+# What identifies the batches of an epoch that is not finished, in the texts that identify a run: the shapes in the
+# first one, and its values, as far as they are on the host.
+SHAPES, VALUES = "batches", "first batch"
+
+
+def describe_first_batch(batch: Any) -> dict[str, str]:
+    """Returns texts about the first batch of an epoch: its shapes and the number of processes, and its values."""
+    arrays = [x for x in _list_arrays(batch) if isinstance(x, Shaped)]
+    shapes = ", ".join(f"[{', '.join(map(str, x.shape))}]" for x in arrays)
+    # The first process writes the progress, and its own rows with it.
+    own = [x for x in arrays if isinstance(x, np.ndarray) and x.dtype != object and jax.process_index() == 0]
+    found = {SHAPES: f"{shapes} in {jax.process_count()} process(es)"}
+    if own:
+        crc = functools.reduce(lambda crc, x: zlib.crc32(np.ascontiguousarray(x).tobytes(), crc), own, 0)
+        found[VALUES] = f"{crc:08x}"
+    return found
+
+
+def _list_arrays(batch: Any) -> list[Any]:
+    if isinstance(batch, Mapping):
+        return [x for key in sorted(batch, key=str) for x in _list_arrays(batch[key])]
+    return jax.tree.leaves(batch)
+
+
+def check_first_batch(begun: Mapping[str, str], found: Mapping[str, str], epoch: int) -> None:
+    """Refuses to go on within an epoch that was begun with other batches."""
+    for name in (SHAPES, VALUES):
+        if name in begun and name in found and begun[name] != found[name]:
+            what = f"batches of {begun[name]}, and goes on with {found[name]}"
+            if name == VALUES:
+                what = "other values in its first batch"
+            raise ValueError(
+                f"Epoch {epoch + 1} was begun with {what}: some rows would be trained on twice, others not at all. "
+                "Give the same batches to as many processes (a function of the epoch can shuffle with it as the seed), "
+                "or pass allow_changes=True."
+            )
 
 
 _NONE = object()
