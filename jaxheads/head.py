@@ -18,6 +18,7 @@ from jaxheads.metrics.base import Path
 from jaxheads.metrics.state import metric_names, slots
 from jaxheads.numerics import fields, inputs
 from jaxheads.numerics import labels as rules
+from jaxheads.numerics.kept import twin_of
 from jaxheads.numerics.reduction import Reduction
 from jaxheads.spec import EstimatorSpec, ExportOutput
 
@@ -77,8 +78,11 @@ class Head(AbstractHead):
         )
         batch = gather(head, given)
         traced = axis_name is not None or inputs.is_traced((head, batch))
-        run = evaluating.loss_of if traced else evaluating.programs(fields.unbound(self)).loss
-        loss = run(head, batch, axis_name)
+        if traced:
+            loss = evaluating.loss_of(head, batch, axis_name)
+        else:
+            leaves, programs = evaluating.programs(self, head)
+            loss = programs.loss(leaves, batch, axis_name)
         regularization = inputs.as_scalars(regularization_losses)
         return loss if regularization is None else loss + inputs.add_scalars(regularization)
 
@@ -108,7 +112,7 @@ class Head(AbstractHead):
 
     def metrics(self, regularization_losses: Any = None) -> Metrics:
         """Returns zero metrics, the identity of `+`. They keep `regularization_loss` if a list is given."""
-        head, regularized = fields.unbound(self), regularization_losses is not None
+        head, regularized = twin_of(fields.unbound(self)), regularization_losses is not None
         return Metrics(jnp.zeros((slots(head, regularized)[1], 2), jnp.float32), head, regularized)
 
     def update_metrics(
@@ -135,10 +139,14 @@ class Head(AbstractHead):
         given = Given(labels, logits, features, weights, where, with_slices=True, key=key, check=check)
         batch, losses = gather(head, given), inputs.as_scalars(regularization_losses)
         eval_metrics.check_one_state()
-        eval_metrics.check_same_kind(Metrics(None, fields.unbound(self), losses is not None))
+        eval_metrics.check_same_kind(Metrics(None, twin_of(fields.unbound(self)), losses is not None))
         traced = axis_name is not None or inputs.is_traced((eval_metrics, head, batch, losses))
-        update = measuring.update if traced else evaluating.programs(fields.unbound(self)).update
-        return dataclasses.replace(eval_metrics, state=update(eval_metrics.state, head, batch, losses, axis_name))
+        if traced:
+            state = measuring.update(eval_metrics.state, head, batch, losses, axis_name)
+        else:
+            leaves, programs = evaluating.programs(self, head)
+            state = programs.update(eval_metrics.state, leaves, batch, losses, axis_name)
+        return dataclasses.replace(eval_metrics, state=state)
 
     def with_metrics(self, *metrics: Metric, **functions: Callable[[Any, jax.Array], Any]) -> Self:
         """Returns the same head with more metrics. Only metrics in use cost time; a shared state is computed once.
@@ -182,8 +190,12 @@ class Head(AbstractHead):
         given = Given(labels, logits, features, weights, where, with_slices=True, key=key, check=check)
         batch, losses = gather(head, given), inputs.as_scalars(regularization_losses)
         traced = axis_name is not None or inputs.is_traced((head, batch, losses))
-        measure = measuring.measure if traced else evaluating.programs(fields.unbound(self)).measure
-        return Metrics(measure(head, batch, losses, axis_name), fields.unbound(self), losses is not None)
+        if traced:
+            state = measuring.measure(head, batch, losses, axis_name)
+        else:
+            leaves, programs = evaluating.programs(self, head)
+            state = programs.measure(leaves, batch, losses, axis_name)
+        return Metrics(state, twin_of(fields.unbound(self)), losses is not None)
 
     def constant_logits(
         self, labels: Any, weights: Any = None, where: Any = None, *, features: Any = None

@@ -38,6 +38,19 @@ def pytest_runtest_protocol(item):
         return (yield)
 
 
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist, nothing calls it
+def pytest_testnodedown(node):
+    programs.counts.update(getattr(node, "workeroutput", {}).get("programs", {}))
+
+
+def pytest_sessionfinish(session):
+    """A worker sends its counts of programs. The main process has all of them: too many make the run fail."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["programs"] = dict(programs.counts)
+    elif session.exitstatus == pytest.ExitCode.OK and programs.beyond(programs.counts, programs.BUDGETS):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture(autouse=True)
 def _count_traces_anew():
     """`chex.assert_max_traces` counts by the place of a function, which is the same for all parameters of a test."""
@@ -45,7 +58,7 @@ def _count_traces_anew():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Prints how many golden cases passed, and the table of law 5, at the end of every run that has any."""
+    """Prints how many golden cases passed, the table of law 5, and who compiled too many programs, if there are any."""
     import devices
     from goldens import loader
 
@@ -54,3 +67,5 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(line)
     for line in devices.law_summary(passed):
         terminalreporter.write_line(line)
+    for line in programs.beyond(programs.counts, programs.BUDGETS):
+        terminalreporter.write_line(line, red=True)

@@ -3,28 +3,28 @@
 * **Compiled** for speed of compiling: without most of LLVM's passes, and by XLA's older emitters where jaxlib still has
   them. Tests marked `rounding` (they are about what XLA rounds) or `all_passes` keep all passes, but the same emitters.
   With `JAXHEADS_TEST_XLA=default` all tests keep JAX's default settings, as for a user. CI runs the quick laws and the
-  files with tests marked `rounding` once more in this way.
+  tests marked `rounding` once more in this way.
 * **Cached** in pytest's cache of the checkout, where a second run finds them. `--cache-clear` empties it.
 * **Assigned** to workers (pytest-xdist processes) by head: two workers would compile the same programs twice.
-* **Counted** by head in the laws, against `BUDGET`: a new head must not bring back test runs of a quarter of an hour.
+* **Counted** by file, and in the laws by head, against `budgets.toml`: a new head must not bring back test runs of a
+  quarter of an hour.
 """
 
 import collections
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+import pathlib
+import tomllib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jaxlib
 import pytest
 
-# How many programs the laws of a head may compile in one process. The laws are `test_laws*.py` and `test_lowering.py`.
-# A head that runs alone compiles 13 to 28, a head of ENGINE 49 to 119. For slow heads the same tests include every way
-# to shard over devices.
-BUDGET = {"a head": 40, "a head of ENGINE": 130, "a slow head": 100, "a slow head of ENGINE": 300}
-BUDGET |= {"slow tests of a head": 90, "slow tests of a head of ENGINE": 220}
+# How many programs a run may compile: the only place where budgets are written.
+BUDGETS = tomllib.loads(pathlib.Path(__file__).with_name("budgets.toml").read_text())
 
 # In these files the tests of one head share its programs.
 LAWS = ("test_laws.py", "test_laws_engine.py", "test_laws_devices.py", "test_lowering.py")
@@ -46,8 +46,8 @@ LONG = (
 )
 LONG += ("test_metrics_classes.py", "test_global_objectives.py", "test_group_constraints.py", "test_hosts.py")
 
-# Programs by group, slow tests apart: a quick head has slow tests too, for more ways to shard over devices.
-counts: collections.Counter[tuple[str, bool]] = collections.Counter()
+# Programs by kind of test (a table of `budgets.toml`), file, and group: a head, or the file again.
+counts: collections.Counter[tuple[str, str, str]] = collections.Counter()
 _compiled = 0
 
 # The folder of kept programs, and the settings that make JAX keep programs of any size.
@@ -112,22 +112,34 @@ def _heads() -> frozenset[str]:
     return frozenset(entry.name for entry in ZOO)
 
 
+@functools.cache
+def _engine() -> frozenset[str]:
+    from zoo import ENGINE
+
+    return frozenset(ENGINE)
+
+
+def file_of(nodeid: str) -> str:
+    """The name of a test's file; "doctests" for all doctests of the package."""
+    file = nodeid.partition("::")[0].rpartition("/")[2]
+    return file if file.startswith("test_") else "doctests"
+
+
 def group_of(nodeid: str) -> str:
-    """The group of a test, which shares programs: a head, or a file. All doctests of the package are one group."""
-    path, _, test = nodeid.partition("::")
-    file = path.rpartition("/")[2]
-    given = test.partition("[")[2].removesuffix("]").split("-") if file in LAWS else []
-    return next((part for part in given if part in _heads()), file if file.startswith("test_") else "doctests")
+    """The group of a test, which shares programs: a head, or a file."""
+    file = file_of(nodeid)
+    given = nodeid.partition("::")[2].partition("[")[2].removesuffix("]").split("-") if file in LAWS else []
+    return next((part for part in given if part in _heads()), file)
 
 
 def in_groups(items: list[pytest.Item]) -> None:
-    """Sorts tests by group, then by how they are compiled. The count of a head's programs comes after its laws."""
+    """Sorts tests by group, then by how they are compiled."""
     place = {group: i - len(LONG) for i, group in enumerate(LONG)}
     for i, item in enumerate(items):
         place.setdefault(group_of(item.nodeid), i)
 
-    def key(item: pytest.Item) -> tuple[int, bool, bool]:
-        return place[group_of(item.nodeid)], needs_all_passes(item), item.name.startswith("test_programs_")
+    def key(item: pytest.Item) -> tuple[int, bool]:
+        return place[group_of(item.nodeid)], needs_all_passes(item)
 
     items.sort(key=key)
 
@@ -185,19 +197,28 @@ def scheduler(config: pytest.Config, log: Any) -> Any:
 
 @contextlib.contextmanager
 def counted(item: pytest.Item) -> Iterator[None]:
-    """Adds the programs that a test compiles to the count of its group."""
+    """Adds the programs that a test compiles to `counts`. A program that the cache holds counts like any other."""
     use_all_passes(needs_all_passes(item))
     before = _compiled
     yield
-    counts[group_of(item.nodeid), item.get_closest_marker("slow") is not None] += _compiled - before
+    kind = next((name for name in ("slow", "tpu") if item.get_closest_marker(name)), "quick")
+    counts[kind, file_of(item.nodeid), group_of(item.nodeid)] += _compiled - before
 
 
-def beyond(name: str, number: int, budget: int) -> str:
-    """The message about a head that compiles too many programs; empty for a head within its budget."""
-    if number <= budget:
-        return ""
-    return (
-        f"The laws of {name!r} compiled {number} programs, more than its budget of {budget} (tests/programs.py). Each "
-        "takes a fifth of a second: share the program of `laws.step`, keep to its shapes and dtypes, and see "
-        "tests/README.md."
-    )
+def beyond(counts: Mapping[tuple[str, str, str], int], budgets: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """A message for each budget that is exceeded: of all files, of a file, of a head in a file of laws."""
+    sums: collections.Counter[tuple[str, str, str]] = collections.Counter()
+    for (kind, file, group), number in counts.items():
+        if kind in budgets:
+            sums[kind, "all files together", "all files"] += number
+            sums[kind, file, file if file in budgets[kind] else "any other file"] += number
+            if group != file:
+                head = "a head of ENGINE" if group in _engine() else "a head"
+                sums[kind, f"the head {group!r} in {file}", f"{head} in {file}"] += number
+    return [
+        f"The {kind} tests of {name} compiled {number} programs, more than the budget of {budgets[kind][key]} "
+        f'("{key}" under [{kind}] in tests/budgets.toml). Each takes a fifth of a second: see tests/README.md, "How to '
+        'write a test that compiles little".'
+        for (kind, name, key), number in sums.items()
+        if number > budgets[kind][key]
+    ]

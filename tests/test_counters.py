@@ -101,9 +101,9 @@ def trained(way, devices, weighted):
     """The metrics of one batch, and of three hundred, on so many devices."""
     labels, logits, weights = batches(8, 1024)
     where = np.random.default_rng(1).random(labels.shape) < 0.9
-    weights = weights if weighted else np.ones_like(weights)
     step, rows = measuring(way, devices), NamedSharding(mesh_of(devices, "auto"), P("d"))
-    found = [step(*jax.device_put(batch, rows)) for batch in zip(labels, logits, weights, where, strict=True)]
+    given = zip(labels, logits, weights if weighted else [None] * len(weights), where, strict=True)
+    found = [step(*jax.device_put(batch, rows)) for batch in given]
     states = np.stack([each.state for each in found])
     return found[0], jh.Metrics(added_in_turns(COUNTED.metrics().state, states, 300), COUNTED)
 

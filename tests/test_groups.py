@@ -28,7 +28,7 @@ HEADS = {
     "multi_class": jh.MultiClassHead(4).with_metrics(jh.metrics.ConfusionMatrix()),
     "multi_label": jh.MultiLabelHead(3, classes_for_class_based_metrics=[1]),
     "regression": jh.RegressionHead(2).with_metrics(jh.metrics.R2Score()),
-    "several": jh.MultiHead([jh.PoissonRegressionHead(name="a"), jh.RegressionHead(name="b", loss_reduction="mean")]),
+    "several": jh.MultiHead([jh.BinaryClassHead(name="a"), jh.RegressionHead(name="b", loss_reduction="mean")]),
 }
 # Quick with a histogram, and with heads inside.
 few = pytest.mark.parametrize(

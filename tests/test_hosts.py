@@ -15,6 +15,7 @@ import time
 from fractions import Fraction
 from typing import Any
 
+import chex
 import devices
 import host_worker
 import jax
@@ -78,10 +79,7 @@ def with_key(state: jh.TrainState) -> jh.TrainState:
 
 def same(a: Any, b: Any) -> None:
     """Bit by bit."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert np.asarray(x).dtype == np.asarray(y).dtype
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+    chex.assert_trees_all_equal(a, b, strict=True)
 
 
 def check_trained(found: list[Any], names: list[str]) -> None:

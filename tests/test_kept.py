@@ -55,6 +55,17 @@ def test_what_a_head_held_is_freed_with_it():
     assert programs() is None
 
 
+def test_programs_are_freed_though_jax_remembers_the_structure_of_metrics():
+    head = jh.RegressionHead(name="remembered")
+    use(head)
+    metrics = jax.jit(lambda metrics, head: metrics + head.measure(LABELS, Z), static_argnums=1)(head.metrics(), head)
+    programs = weakref.ref(vars(head)[kept.KEPT])
+    del head
+    forget()
+    assert programs() is None
+    assert metrics.compute()["average_loss/remembered"] == 0.5
+
+
 def test_nothing_is_compiled_twice_for_equal_heads():
     loss = Loss()
     use(jh.RegressionHead(loss_fn=loss))

@@ -8,7 +8,6 @@ from typing import Any
 import chex
 import jax
 import numpy as np
-import programs
 import pytest
 from devices import (
     AXES,
@@ -423,12 +422,12 @@ def test_meshes_of_two_axes(spec, axes):
 
 @each_vma
 def test_axis_names_may_be_several(check_vma):
-    entry = entry_of("ordinal")
-    head, batch, params = entry.head, draw(entry), entry.params()
+    entry = entry_of("binary")
+    head, batch = entry.head, draw(entry)
     names = ("a", "b")
 
     def run(batch):
-        rest = {"weights": batch["weights"], "where": batch["where"], "params": params}
+        rest = {"weights": batch["weights"], "where": batch["where"]}
         metrics = head.metrics().varying(names)
         for _ in range(2):
             metrics = head.update_metrics(metrics, None, batch["logits"], batch["labels"], **rest)
@@ -438,7 +437,7 @@ def test_axis_names_may_be_several(check_vma):
     mapped = jax.shard_map(run, mesh=mesh, in_specs=P(names), out_specs=P(), check_vma=check_vma)
     loss, metrics = jax.jit(mapped)(batch)
     np.testing.assert_allclose(loss, entry.expected_loss(**batch), rtol=2e-6)
-    expected = head.measure(**batch, params=params).compute(bounds=True)
+    expected = head.measure(**batch).compute(bounds=True)
     assert_close(metrics.compute(bounds=True), expected)
 
 
@@ -774,14 +773,3 @@ def test_a_mesh_that_does_not_divide_the_batch_is_refused_in_words():
     placed = jh.training.shard_batch(jh.pad_batch(batch, 8), mesh_of(8))
     loss = jax.jit(lambda batch: BINARY.loss(batch["labels"], batch["features"], where=batch["where"]))(placed)
     assert loss == pytest.approx(np.log(2), rel=1e-6)
-
-
-# A guard on growth: see test_laws_engine.py.
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("entry", [entry for entry in ZOO if not entry.slow], ids=lambda entry: entry.name)
-def test_programs_of_slow_tests_are_within_the_budget(entry):
-    """The slow tests of heads that are quick: further ways to shard over devices."""
-    budget = programs.BUDGET[f"slow tests of a head{' of ENGINE' if entry.name in ENGINE else ''}"]
-    assert not programs.beyond(entry.name, programs.counts[entry.name, True], budget)

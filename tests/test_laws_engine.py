@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import io
 import pickle
-import types
 import warnings
 from typing import Any
 
@@ -12,7 +11,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import programs
 import pytest
 from jax.experimental import checkify
 from laws import (
@@ -24,7 +22,6 @@ from laws import (
     assert_values,
     average_of,
     draw,
-    each,
     engine,
     engine_but,
     expected_gradient,
@@ -918,24 +915,3 @@ def test_large_batches_of_linear_logits(entry):
     assert_values(
         measured.compute(bounds=True), entry.expected_metrics(labels, exact, where=where), rtol=1e-5, slack=1e-4
     )
-
-
-# A guard on growth
-
-
-@each
-def test_programs_are_within_the_budget(entry):
-    """It runs behind the laws of its head; of a part of them it counts that part."""
-    budget = programs.BUDGET[f"a {'slow ' if entry.slow else ''}head{' of ENGINE' if entry.name in ENGINE else ''}"]
-    assert not programs.beyond(entry.name, programs.counts[entry.name, entry.slow], budget)
-
-
-def test_a_head_beyond_the_budget_is_named():
-    assert programs.beyond("new", 61, 60).startswith(
-        "The laws of 'new' compiled 61 programs, more than its budget of 60"
-    )
-    before = programs.counts["test_here.py", False]
-    item: Any = types.SimpleNamespace(nodeid="tests/test_here.py::test", get_closest_marker=lambda name: None)
-    with programs.counted(item):
-        jax.block_until_ready(jax.jit(lambda x: x * 3)(ONES))
-    assert programs.counts["test_here.py", False] > before

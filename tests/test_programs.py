@@ -1,8 +1,14 @@
-"""How groups of tests are dealt out to worker processes. The workers here only note which tests they get."""
+"""How groups of tests are dealt out to worker processes, and how programs are counted.
 
+The workers here only note which tests they get.
+"""
+
+import collections
 import types
 from typing import Any
 
+import jax
+import numpy as np
 import programs
 import pytest
 
@@ -114,3 +120,73 @@ def test_another_way_to_deal_is_the_users_to_choose(dist, own):
         option=types.SimpleNamespace(dist=dist, numprocesses=2), cache=None, getvalue=lambda name: ["popen"] * 2
     )
     assert (programs.scheduler(config, None) is not None) == own
+
+
+# The guard on growth
+
+COUNTS = {
+    ("quick", "test_laws.py", "new"): 31,
+    ("quick", "test_laws.py", "binary"): 20,
+    ("quick", "test_other.py", "test_other.py"): 5,
+    ("slow", "test_laws.py", "new"): 90,
+    ("tpu", "test_tpu_compile.py", "test_tpu_compile.py"): 900,
+}
+JUST_ENOUGH = {
+    "all files": 56,
+    "any other file": 5,
+    "test_laws.py": 51,
+    "a head in test_laws.py": 31,
+    "a head of ENGINE in test_laws.py": 20,
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "number", "name"),
+    [
+        ("all files", 56, "all files together"),
+        ("any other file", 5, "test_other.py"),
+        ("test_laws.py", 51, "test_laws.py"),
+        ("a head in test_laws.py", 31, "the head 'new' in test_laws.py"),
+        ("a head of ENGINE in test_laws.py", 20, "the head 'binary' in test_laws.py"),
+    ],
+)
+def test_a_budget_that_is_exceeded_is_named(key, number, name):
+    slow = dict.fromkeys(JUST_ENOUGH, 90)
+    assert not programs.beyond(COUNTS, {"quick": JUST_ENOUGH, "slow": slow})
+    (message,) = programs.beyond(COUNTS, {"quick": {**JUST_ENOUGH, key: number - 1}, "slow": slow})
+    assert message.startswith(
+        f"The quick tests of {name} compiled {number} programs, more than the budget of {number - 1} "
+        f'("{key}" under [quick] in tests/budgets.toml)'
+    )
+
+
+def test_a_run_fails_when_its_workers_exceed_a_budget_together(request, monkeypatch):
+    conftest: Any = next(
+        plugin for plugin in request.config.pluginmanager.get_plugins() if getattr(plugin, "programs", None) is programs
+    )
+    monkeypatch.setattr(programs, "BUDGETS", {"quick": JUST_ENOUGH, "slow": dict.fromkeys(JUST_ENOUGH, 180)})
+
+    def finish(workers: int) -> pytest.ExitCode:
+        monkeypatch.setattr(programs, "counts", collections.Counter(COUNTS))
+        worker = types.SimpleNamespace(workeroutput={})
+        conftest.pytest_sessionfinish(types.SimpleNamespace(config=worker))
+        monkeypatch.setattr(programs, "counts", collections.Counter())
+        for _ in range(workers):
+            conftest.pytest_testnodedown(worker)
+        session = types.SimpleNamespace(config=types.SimpleNamespace(), exitstatus=pytest.ExitCode.OK)
+        conftest.pytest_sessionfinish(session)
+        return session.exitstatus
+
+    assert finish(1) == pytest.ExitCode.OK
+    assert finish(2) == pytest.ExitCode.TESTS_FAILED
+
+
+def test_a_program_counts_in_a_cache_or_not(monkeypatch):
+    monkeypatch.setattr(programs, "counts", collections.Counter())
+    item: Any = types.SimpleNamespace(nodeid="tests/test_here.py::test[poisson]", get_closest_marker=lambda name: None)
+    x = np.ones(3, np.float32)
+    for _ in range(2):
+        jax.clear_caches()
+        with programs.counted(item):
+            jax.block_until_ready(jax.jit(lambda x: x * 3)(x))
+    assert programs.counts == {("quick", "test_here.py", "test_here.py"): 2}

@@ -819,6 +819,12 @@ def test_a_head_that_learns_shares_the_optimizer():
     assert (np.asarray(after.params["w"]) != params["w"]).all()
 
 
+# One pass over the rows serves loss and metrics. Of these heads XLA then keeps columns that a step by hand makes twice:
+# fewer operations, and a few more bytes. These are the largest ratios of jax 0.10.1 and 0.12.0.
+OPERATIONS = {"multi_class": 0.9963, "multi_head": 0.9529}
+BYTES = {"multi_class": 1.0185, "multi_head": 1.0072}
+
+
 @pytest.mark.all_passes
 @pytest.mark.parametrize(
     "name", ["multi_class", *(pytest.param(name, marks=pytest.mark.slow) for name in ("binary", "multi_head"))]
@@ -832,9 +838,12 @@ def test_a_step_costs_what_one_by_hand_costs(name):
     with mixed_dtypes():
         made = jax.jit(jh.make_train_step(entry.head, linear, optimizer)).lower(state, batch).compile()
         hand = jax.jit(by_hand(entry.head, linear, optimizer)).lower(*bare).compile()
-    assert 0 < cost(made).flops <= cost(hand).flops
-    # One pass over the rows serves loss and metrics. XLA may then keep a column that it made twice before.
-    assert 0 < cost(made).accessed <= 1.02 * cost(hand).accessed
+    if name == "binary":
+        assert cost(made).flops == cost(hand).flops > 0
+        assert cost(made).accessed == cost(hand).accessed > 0
+    else:
+        assert 0 < cost(made).flops <= OPERATIONS[name] * cost(hand).flops
+        assert 0 < cost(made).accessed <= BYTES[name] * cost(hand).accessed
 
 
 def equations(jaxpr: Any) -> int:

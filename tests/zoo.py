@@ -37,6 +37,8 @@ class Entry:
         whole: `(labels, logits, weights) -> float64`, the mean loss, where it is of pairs and `losses` says nothing.
         multipliers: what learned fields hold in `params`, where their first values would hide what they do.
         counted: `(labels, weights) -> float64`, what a batch adds to running counts; positives and all, if it has any.
+        running: whether it has running state.
+        closed: whether its best constant logits have a closed form.
         slow: whether its laws are among the slow tests.
     """
 
@@ -52,6 +54,8 @@ class Entry:
     whole: Callable[[Any, np.ndarray, np.ndarray], float] | None = None
     counted: Callable[[Any, np.ndarray], np.ndarray] = lambda y, w: np.stack([(w * y).sum(0), (w + 0 * y).sum(0)])
     multipliers: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    running: bool = False
+    closed: bool = False
     slow: bool = False
 
     def optimizer(self, optimizer: Any, dual_optimizer: Any = None) -> Any:
@@ -604,6 +608,7 @@ def global_entry(objective, target, labels, base, surrogate="xent", priors=None,
         global_metrics(objective, target, surrogate, priors, metrics, watched),
         illegal=2,
         averaged=losses,
+        running=priors is None,
         slow=True,
     )
 
@@ -616,6 +621,7 @@ ZOO = (
         lambda y, z, p: (z - y) ** 2,
         regression_metrics(lambda z: z),
         illegal=np.nan,
+        closed=True,
     ),
     Entry(
         "regression_3_exp",
@@ -624,6 +630,7 @@ ZOO = (
         lambda y, z, p: (z - y) ** 2,
         regression_metrics(np.exp),
         illegal=np.nan,
+        closed=True,
     ),
     Entry(
         "binary",
@@ -632,6 +639,7 @@ ZOO = (
         cross_entropy,
         binary_metrics,
         illegal=2,
+        closed=True,
     ),
     Entry(
         "binary_soft_grid",
@@ -640,6 +648,7 @@ ZOO = (
         cross_entropy,
         lambda *a: {k: v for k, v in binary_metrics(*a).items() if k != "auc"},
         illegal=-0.5,
+        closed=True,
     ),
     Entry(
         "binary_hinge",
@@ -657,11 +666,19 @@ ZOO = (
         softmax_cross_entropy,
         multi_class_metrics,
         illegal=-1,
+        closed=True,
     ),
     Entry("ordinal", OrdinalHead(4), ids(4), ordinal_losses, ordinal_metrics, illegal=4),
     # Among the quick tests it is the head inside "nested".
-    Entry("running_prior", PriorCorrectedHead(), bits, prior_losses, illegal=2, slow=True),
-    Entry("nested", TemperatureHead(PriorCorrectedHead(name="inner"), name="t"), bits, nested_losses, illegal=2),
+    Entry("running_prior", PriorCorrectedHead(), bits, prior_losses, illegal=2, running=True, slow=True),
+    Entry(
+        "nested",
+        TemperatureHead(PriorCorrectedHead(name="inner"), name="t"),
+        bits,
+        nested_losses,
+        illegal=2,
+        running=True,
+    ),
     Entry(
         "survival",
         SurvivalHead(loss_reduction="mean"),
@@ -677,6 +694,7 @@ ZOO = (
         poisson_losses,
         regression_metrics(np.exp),
         illegal=-1,
+        closed=True,
     ),
     Entry(
         "logistic",
@@ -685,6 +703,7 @@ ZOO = (
         cross_entropy,
         regression_metrics(sigmoid),
         illegal=1.5,
+        closed=True,
     ),
     Entry(
         "multi_label",
@@ -693,6 +712,7 @@ ZOO = (
         multi_label_losses,
         multi_label_metrics,
         illegal=2,
+        closed=True,
     ),
 )
 
@@ -763,6 +783,7 @@ ZOO += (
         averaged=cross_entropy,
         multipliers={"group_lagrange_multipliers": jnp.array([[0.5, 1.5]])},
         counted=lambda y, w: w.sum() * np.array([1.0, 1, 1, 0]),  # all, of which the rate is, and in each group
+        running=True,
         slow=True,
     ),
 )

@@ -10,13 +10,13 @@ from jaxheads.boosting.conventions import Hessian, Options, find_convention, is_
 from jaxheads.contract import Given
 from jaxheads.engine import losing, trees
 from jaxheads.engine.elements import clean, debug_check, dense_logits, see
-from jaxheads.engine.gathering import gather
+from jaxheads.engine.gathering import at, gather
 from jaxheads.engine.readiness import ready
 from jaxheads.head import Head
 from jaxheads.heads import RegressionHead
 from jaxheads.numerics import fields
 from jaxheads.numerics.batch import Batch, Devices, Elements
-from jaxheads.numerics.kept import compiled, per_head
+from jaxheads.numerics.kept import per_head
 from jaxheads.numerics.linear import LinearLogits
 
 
@@ -75,7 +75,7 @@ def derivatives(
     # On the host, so that shapes, dtypes and values are checked as everywhere.
     bound = ready(head, params)
     batch = gather(bound, Given(labels, logits, features, weights, where))
-    return _compile(fields.unbound(head))(bound, batch, options)
+    return differentiate_compiled(head, bound, batch, options)
 
 
 def differentiate(head: Head, batch: Batch, options: Options) -> tuple[jax.Array, jax.Array]:
@@ -84,10 +84,24 @@ def differentiate(head: Head, batch: Batch, options: Options) -> tuple[jax.Array
     return jnp.concatenate(gradients, axis=-1), jnp.concatenate(hessians, axis=-1)
 
 
+def differentiate_compiled(
+    owner: Head, head: Head, batch: Batch, options: Options, logits: Any = None
+) -> tuple[jax.Array, jax.Array]:
+    """Does `differentiate` in compiled code, which is freed with `owner`, and adds logits before it, if they are given.
+
+    As everywhere, JAX is given the leaves of the head alone: it would keep all else for ever.
+    """
+    leaves, structure = jax.tree.flatten(head)
+    return _compile(fields.unbound(owner), structure, options)(leaves, batch, logits)
+
+
 @per_head
-def _compile(_: Head) -> Any:
-    """Returns the compiled function `differentiate` of an unbound head."""
-    return compiled(differentiate, 2)
+def _compile(_: Head, structure: Any, options: Options) -> Any:
+    def run(leaves: Any, batch: Batch, logits: Any) -> tuple[jax.Array, jax.Array]:
+        head = jax.tree.unflatten(structure, leaves)
+        return differentiate(head, batch if logits is None else at(head, batch, logits), options)
+
+    return jax.jit(run)
 
 
 def _differentiate_leaves(

@@ -28,10 +28,11 @@ FIRST = 20
 
 def measure_rows(head: Head, params: Any, rows: Rows, logits: np.ndarray) -> Metrics:
     """Measures all rows in chunks, which are added on the host in float64."""
-    states, bound, measure = [], ready(head, params), programs(head).measure
+    states, bound = [], ready(head, params)
+    leaves, compiled = programs(head, bound)
     for start in range(0, max(len(logits), 1), CHUNK):
         batch = at(bound, rows.cut(start, start + CHUNK).batch, logits[start : start + CHUNK])
-        states.append(Metrics(measure(bound, batch, None, None), head))
+        states.append(Metrics(compiled.measure(leaves, batch, None, None), head))
     return Metrics.merge(states)
 
 

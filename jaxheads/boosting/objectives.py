@@ -3,17 +3,13 @@
 import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxheads.boosting.conventions import Hessian, Options
 from jaxheads.boosting.datasets import RowsCache, check_boosted
-from jaxheads.boosting.derivatives import differentiate
-from jaxheads.engine.gathering import at
+from jaxheads.boosting.derivatives import differentiate_compiled
 from jaxheads.engine.readiness import ready
 from jaxheads.head import Head
-from jaxheads.numerics.batch import Batch
-from jaxheads.numerics.kept import compiled, per_head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,24 +35,13 @@ class Objective:
     def __call__(self, predicted: Any, dataset: Any, sample_weight: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """`(margins, DMatrix or Dataset)`; or `(labels, margins[, sample_weight])`, as scikit-learn's wrappers call."""
         rows, logits = self._cache.read(self.head, predicted, dataset, sample_weight)
-        g, h = _compile(self.head)(self.head, self.params, rows.batch, logits, self.options)
+        g, h = differentiate_compiled(self.head, ready(self.head, self.params), rows.batch, self.options, logits)
         gradient, hessian = np.asarray(g), np.asarray(h)
         if not np.isfinite(gradient.sum() + hessian.sum()):
             _check_finite(gradient, hessian, logits)
         if logits.shape[1] == 1:
             return gradient.reshape(-1), hessian.reshape(-1)
         return gradient, hessian
-
-
-@per_head
-def _compile(_: Head) -> Any:
-    """Returns the compiled function `_differentiate` of an unbound head."""
-    return compiled(_differentiate, 4)
-
-
-def _differentiate(head: Head, params: Any, batch: Batch, logits: Any, options: Options) -> tuple[jax.Array, jax.Array]:
-    bound = ready(head, params)
-    return differentiate(bound, at(bound, batch, logits), options)
 
 
 def _check_finite(gradient: np.ndarray, hessian: np.ndarray, logits: np.ndarray) -> None:

@@ -12,7 +12,7 @@ from jaxheads.engine.elements import clean
 from jaxheads.metrics import Metrics
 from jaxheads.numerics import fields, hooks, inputs
 from jaxheads.numerics.batch import Batch, Devices
-from jaxheads.numerics.kept import compiled, per_head
+from jaxheads.numerics.kept import per_head, twin_of
 
 
 class Evaluated(NamedTuple):
@@ -45,7 +45,7 @@ def evaluate(
 def metrics_of(head: AbstractHead, found: Evaluated, axis_name: Any) -> Metrics:
     """Returns the metrics of an evaluated batch, for the rows of this device."""
     state = measuring.measure(head, found.batch, found.regularization, axis_name, found.seen)
-    return Metrics(state, fields.unbound(head), found.regularization is not None)
+    return Metrics(state, twin_of(fields.unbound(head)), found.regularization is not None)
 
 
 def without_gradient(found: Evaluated) -> Evaluated:
@@ -88,7 +88,10 @@ def _move_state(head: Any, batch: Batch, seen: Any, devices: Devices) -> Mapping
 
 
 class Programs(NamedTuple):
-    """The compiled functions of a head: those of the same names, with the axis name static."""
+    """The compiled functions of a head. In the place of the head they take its leaves, the values that it is bound to.
+
+    JAX remembers the structures of arguments for ever, and a head's structure holds its configuration.
+    """
 
     loss: Any
     measure: Any
@@ -96,6 +99,24 @@ class Programs(NamedTuple):
 
 
 @per_head
-def programs(_: Any) -> Programs:
-    """Returns the compiled functions of an unbound head, which are freed with it."""
-    return Programs(compiled(loss_of, 2), compiled(measuring.measure, 3), compiled(measuring.update, 4))
+def _compile(_: Any, structure: Any) -> Programs:
+    """Compiles the functions of an unbound head, for the structure that it has if it is bound. They die with it."""
+
+    def loss(leaves: Any, batch: Batch, axis_name: Any) -> jax.Array:
+        return loss_of(jax.tree.unflatten(structure, leaves), batch, axis_name)
+
+    def measure(leaves: Any, batch: Batch, losses: Any, axis_name: Any) -> jax.Array:
+        return measuring.measure(jax.tree.unflatten(structure, leaves), batch, losses, axis_name)
+
+    def update(state: jax.Array, leaves: Any, batch: Batch, losses: Any, axis_name: Any) -> jax.Array:
+        return measuring.update(state, jax.tree.unflatten(structure, leaves), batch, losses, axis_name)
+
+    return Programs(
+        jax.jit(loss, static_argnums=2), jax.jit(measure, static_argnums=3), jax.jit(update, static_argnums=4)
+    )
+
+
+def programs(owner: Any, head: Any) -> tuple[list[Any], Programs]:
+    """Returns the leaves of a head, and its compiled functions. These live as long as its `owner`, the unbound head."""
+    leaves, structure = jax.tree.flatten(head)
+    return leaves, _compile(fields.unbound(owner), structure)

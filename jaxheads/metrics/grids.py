@@ -173,7 +173,7 @@ class GrowingGrid(AbstractGrid):
         return LogitGrid().finer(low, high)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def _lay_out_logits(grid: tuple[float, ...], thresholds: tuple[float, ...]) -> Layout:
     user = np.asarray([stable.log_odds(t) for t in thresholds], np.float32)
     values = np.unique(np.concatenate([np.asarray(grid, np.float32), user, np.zeros(1, np.float32)]))
@@ -219,7 +219,7 @@ class ThresholdGrid(AbstractGrid):
         return LogitGrid().finer(low, high)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def _lay_out_thresholds(grid: ThresholdGrid, thresholds: tuple[float, ...]) -> Layout:
     inner = (np.arange(1, grid.n - 1) / (grid.n - 1)).astype(np.float32)
     user = np.asarray(thresholds, np.float32)

@@ -150,7 +150,7 @@ def locate_growing(x: jax.Array, extra: tuple[float, ...]) -> jax.Array:
     return below
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def edges_of(values: tuple[float, ...]) -> Edges:
     """Returns `Edges(values)`, built once for equal values."""
     return Edges(values)

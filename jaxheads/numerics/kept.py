@@ -12,8 +12,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import jax
-
 # The attribute of a head that holds the values derived from it. Copies and pickles leave it out.
 KEPT = "_kept"
 # The values of so many heads stay when the heads are gone: a head that is made anew for each call finds them again.
@@ -23,15 +21,21 @@ Result = TypeVar("Result")
 
 
 class Kept:
-    """The values derived from one head, and from all heads that are equal to it."""
+    """The values derived from one head, and from all heads that are equal to it.
 
-    __slots__ = ("__weakref__", "values")
+    Attributes:
+        twin: a copy of the head, which never holds the values: not as a key either.
+        values: the values, by function and other arguments.
+    """
 
-    def __init__(self):
+    __slots__ = ("__weakref__", "twin", "values")
+
+    def __init__(self, head: Any):
+        self.twin = copy.copy(head)
+        object.__setattr__(self.twin, KEPT, None)
         self.values: dict[Any, Any] = {}
 
 
-# The keys are copies of heads: a head itself would hold the values derived from it.
 _living: weakref.WeakValueDictionary[Any, Kept] = weakref.WeakValueDictionary()
 _recent: collections.OrderedDict[Any, Kept] = collections.OrderedDict()
 _lock = threading.RLock()
@@ -53,14 +57,12 @@ def per_head(derive: Callable[..., Result]) -> Callable[..., Result]:
     return find
 
 
-def compiled(function: Callable[..., Any], static: int) -> Any:
-    """Returns a new compiled function. Its programs are freed with it; `jax.jit` keeps one cache for a function."""
+def twin_of(head: Any) -> Any:
+    """Returns a head that equals an unbound one, and does not keep programs alive.
 
-    @functools.wraps(function)
-    def run(*arguments: Any) -> Any:
-        return function(*arguments)
-
-    return jax.jit(run, static_argnums=static)
+    Metrics have it: JAX remembers the structures of arguments and results for ever, and that of metrics holds a head.
+    """
+    return _find(head).twin
 
 
 def _find(head: Any) -> Kept:
@@ -68,13 +70,12 @@ def _find(head: Any) -> Kept:
         return kept
     with _lock:
         if (kept := _living.get(head)) is None:
-            kept = Kept()
-            _living[copy.copy(head)] = kept
-        if head in _recent:
-            _recent.move_to_end(head)
-        else:
-            _recent[copy.copy(head)] = kept
-            if len(_recent) > RECENT:
-                _recent.popitem(last=False)
-    object.__setattr__(head, KEPT, kept)
+            kept = Kept(head)
+            _living[kept.twin] = kept
+        _recent[kept.twin] = kept
+        _recent.move_to_end(kept.twin)
+        if len(_recent) > RECENT:
+            _recent.popitem(last=False)
+    if KEPT not in vars(head):
+        object.__setattr__(head, KEPT, kept)
     return kept

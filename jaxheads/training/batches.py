@@ -132,7 +132,8 @@ def _to_dense(x: Any, what: str) -> np.ndarray:
     if len(shapes) > 1:
         shown = ", ".join("none" if shape is None else str([*shape]) for shape in [*shapes][:3])
         raise ValueError(_say_uneven(what, f"rows of {len(shapes)} shapes: {shown}"))
-    return np.stack([_to_dense(row, what) for row in array.flat]).reshape(*array.shape, *shapes.pop())
+    rows = np.stack([_to_dense(row, what) for row in array.flat])
+    return rows.reshape(*array.shape, *rows.shape[1:])
 
 
 def _measure(row: Any) -> tuple[int, ...] | None:
