@@ -16,7 +16,7 @@ from jaxheads.engine.readiness import bound, ready
 from jaxheads.metrics import FunctionMetric, Metric, Metrics, Observation
 from jaxheads.metrics.base import Path
 from jaxheads.metrics.state import metric_names, slots
-from jaxheads.numerics import fields, inputs
+from jaxheads.numerics import brief, fields, inputs
 from jaxheads.numerics import labels as rules
 from jaxheads.numerics.kept import twin_of
 from jaxheads.numerics.reduction import Reduction
@@ -274,6 +274,9 @@ class Head(AbstractHead):
         key: jax.Array | None = None,
     ) -> dict[str, Any]:
         """Returns the running fields after a training batch; they are the same on all devices of `axis_name`."""
+        for name, given in (("state", state), ("params", {} if params is None else params)):
+            if not isinstance(given, Mapping):
+                raise ValueError(f"{name} must be a dict, as head.init_state() makes it. Given {brief.tell(given)}.")
         fields.check_state(self, state, "state", "as head.init_state() makes it")
         head = ready(self, fields.merge(params or {}, state))
         batch = gather(head, Given(labels, logits, features, weights, where, key=key))
@@ -385,5 +388,5 @@ def check_unbound(head: Any) -> None:
 
 
 def _check_mode(mode: Any) -> None:
-    if mode not in MODES:
+    if not brief.is_one_of(mode, MODES):
         raise ValueError(f"mode={mode!r} unrecognized. Expected one of {MODES}.")

@@ -563,7 +563,7 @@ def test_scikit_learns_wrappers_take_both(library):
         model = lightgbm.LGBMRegressor(objective=ours, n_estimators=5, n_jobs=1, verbosity=-1)
         # LightGBM 4.7 deprecates the name that 4.6 has.
         has_new_names = "eval_X" in inspect.signature(model.fit).parameters
-        rows = {"eval_X": x, "eval_y": y} if has_new_names else {"eval_set": [(x, y)]}
+        rows: dict[str, Any] = {"eval_X": x, "eval_y": y} if has_new_names else {"eval_set": [(x, y)]}
         model.fit(x, y, sample_weight=w, **rows, eval_sample_weight=[w], eval_metric=key)
         (log,), margins = model.evals_result_.values(), np.asarray(model.predict(x))
         params = {"objective": ours, "num_threads": 1, "verbosity": -1}

@@ -33,6 +33,9 @@ M: Any = jh.metrics
 KNOWN = {
     "unexpected keyword argument": "Python's own words for a call that does not fit a signature",
     "required positional argument": "the same",
+    "required keyword-only argument": "the same",
+    "Error interpreting argument to <function _fail": "JAX's words: of a user's own step, the head is not known",
+    "iteration over a 0-d array": "dict(loss), where the class dict is given as a user's function of the loss",
 }
 
 N = 3
@@ -167,6 +170,7 @@ def steps_of(name: str) -> dict[str, Any]:
         "size": 4,
         "params": {"w": np.zeros((2, head.logits_dimension), np.float32)},
         "progress": False,
+        "key": jax.random.key(0),
         "higher_is_better": None,
         "patience": None,
     }

@@ -55,10 +55,14 @@ def test_what_a_head_held_is_freed_with_it():
     assert programs() is None
 
 
+def run_step(head: jh.Head) -> jh.Metrics:
+    return jax.jit(lambda metrics: metrics + head.measure(LABELS, Z))(head.metrics())
+
+
 def test_programs_are_freed_though_jax_remembers_the_structure_of_metrics():
     head = jh.RegressionHead(name="remembered")
     use(head)
-    metrics = jax.jit(lambda metrics, head: metrics + head.measure(LABELS, Z), static_argnums=1)(head.metrics(), head)
+    metrics = run_step(head)
     programs = weakref.ref(vars(head)[kept.KEPT])
     del head
     forget()

@@ -31,6 +31,7 @@ from jaxheads.heads import (
     RegressionHead,
 )
 from jaxheads.heads.loss_functions import AbstractLossFnHead
+from jaxheads.numerics import brief
 
 LIBRARIES = ("xgboost", "lightgbm")
 Hessian: TypeAlias = str | Callable[[Any, jax.Array], Any]
@@ -51,11 +52,11 @@ class Options:
     max_delta_step: float = 0.7
 
     def __post_init__(self):
-        if not callable(self.hessian) and self.hessian not in HESSIANS:
+        if not callable(self.hessian) and not brief.is_one_of(self.hessian, HESSIANS):
             raise ValueError(
                 f"hessian must be one of {HESSIANS}, or a function (labels, logits) -> h. Given {self.hessian!r}."
             )
-        if self.library not in LIBRARIES:
+        if not brief.is_one_of(self.library, LIBRARIES):
             raise ValueError(f"library must be one of {LIBRARIES}. Given {self.library!r}.")
         for name, value in (("floor", self.floor), ("max_delta_step", self.max_delta_step)):
             if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < np.inf:

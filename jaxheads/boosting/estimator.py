@@ -25,7 +25,7 @@ from jaxheads.engine.reading import directions
 from jaxheads.head import Head, check_unbound
 from jaxheads.heads import BinaryClassHead, MultiLabelHead, PoissonRegressionHead
 from jaxheads.metrics import Metrics
-from jaxheads.numerics import fields
+from jaxheads.numerics import brief, fields
 from jaxheads.numerics.batch import Batch
 from jaxheads.numerics.missing import is_frame
 
@@ -283,7 +283,7 @@ class BoostedHead(BaseEstimator):
         return gains / total if (total := gains.sum()) else gains
 
     def _find_engine(self) -> XGBoost | LightGBM:
-        if self.booster not in ENGINES:
+        if not brief.is_one_of(self.booster, ENGINES):
             raise ValueError(f"booster must be one of {[*ENGINES]}. Given {self.booster!r}.")
         return ENGINES[self.booster]
 

@@ -20,7 +20,7 @@ from jaxheads.metrics import Mean, Observation, ScoresView
 from jaxheads.metrics.base import SCORES, join_names
 from jaxheads.metrics.mean import Sums
 from jaxheads.metrics.state import metric_names
-from jaxheads.numerics import fields, hooks, inputs, masking, pairs
+from jaxheads.numerics import brief, fields, hooks, inputs, masking, pairs
 
 PRECISION_RECALL_AUC, ROC_AUC, ERROR_RATE = "precision_recall_auc", "roc_auc", "error_rate"
 CONSTRAINED = tuple(_rates.ACHIEVED)
@@ -193,7 +193,7 @@ class GlobalObjectiveHead(AbstractWrapperHead):
             ("constraint", self.constraint, CONSTRAINTS),
             ("normalize", self.normalize, NORMALIZATIONS),
         ):
-            if value not in known:
+            if not brief.is_one_of(value, known):
                 raise ValueError(f"{field} must be one of {known}. Given {value!r}.")
         self._check_options()
         self._check_targets()

@@ -17,7 +17,7 @@ from jaxheads.engine import trees
 from jaxheads.head import Head
 from jaxheads.metrics.base import LOSS, join_names
 from jaxheads.metrics.state import metric_names
-from jaxheads.numerics import fields
+from jaxheads.numerics import brief, fields
 from jaxheads.numerics.batch import ABSENT
 from jaxheads.spec import ExportOutput, merged_signatures
 
@@ -156,7 +156,7 @@ class MultiHead(AbstractCompositeHead):
         if not all(isinstance(w, (int, float)) and np.isfinite(w) for w in weights):
             raise ValueError(f"head_weights must be finite numbers. Given {self.head_weights!r}.")
         object.__setattr__(self, "head_weights", weights or None)
-        if self.weighting not in WEIGHTINGS:
+        if not brief.is_one_of(self.weighting, WEIGHTINGS):
             raise ValueError(f"weighting must be one of {WEIGHTINGS}. Given {self.weighting!r}.")
         if self.weighting == "uncertainty" and (signed := [str(head.name) for head in self.heads if head.signed]):
             raise ValueError(

@@ -82,7 +82,7 @@ class SequentialHeadWrapper(AbstractWrapperHead):
                 raise ValueError(f"{field} must be a string, a key of features. Given type: {type(key).__name__}.")
             if key == "":
                 raise ValueError(f"{field} must be a key of features, or None. Given an empty string.")
-        if self.sequence_lengths is not None and self.sequence_length_mask not in (None, MASK):
+        if self.sequence_lengths is not None and not brief.is_one_of(self.sequence_length_mask, (None, MASK)):
             raise ValueError(
                 "Give sequence_length_mask or sequence_lengths, not both: one would be ignored. Given "
                 f"{self.sequence_length_mask!r} and {self.sequence_lengths!r}."
@@ -98,7 +98,7 @@ class SequentialHeadWrapper(AbstractWrapperHead):
                 raise ValueError(f"feature_columns must be strings. Given type: {given}.")
         if not isinstance(self.static_head, Head):
             raise ValueError(f"static_head must be a head. Given {self.static_head!r}.")
-        if self.average_over not in AVERAGES:
+        if not brief.is_one_of(self.average_over, AVERAGES):
             raise ValueError(f"average_over must be one of {AVERAGES}. Given {self.average_over!r}.")
 
     @property

@@ -27,7 +27,7 @@ def predict(head: Any, given: Given) -> dict[str, Any]:
     outputs: dict[str, Any] = dict(as_mapping(head, "outputs", hooks.call(head, "outputs", logits, rows=rows)))
     asked = _list_asked(given.keys, outputs)
     for key in asked:
-        if key not in outputs:
+        if not isinstance(key, str) or key not in outputs:
             raise ValueError(f"Unknown prediction key {key!r}. Valid prediction keys include {list(outputs)}.")
     return {key: value() if callable(value) else value for key, value in outputs.items() if key in asked}
 
@@ -38,7 +38,7 @@ def _list_asked(keys: Any, outputs: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(outputs)
     if isinstance(keys, str):
         return (keys,)
-    if not isinstance(keys, Iterable):
+    if not isinstance(keys, Iterable) or isinstance(keys, (np.ndarray, jax.Array)):
         raise ValueError(f"keys must be prediction keys, of {list(outputs)}; None for all. Given {keys!r}.")
     return tuple(keys) or tuple(outputs)
 

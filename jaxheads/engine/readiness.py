@@ -12,7 +12,7 @@ import numpy as np
 from jaxheads.contract import AbstractHead
 from jaxheads.engine import trees
 from jaxheads.engine.elements import observations_of, see
-from jaxheads.numerics import fields
+from jaxheads.numerics import brief, fields
 from jaxheads.numerics.batch import Batch, Devices
 from jaxheads.numerics.kept import per_head
 from jaxheads.numerics.reduction import Reduction
@@ -41,7 +41,7 @@ def bound(head: Any, params: Mapping[str, Any] | None) -> Any:
 
 def check(head: AbstractHead) -> None:
     """Refuses a head whose rows depend on each other, if it does not declare this."""
-    if head.coupling not in (None, *LOOKS):
+    if not brief.is_one_of(head.coupling, (None, *LOOKS)):
         raise ValueError(f"{type(head).__name__}.coupling must be one of {LOOKS}. Given {head.coupling!r}.")
     found = _find_coupling(head)
     if found in ("loss", "observation"):

@@ -9,7 +9,7 @@ from jaxheads.engine import evaluating, predicting
 from jaxheads.engine.gathering import gather
 from jaxheads.engine.optimizing import averaged, check_optimizer, updated
 from jaxheads.engine.readiness import ready
-from jaxheads.numerics import inputs, meshes
+from jaxheads.numerics import brief, inputs, meshes
 from jaxheads.numerics.batch import Given
 from jaxheads.spec import EstimatorSpec, TrainOp
 
@@ -57,13 +57,14 @@ class Forward(NamedTuple):
 def create(head: Any, mode: Any, call: Call, training: Training) -> EstimatorSpec:
     """Returns the spec of a head in one of the three modes."""
     features = call.given.features
+    if not brief.is_one_of(mode, (TRAIN, EVAL, PREDICT)):
+        given = mode if isinstance(mode, str) else brief.tell(mode)
+        raise ValueError(f"mode={given} unrecognized. Expected one of {(TRAIN, EVAL, PREDICT)}.")
     if mode == PREDICT:
         bound, logits, _ = _run_network(head, call, training.variables)
         predictions = predicting.predict(bound, Given(logits=logits, features=features, key=call.given.key))
         outputs = dict(bound.signatures(predictions))
         return EstimatorSpec(PREDICT, bound.served(predictions, features), export_outputs=outputs)
-    if mode not in (TRAIN, EVAL):
-        raise ValueError(f"mode={mode} unrecognized. Expected one of {(TRAIN, EVAL, PREDICT)}.")
     if mode == EVAL:
         loss, forward = _run_forward(head, call, training.variables)
         forward = forward._replace(found=evaluating.without_gradient(forward.found))

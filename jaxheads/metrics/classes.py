@@ -30,6 +30,7 @@ from jaxheads.metrics.confusion import ClassCounts, ClassesView, ConfusionView
 from jaxheads.metrics.curves import Interval, ScoresView
 from jaxheads.metrics.grids import AbstractGrid
 from jaxheads.metrics.scored import AbstractScoreMetric, Average
+from jaxheads.numerics import brief
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class ConfusionMatrix(AbstractSourceMetric):
     source = CONFUSION
 
     def __post_init__(self):
-        if self.normalize not in (None, "true", "pred", "all"):
+        if not brief.is_one_of(self.normalize, (None, "true", "pred", "all")):
             raise ValueError(f'ConfusionMatrix: normalize must be "true", "pred", "all" or None: {self.normalize!r}.')
 
     def values(self, view: ConfusionView) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxheads.numerics import edges, inputs, stable
+from jaxheads.numerics import brief, edges, inputs, stable
 from jaxheads.numerics.edges import Edges, edges_of
 
 
@@ -91,8 +91,11 @@ class LogitGrid(AbstractGrid):
 
     def __post_init__(self):
         _check_size(self, self.n, 3)
-        object.__setattr__(self, "low", float(self.low))
-        object.__setattr__(self, "high", float(self.high))
+        for name in ("low", "high"):
+            value = vars(self)[name]
+            if not isinstance(value, (int, float, np.number)):
+                raise ValueError(f"LogitGrid: {name} must be a number. Given {brief.tell(value)}.")
+            object.__setattr__(self, name, float(value))
         if not -1e37 < self.low < self.high < 1e37 or np.float32(self.low) == np.float32(self.high):
             raise ValueError(
                 f"LogitGrid needs low < high, finite and below 1e37 in size. Given low={self.low}, high={self.high}."

@@ -5,7 +5,7 @@ head needs to know nothing of groups; metrics are read from an array with a lead
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxheads.metrics.base import Observation
-from jaxheads.numerics import columns, inputs, masking, meshes
+from jaxheads.numerics import brief, columns, inputs, masking, meshes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +49,13 @@ class Slices:
                 raise ValueError(f"Slices: {name} must be an integer of at least {least}. Given {value!r}.")
             object.__setattr__(self, name, int(value))
         if self.names is not None:
-            names = (self.names,) if isinstance(self.names, str) else tuple(self.names)
-            if len(set(names)) != self.n or len(names) != self.n or not all(isinstance(name, str) for name in names):
-                raise ValueError(f"Slices: names must be {self.n} strings, all different. Given {self.names!r}.")
+            names = (self.names,) if isinstance(self.names, str) else self.names
+            is_list = isinstance(names, Iterable) and not isinstance(names, (np.ndarray, jax.Array))
+            names = tuple(names) if is_list else ()
+            if not all(isinstance(name, str) for name in names) or not len(set(names)) == len(names) == self.n:
+                raise ValueError(
+                    f"Slices: names must be {self.n} strings, all different. Given {brief.tell(self.names)}."
+                )
             object.__setattr__(self, "names", names)
 
     def ids(self, features: Any, lead: tuple[int, ...], live: Any, check: bool | None) -> Any:

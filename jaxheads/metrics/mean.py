@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxheads.metrics.base import Metric, Observation, View
-from jaxheads.numerics import masking
+from jaxheads.numerics import brief, masking
 
 
 @jax.tree_util.register_dataclass
@@ -157,6 +157,13 @@ class FunctionMetric(Metric):
     name: str
     function: Callable[[Any, jax.Array], Any]
     higher_is_better: Any = None
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not callable(self.function):
+            raise ValueError(
+                "A metric by a function needs a name, and a function of labels and logits. Given "
+                f"{brief.tell(self.name)} and {brief.tell(self.function)}."
+            )
 
     def observe(
         self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]

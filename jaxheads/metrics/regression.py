@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxheads.metrics.base import MOMENTS, AbstractSourceMetric
 from jaxheads.metrics.moments import Moments, MomentsView
+from jaxheads.numerics import brief
 
 OUTPUTS = ("uniform_average", "raw_values")
 
@@ -38,7 +39,7 @@ class AbstractMomentMetric(AbstractSourceMetric):
     key: ClassVar[str]
 
     def __post_init__(self):
-        if self.multioutput not in OUTPUTS:
+        if not brief.is_one_of(self.multioutput, OUTPUTS):
             raise ValueError(
                 f"{type(self).__name__}: multioutput must be one of {OUTPUTS}. Given {self.multioutput!r}."
             )

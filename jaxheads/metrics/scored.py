@@ -22,7 +22,7 @@ from jaxheads.metrics.confusion import ClassCounts
 from jaxheads.metrics.curves import Interval, ScoresView
 from jaxheads.metrics.outcomes import Outcomes
 from jaxheads.metrics.scores import Scores
-from jaxheads.numerics import stable
+from jaxheads.numerics import brief, stable
 
 Average: TypeAlias = Literal["micro", "macro", "weighted"] | None
 AVERAGES = ("micro", "macro", "weighted", None)
@@ -45,7 +45,7 @@ class AbstractScoreMetric(AbstractSourceMetric):
     stem: ClassVar[str] = ""
 
     def __post_init__(self):
-        if self.average not in AVERAGES:
+        if not brief.is_one_of(self.average, AVERAGES):
             raise ValueError(f"{type(self).__name__}: average must be one of {AVERAGES}. Given {self.average!r}.")
         if self.name is not None and (not isinstance(self.name, str) or not self.name):
             raise ValueError(f"{type(self).__name__}: name must be a string or None. Given {self.name!r}.")

@@ -107,6 +107,11 @@ def _unpack(shape: tuple[int, ...], places: np.ndarray, bits: np.ndarray, head: 
 _MANY = 100
 
 
+def _check_undefined(undefined: Any) -> None:
+    if not isinstance(undefined, (int, float, np.number)):
+        raise ValueError(f"undefined must be a number, NaN by default. Given {brief.tell(undefined)}.")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Metrics:
@@ -178,7 +183,7 @@ class Metrics:
         """
         if isinstance(states, Metrics):
             raise ValueError("merge() takes several states. Given one Metrics alone; of one, pass a list, [metrics].")
-        if not isinstance(states, Iterable):
+        if not isinstance(states, Iterable) or isinstance(states, (np.ndarray, jax.Array)):
             raise ValueError(f"merge() takes a list of states. Given {brief.tell(states)}.")
         states = list(states)
         if head is not None:
@@ -324,6 +329,9 @@ class Metrics:
             GridWarning: outside `jit`, if the bins leave more than 1e-2 of a metric open; it tells the `bins` to use.
                 Bins cannot tell close scores from equal ones, so it warns of scores that are all equal too.
         """
+        _check_undefined(undefined)
+        inputs.check_switch("bounds", bounds)
+        inputs.check_switch("warn", warn)
         with jax.debug_nans(False), np.errstate(all="ignore"):
             values, bad, xp = self._read_values(undefined)
         if warn:
@@ -371,6 +379,8 @@ class Metrics:
         (['JFK', 'LGA'], [1.0, 2.0], [1.0, 3.0])
         """
         slices = self._require_slices("by_slice()")
+        _check_undefined(undefined)
+        inputs.check_switch("bounds", bounds)
         with jax.debug_nans(False), np.errstate(all="ignore"):
             values, bad, xp = self._read_values(undefined, (0, slice(1, None)))
             counts = self._count_elements((0, slice(1, None)))
@@ -494,8 +504,8 @@ class Metrics:
         Warns:
             GridWarning: as `compute`, of all data, and of a slice of at least 100 elements.
         """
-        if kind not in ("roc", "pr"):
-            raise ValueError(f'curve() knows "roc" and "pr". Given {kind!r}.')
+        if not brief.is_one_of(kind, ("roc", "pr")):
+            raise ValueError(f'curve() knows "roc" and "pr". Given {brief.tell(kind)}.')
         at = self._find_entry("curve()", slice)
         view = self._read_histograms(at)[self._find_scores("curve()", key, at)]
         entries = [(0, 0)]
@@ -516,8 +526,8 @@ class Metrics:
         `jh.metrics.ExpectedCalibrationError(bins)` with as many bins, which a `MultiClassHead` must; else probabilities
         are those of the histogram's bins (their middles). The other arguments are those of `curve`.
         """
-        if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
-            raise ValueError(f"reliability() needs a positive integer number of bins. Given {bins!r}.")
+        if not inputs.is_integer(bins, 1, 10**6):
+            raise ValueError(f"reliability() needs a number of bins, from 1 to a million. Given {bins!r}.")
         at = self._find_entry("reliability()", slice)
         views = self._read_views(np.nan, at)[0]
         whole = [view for path, view in views.items() if path[-1] == calibration_key(bins, whole=True)]
@@ -563,7 +573,7 @@ class Metrics:
         paths = {join_names(*path): path for path in self._read_histograms(at)}
         if key is None and len(paths) == 1:
             return next(iter(paths.values()))
-        if key not in paths:
+        if not isinstance(key, str) or key not in paths:
             raise ValueError(
                 f"{what} reads one score histogram. {self.head!r} keeps {len(paths)}: {list(paths)}. Given key={key!r}."
             )

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from jaxheads.metrics.outcomes import Outcomes
 from jaxheads.metrics.scored import AbstractThresholdMetric, Average, check_positive
+from jaxheads.numerics import brief
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,7 @@ class CohenKappa(AbstractThresholdMetric):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.weights not in (None, "linear", "quadratic"):
+        if not brief.is_one_of(self.weights, (None, "linear", "quadratic")):
             raise ValueError(f'CohenKappa: weights must be None, "linear" or "quadratic". Given {self.weights!r}.')
 
     @property

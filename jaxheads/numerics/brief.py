@@ -45,6 +45,11 @@ def tell_names(names: Any, most: int = 10) -> str:
     return f"{[cut(name) for name in found[:most]]}{more}"
 
 
+def is_one_of(x: Any, options: Any) -> bool:
+    """Tells whether a user's value is one of a few texts, or None among them. An array would compare its entries."""
+    return (x is None or isinstance(x, str)) and x in options
+
+
 def cut(text: str, most: int = CHARACTERS) -> str:
     """Returns the start of a text."""
     return text if len(text) <= most else text[: most - 1] + "..."

@@ -55,6 +55,8 @@ def as_array(x: Any, what: str, *, names: bool | None = None) -> np.ndarray | ja
     if isinstance(x, np.ndarray) and x.dtype == object:
         return x if (column := missing.read(x)) is None else missing.as_floats(column)
     if isinstance(x, (jax.Array, np.ndarray)):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            raise ValueError(f"{what} must be an array of numbers. Given random keys.")
         return x
     if isinstance(x, JaxArrayLike):
         return jnp.asarray(x)
@@ -95,6 +97,12 @@ def _unmask(x: np.ma.MaskedArray, what: str) -> np.ndarray:
 def is_integer(x: Any, low: int, high: float = math.inf) -> TypeGuard[int]:
     """Tells whether `x` is a Python or NumPy integer, not a bool, from `low` to `high`."""
     return isinstance(x, (int, np.integer)) and not isinstance(x, bool) and bool(low <= x <= high)
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Refuses a value that is neither True nor False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False. Given {brief.tell(value)}.")
 
 
 def is_text(x: Any) -> bool:
@@ -279,6 +287,8 @@ def as_scalars(losses: Any) -> list[Any] | None:
         given = type(losses).__name__
         raise ValueError(f"regularization_losses must be a list of scalars. Given {given}: wrap it, [x].")
     for value in losses:
+        if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)):
+            raise ValueError(f"regularization_losses must be scalars. Given {brief.tell(value)}.")
         if jnp.shape(value) != ():
             raise ValueError(f"regularization_losses must be scalars. Given one of shape {jnp.shape(value)}.")
     return [jnp.asarray(value, jnp.float32) for value in losses]

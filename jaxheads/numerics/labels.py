@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.numerics import inputs, missing, vocabulary
+from jaxheads.numerics import brief, inputs, missing, vocabulary
 from jaxheads.numerics.warned import RoundingWarning
 
 INT32 = np.iinfo(np.int32)
@@ -37,7 +37,7 @@ class LabelSpec:
     axes: tuple[int | None, ...] = ()
 
     def __post_init__(self):
-        if self.kind not in ("float", "int", "bool"):
+        if not brief.is_one_of(self.kind, ("float", "int", "bool")):
             raise ValueError(f'A label is of kind "float", "int" or "bool". Given {self.kind!r}.')
         if not isinstance(self.axes, tuple) or not all(n is None or inputs.is_integer(n, 1) for n in self.event):
             raise ValueError(
@@ -47,7 +47,10 @@ class LabelSpec:
         for name, value in (("low", self.low), ("high", self.high), ("fill", self.fill)):
             # NumPy's scalars have a dtype of their own, which strict promotion would refuse to compare.
             if isinstance(value, np.generic):
-                object.__setattr__(self, name, value.item())
+                value = value.item()
+                object.__setattr__(self, name, value)
+            if not isinstance(value, (int, float)) and not (value is None and name != "fill"):
+                raise ValueError(f"A label's {name} must be a number. Given {brief.tell(value)}.")
         if self.low is not None and self.high is not None and not self.low <= self.high:
             raise ValueError(f"A label's low must not be above its high. Given low={self.low!r}, high={self.high!r}.")
         if self.illegal(np.asarray(self.fill), np).any():

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxheads.numerics import brief, inputs
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,10 @@ class LinearLogits:
         return (*jnp.shape(self.hidden)[:-1], *jnp.shape(self.kernel)[-1:])
 
     def check(self) -> None:
-        """Refuses shapes that cannot be multiplied."""
+        """Refuses values that are no arrays of numbers, and shapes that cannot be multiplied."""
+        for name, part in (("hidden", self.hidden), ("kernel", self.kernel), ("bias", self.bias)):
+            if part is not None and not (isinstance(part, brief.Shaped) and inputs.dtype_kind(part) != "other"):
+                raise ValueError(f"LinearLogits: {name} must be an array of numbers. Given {brief.tell(part)}.")
         hidden, kernel = jnp.shape(self.hidden), jnp.shape(self.kernel)
         if len(hidden) < 2 or len(kernel) != 2 or hidden[-1] != kernel[0]:
             raise ValueError(

@@ -1,6 +1,7 @@
 """The meshes and devices of arrays, as far as their types tell."""
 
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -64,7 +65,7 @@ def check_axis(axis_name: Any) -> None:
     """Refuses a name that no mapped axis has here."""
     given: Any = axis_name
     names = tuple(given) if isinstance(given, (tuple, list)) else (given,)
-    if any(isinstance(name, (bool, int, float)) or name == "" for name in names):
+    if not all(isinstance(name, Hashable) and not isinstance(name, (bool, int, float)) and name for name in names):
         raise ValueError(
             f"axis_name must be the name of a mapped axis, or a tuple of names; None if there is none. Given "
             f"{axis_name!r}."

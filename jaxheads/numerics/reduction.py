@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxheads.numerics import masking
+from jaxheads.numerics import brief, masking
 
 
 class Reduction(enum.Enum):
@@ -37,12 +37,13 @@ class Reduction(enum.Enum):
         """Returns the member that `value` is or names."""
         if isinstance(value, cls):
             return value
-        if value == "auto":
+        if brief.is_one_of(value, ("auto",)):
             return cls.SUM_OVER_BATCH_SIZE
         texts = [member.value for member in cls]
-        if value not in texts:
+        if value is None or not brief.is_one_of(value, texts):
             raise ValueError(
-                f"Invalid loss_reduction: {value!r}. Expected a jaxheads.Reduction or one of {['auto', *texts]}."
+                f"Invalid loss_reduction: {brief.tell(value)}. Expected a jaxheads.Reduction, or one of "
+                f"{['auto', *texts]}."
             )
         return cls(value)
 

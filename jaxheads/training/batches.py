@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxheads.numerics import columns, inputs, missing
+from jaxheads.numerics import brief, columns, inputs, missing
 
 
 def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
     >>> batch["features"]["x"].ravel(), batch["labels"], batch["where"]
     (array([1., 2., 2.]), array([1, 0, 0]), array([ True,  True, False]))
     """
-    if not inputs.is_integer(size, 1):
+    if not inputs.is_integer(size, 1, 2**31 - 1):
         raise ValueError(f"size must be an integer of at least 1. Given {size!r}.")
     if not isinstance(batch, Mapping):
         raise ValueError(f"A batch must be a dict of features, labels, weights, where. Given {type(batch).__name__}.")
@@ -302,6 +302,8 @@ def lockstep(batches: Iterable[Mapping[str, Any]], size: int, like: Mapping[str,
     >>> [batch["where"].tolist() for batch in jh.training.lockstep(batches, size=4)]
     [[True, True, True, True], [True, True, True, False]]
     """
+    if not isinstance(batches, Iterable) or isinstance(batches, (np.ndarray, jax.Array, type)):
+        raise ValueError(f"batches must be a list of batches, or another iterable. Given {brief.tell(batches)}.")
     own, last, begun = iter(()), None, False
     while True:
         batch, error = _END, None

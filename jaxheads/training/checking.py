@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxheads.engine.gathering import gather
 from jaxheads.head import Head
-from jaxheads.numerics import inputs
+from jaxheads.numerics import brief, inputs
 from jaxheads.numerics.batch import Given
 from jaxheads.numerics.missing import is_frame
 
@@ -54,7 +54,8 @@ def check_batches(batches: Any, what: str) -> Any:
     if isinstance(batches, Mapping) or is_frame(batches):
         given = f"one dict with the keys {[*batches]}" if isinstance(batches, Mapping) else "a data frame"
         raise ValueError(f"{what} must be a list of batches, each a dict. Given {given}. Put it in a list: [batch].")
-    if isinstance(batches, (str, bytes)) or not isinstance(batches, (Iterable, Indexed)):
+    is_one = isinstance(batches, (str, bytes, type, np.ndarray, np.generic, jax.Array))
+    if is_one or not isinstance(batches, (Iterable, Indexed)):
         given = "a function" if callable(batches) else f"a {type(batches).__name__}"
         raise ValueError(f"{what} must be a list of batches, or another iterable of them. Given {given}.")
     return batches
@@ -88,7 +89,11 @@ def check_batch(batch: Any, step: Any, what: str) -> None:
 
     Device arrays are not read, because that would wait for the device.
     """
-    if (head := head_of(step)) is None or not isinstance(batch, Mapping) or set(batch) - set(KEYS):
+    if (head := head_of(step)) is None:
+        return
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"{what}: A batch must be a dict with the keys {list(KEYS)}. Given a {type(batch).__name__}.")
+    if set(batch) - set(KEYS):
         return  # the step itself says what a batch is
     for key, value in batch.items():
         _check_arrays(value, key, what, is_label=key == "labels", is_features=key == "features")

@@ -12,7 +12,8 @@ import numpy as np
 
 from jaxheads.metrics import Metrics
 from jaxheads.metrics.base import LOSS, join_names
-from jaxheads.numerics import brief, describing
+from jaxheads.numerics import brief, describing, inputs
+from jaxheads.numerics.fields import check_key
 from jaxheads.numerics.warned import CheckpointWarning
 from jaxheads.training.checking import (
     check_batch,
@@ -88,6 +89,10 @@ def evaluate(
     """
     if not callable(eval_step):
         raise ValueError(f"eval_step must be a step, as jh.make_eval_step makes it. Given {brief.tell(eval_step)}.")
+    _check_state(state)
+    inputs.check_switch("progress", progress)
+    if key is not None:
+        check_key(key)
     bar = bar_of(check_batches(batches, "batches"), "evaluate", progress)
     bar = looked_at(bar, eval_step, "The first batch")
     return mean_loss_and_metrics(state, _compile(eval_step), bar, key)[1]
@@ -146,18 +151,22 @@ def fit(
             arrays; a loss that is not finite; a checkpoint of another run, or of more epochs; a directory that cannot
             be written, or that another process is using; no checkpoint that is intact.
     """
+    for name, given in (("train_step", train_step), ("eval_step", eval_step)):
+        if not callable(given) and not (given is None and name == "eval_step"):
+            raise ValueError(f"{name} must be a step, as jh.make_{name} makes it. Given {brief.tell(given)}.")
     if (eval_step is None) != (validation is None) or (patience is not None and validation is None):
         raise ValueError("eval_step and validation belong together, and patience needs them: pass both, or none.")
     for name, number in (("epochs", epochs), ("patience", patience), ("checkpoint_every", checkpoint_every)):
-        if number is not None and (not isinstance(number, int) or number < 1):
+        if (number is not None or name == "epochs") and not inputs.is_integer(number, 1):
             raise ValueError(f"{name} must be an integer of at least 1. Given {number!r}.")
     if checkpoint_every is not None and directory is None:
         raise ValueError(f"checkpoint_every needs a directory. Given checkpoint_every={checkpoint_every}.")
-    if callable(batches):
+    if callable(batches) and not isinstance(batches, type):
         check_function_of_epochs(batches)
     else:
         check_batches(batches, "batches")
     if eval_step is not None and validation is not None:
+        _check_state(state)
         check_batches(validation, "validation")
         monitor, higher_is_better = check_monitor(monitor, higher_is_better, state, eval_step, validation)
     elif monitor != LOSS or higher_is_better is not None:
@@ -166,20 +175,23 @@ def fit(
             f"monitor={monitor!r}, higher_is_better={higher_is_better!r} without eval_step and validation. Pass both, "
             "or leave these two out."
         )
-    for name, given in (("train_step", train_step), ("eval_step", eval_step)):
-        if given is not None and not callable(given):
-            raise ValueError(f"{name} must be a step, as jh.make_{name} makes it. Given {brief.tell(given)}.")
     if writer is not None and not isinstance(writer, Writer):
         raise ValueError(
             "writer must have add_scalar(tag, value, step), as tensorboardX.SummaryWriter has. Given a "
             f"{type(writer).__name__}."
         )
-    if not isinstance(allow_changes, bool):
-        raise ValueError(f"allow_changes must be True or False. Given {allow_changes!r}.")
+    for name, switch in (("allow_changes", allow_changes), ("progress", progress)):
+        inputs.check_switch(name, switch)
+    _check_state(state)
     plan = _Plan(batches, epochs, eval_step, validation, monitor, bool(higher_is_better), patience, checkpoint_every)
     folder = as_folder(directory)
     with abort_on_error(), locked(folder):
         return _train(state, train_step, plan, folder, allow_changes, writer, progress)
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, TrainState):
+        raise ValueError(f"state must be a TrainState, as jh.TrainState.create makes it. Given {brief.tell(state)}.")
 
 
 class _Plan(NamedTuple):

@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
+
+from jaxheads.numerics import brief
 
 
 class FtrlState(NamedTuple):
@@ -172,6 +175,8 @@ def _check(name: str, value: Any, legal: str) -> Any:
     """Returns a hyperparameter as a float, after a check; a traced one, as in `optax.inject_hyperparams`, unchecked."""
     if isinstance(value, Tracer):
         return value
+    if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)) or jnp.shape(value) != ():
+        raise ValueError(f"{name} must be a number. Given {brief.tell(value)}.")
     if not (math.isfinite(value) and _LEGAL[legal](value, 0)):
         raise ValueError(f"{name} must be finite and {legal}. Given {value}.")
     return float(value)

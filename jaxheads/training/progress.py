@@ -12,7 +12,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jaxheads.metrics import Metrics
 from jaxheads.metrics.base import LOSS, join_names
 from jaxheads.metrics.curves import Interval
 from jaxheads.metrics.state import metric_names, read_nothing
-from jaxheads.numerics import pairs
+from jaxheads.numerics import brief, pairs
 from jaxheads.numerics.brief import Shaped
 from jaxheads.training.checking import check_batch
 
@@ -183,6 +183,17 @@ def check_first_batch(begun: Mapping[str, str], found: Mapping[str, str], epoch:
             )
 
 
+@runtime_checkable
+class Output(Protocol):
+    """What a step of evaluation returns, beside other things."""
+
+    @property
+    def loss(self) -> Any: ...
+
+    @property
+    def metrics(self) -> Any: ...
+
+
 _NONE = object()
 
 
@@ -200,11 +211,14 @@ def check_monitor(monitor: str, higher: bool | None, state: Any, eval_step: Any,
             "eval_step if there is no validation data."
         )
     check_batch(first, eval_step, "The first batch of validation")
-    metrics = jax.eval_shape(eval_step, state, first).metrics
+    out = jax.eval_shape(eval_step, state, first)
+    metrics = out.metrics if isinstance(out, Output) else None
+    if not isinstance(metrics, Metrics):
+        raise ValueError(f"eval_step must return loss and metrics, as jh.make_eval_step's. Given {brief.tell(out)}.")
     known = [LOSS, *metric_names(metrics.head)]
     # The monitor is a key of the history, or of the metrics.
     keys = {name: key for key in known for name in (key, join_names(VALIDATION, key))}
-    if monitor not in keys:
+    if not brief.is_one_of(monitor, keys):
         raise ValueError(f"monitor={monitor!r} is no metric of {metrics.head!r}. Expected one of {known}.")
     key = keys[monitor]
     if key != LOSS and _list_ranks(metrics.head)[key]:

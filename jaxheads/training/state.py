@@ -116,7 +116,7 @@ def _copy(tree: Any, what: str) -> Any:
     def copy(path: Any, leaf: Any) -> jax.Array:
         try:
             return jnp.array(leaf, dtype=jax.dtypes.result_type(leaf), copy=True)
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise ValueError(
                 f"{what} must be a pytree of arrays. Given a {type(leaf).__name__} at {jax.tree_util.keystr(path)}."
             ) from error

@@ -18,7 +18,7 @@ from jaxheads.engine.gathering import gather
 from jaxheads.engine.optimizing import averaged, check_opt_state, check_optimizer, updated
 from jaxheads.engine.readiness import check_parts_add_up, ready
 from jaxheads.head import Head, check_unbound
-from jaxheads.numerics import fields, inputs, meshes, pairs
+from jaxheads.numerics import brief, fields, inputs, meshes, pairs
 from jaxheads.training.checking import KEYS, attach_head
 from jaxheads.training.state import TrainState, split_params
 
@@ -99,6 +99,8 @@ def make_train_step(
     call, labelled = _wrap(apply_fn), _is_labelled(head)
     if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
         raise ValueError(f"micro_batches must be an integer of at least 1. Given {micro_batches!r}.")
+    if not isinstance(rngs, (str, list, tuple)) or not all(isinstance(name, str) for name in rngs):
+        raise ValueError(f"rngs must be names of random keys, () for none. Given {brief.tell(rngs)}.")
     names = (rngs,) if isinstance(rngs, str) else tuple(rngs)
     draws_keys = _draws_keys(head)
     if micro_batches > 1:
@@ -260,7 +262,12 @@ def _wrap(apply_fn: Any) -> Callable[..., tuple[Any, Any]]:
     """Wraps `apply_fn`: it gets the keywords that it declares, and always returns the pair `(logits, model_state)`."""
     if not callable(apply_fn):
         raise ValueError(f"apply_fn must be a function apply_fn(params, features, ...). Given {apply_fn!r}.")
-    declared = inspect.signature(apply_fn).parameters
+    try:
+        declared = inspect.signature(apply_fn).parameters
+    except ValueError as error:
+        raise ValueError(
+            f"apply_fn must be a function apply_fn(params, features, ...) of Python. Given {brief.tell(apply_fn)}."
+        ) from error
     takes_all = any(p.kind is p.VAR_KEYWORD for p in declared.values())
     passed = [name for name in PASSED if takes_all or name in declared]
 
