@@ -111,7 +111,7 @@ ODD: dict[str, Callable[[], Any]] = {
     "a series": lambda: pd.Series([1.0, 0.0, 1.0]),
     "a series with NA": lambda: pd.Series([1, None, 0], dtype="Int64"),
     "a frame": lambda: pd.DataFrame({"w": [1.0, 2.0, 3.0]}),
-    "masked[3]": lambda: np.ma.MaskedArray([1.0, 2.0, 3.0], [0, 1, 0]),
+    "masked[3]": lambda: np.ma.MaskedArray([1.0, 2.0, 3.0], [False, True, False]),
     "shape": lambda: jax.ShapeDtypeStruct((3, 1), jnp.float32),
     "a head": lambda: jh.RegressionHead(name="odd"),
     "[heads]": lambda: [jh.RegressionHead(name="a"), jh.RegressionHead(name="a")],
@@ -360,7 +360,7 @@ def test_every_call_ends_in_a_value_or_in_our_words(capsys):
     ends: dict[str, int] = {"calls": 0}
 
     @seed(SEED)
-    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=[*HealthCheck])
     @given(st.data())
     def run(data):
         name, call, odd = draw_call(data)

@@ -39,8 +39,10 @@ def is_frame(x: Any) -> bool:
 
 def names_of(frame: Any) -> list[Any]:
     """Returns the names of the columns of a data frame, which may have a column that is named `column_names`."""
-    named = isinstance(frame, Named) and isinstance(frame.column_names, list)
-    return frame.column_names if named else [*frame.columns]
+    if isinstance(frame, Named) and isinstance(names := frame.column_names, list):
+        return names
+    columns: Any = frame
+    return [*columns.columns]
 
 
 def read(x: Any) -> np.ma.MaskedArray | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxheads.engine.gathering import gather
 from jaxheads.head import Head
-from jaxheads.numerics import brief, inputs
+from jaxheads.numerics import inputs
 from jaxheads.numerics.batch import Given
 from jaxheads.numerics.missing import is_frame
 

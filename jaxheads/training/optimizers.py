@@ -177,9 +177,10 @@ def _check(name: str, value: Any, legal: str) -> Any:
         return value
     if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)) or jnp.shape(value) != ():
         raise ValueError(f"{name} must be a number. Given {brief.tell(value)}.")
-    if not (math.isfinite(value) and _LEGAL[legal](value, 0)):
+    number = float(value)
+    if not (math.isfinite(number) and _LEGAL[legal](number, 0)):
         raise ValueError(f"{name} must be finite and {legal}. Given {value}.")
-    return float(value)
+    return number
 
 
 def _choose_dtype(weight: Any) -> Any:

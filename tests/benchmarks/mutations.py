@@ -83,7 +83,13 @@ FAULTS = (
         "    check_axis(axis_name)\n    return tree",
     ),
     Fault(
-        "a bucket that is off by one",
+        "a bucket of the default bins that is off by one",
+        "numerics/edges.py",
+        "    below = jax.lax.bitwise_xor(passed, flipped) + np.int32(_MULTIPLES + _DOUBLINGS * 2**_BITS + 1)",
+        "    below = jax.lax.bitwise_xor(passed, flipped) + np.int32(_MULTIPLES + _DOUBLINGS * 2**_BITS + 2)",
+    ),
+    Fault(
+        "a bucket of a LogitGrid that is off by one",
         "numerics/edges.py",
         "    below = jax.lax.sub(below.astype(jnp.int32), np.int32(first))",
         "    below = jax.lax.sub(below.astype(jnp.int32), np.int32(first)) + 1",
@@ -146,7 +152,7 @@ def first_failures(run: list[str], root: pathlib.Path, cache: pathlib.Path, work
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", str(workers), "-o", f"cache_dir={cache}", *run]
     environment = {**os.environ, "PYTHONPATH": python_path}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    failed = re.findall(r"^(?:FAILED|ERROR) \S*?([^/\s]+)::(\S+)", done.stdout, re.MULTILINE)
+    failed = re.findall(r"^(?:FAILED|ERROR) \S*?([^/\s]+)::(.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode and not failed:
         raise RuntimeError(f"pytest failed, but no test did:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
     return ", ".join(f"`{test}` in {file}" for file, test in failed[:2])
