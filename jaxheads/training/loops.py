@@ -24,7 +24,7 @@ from jaxheads.training.checking import (
     optimizer_of,
 )
 from jaxheads.training.checkpoints import Checkpoints, Damaged, as_folder, locked
-from jaxheads.training.processes import abort_on_error
+from jaxheads.training.processes import aborting, let_through
 from jaxheads.training.progress import (
     TRAIN,
     VALIDATION,
@@ -117,7 +117,8 @@ def fit(
 ) -> Fitted:
     """Trains for some epochs, validates after each, keeps the best state, and continues the run of a killed process.
 
-    If several processes train together, an error in one of them ends it at once (`jh.training.abort_on_error`).
+    If several processes train together, an error in one of them ends it at once (`jh.training.abort_on_error`), unless
+    it came out of the batches.
 
     Args:
         state: the first state; it is copied. A `pmap` step must have `in_axes=(None, 0), out_axes=None`.
@@ -183,9 +184,11 @@ def fit(
     for name, switch in (("allow_changes", allow_changes), ("progress", progress)):
         inputs.check_switch(name, switch)
     _check_state(state)
-    plan = _Plan(batches, epochs, eval_step, validation, monitor, bool(higher_is_better), patience, checkpoint_every)
+    plan = _Plan(
+        batches, epochs, eval_step, validation, monitor, bool(higher_is_better), patience, checkpoint_every, []
+    )
     folder = as_folder(directory)
-    with abort_on_error(), locked(folder):
+    with aborting(plan.passed), locked(folder):
         return _train(state, train_step, plan, folder, allow_changes, writer, progress)
 
 
@@ -205,6 +208,7 @@ class _Plan(NamedTuple):
     higher_is_better: bool
     patience: int | None
     checkpoint_every: int | None
+    passed: list[Exception]
 
 
 def _train(
@@ -234,7 +238,8 @@ def _train(
         metrics, skipped = None, at.batch
         given: Any = plan.batches(at.epoch) if callable(plan.batches) else plan.batches
         check_batches(given, "batches")
-        for i, batch in enumerate(bar_of(given, f"epoch {at.epoch + 1}/{plan.epochs}", progress)):
+        bar = bar_of(given, f"epoch {at.epoch + 1}/{plan.epochs}", progress)
+        for i, batch in enumerate(let_through(bar, plan.passed)):
             if i == 0:
                 found = {} if folder is None else describe_first_batch(batch)
                 if skipped and not allow_changes:
@@ -261,7 +266,7 @@ def _train(
         metrics = None if metrics is None else dataclasses.replace(metrics, state=at.sums[1:])
         values = _flatten(TRAIN, float(at.sums[0].sum()) / at.batch, metrics)
         if plan.validation is not None:
-            bar = bar_of(plan.validation, VALIDATION, progress)
+            bar = let_through(bar_of(plan.validation, VALIDATION, progress), plan.passed)
             bar = looked_at(bar, plan.eval_step, "The first batch of validation")
             values |= _flatten(VALIDATION, *mean_loss_and_metrics(state, _compile(plan.eval_step), bar))
         _report(at.epoch + 1, int(state.step), values, writer, plan.monitor if progress else None)
