@@ -136,7 +136,7 @@ def refuse(folder: pathlib.Path) -> Outcomes:
 
 def fill(folder: pathlib.Path, whole: dict[str, Any]) -> Outcomes:
     """A disk that becomes full, and one that is read-only; then the same folder, copied to where there is room."""
-    for fault, options in {"a full disk": "size=400k", "a read-only disk": "size=9m"}.items():
+    for fault, options in {"a full disk": "size=250k", "a read-only disk": "size=9m"}.items():
         disk, kept = folder / "disk", folder / "kept"
         disk.mkdir(exist_ok=True)
         read_only = f" && mount -o remount,ro {disk}" if "read" in fault else ""
