@@ -166,6 +166,8 @@ def fit(
         check_function_of_epochs(batches)
     else:
         check_batches(batches, "batches")
+    if higher_is_better is not None:
+        inputs.check_switch("higher_is_better", higher_is_better)
     if eval_step is not None and validation is not None:
         _check_state(state)
         check_batches(validation, "validation")
