@@ -1,5 +1,6 @@
 """`Head`: the methods that users call. The part for authors is in `contract.py`, the algorithms are in `engine/`."""
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -372,7 +373,9 @@ class Head(AbstractHead):
         declarations.check(self)
         super().__post_init__()
         if self.extra_metrics:
-            metric_names(fields.unbound(self))  # refuses names that clash, and metrics that read missing values
+            # It refuses names that clash, and metrics that read missing values. It is given a copy: a subclass may yet
+            # change fields, and a head holds what was derived from it.
+            metric_names(copy.copy(fields.unbound(self)))
 
 
 def check_unbound(head: Any) -> None:

@@ -194,6 +194,10 @@ def test_fewer_epochs_than_there_are_and_other_batches_are_refused(tmp_path):
     others = list(batches(1))
     with pytest.raises(ValueError, match=r"Epoch 1 was begun with other values in its first batch(.|\n)*as the seed"):
         fit(tmp_path / "begun", others, checkpoint_every=2)
+    with pytest.raises(Stop):
+        fit(tmp_path / "augmented", stopping_at(0, 5), checkpoint_every=2)
+    noisy = [{"features": {"x": batch["features"]["x"] + 1}, "labels": batch["labels"]} for batch in batches(0)]
+    fit(tmp_path / "augmented", noisy)
     fit(tmp_path / "begun", halves, checkpoint_every=2, allow_changes=True)
 
 

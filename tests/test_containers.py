@@ -224,7 +224,13 @@ def test_columns_of_lists_become_arrays(kind):
 
 def test_columns_of_uneven_lists_are_refused():
     mesh = jax.make_mesh((1,), ("data",))
-    for rows in ([[1.0, 2.0], [3.0]], pd.Series([[1.0, 2.0], [3.0]]), pd.Series([[1.0], None]), [[1.0], 2.0]):
+    for rows in (
+        [[1.0, 2.0], [3.0]],
+        pd.Series([[1.0, 2.0], [3.0]]),
+        pd.Series([[1.0], None]),
+        [[1.0], 2.0],
+        pd.Series([[[1], [2]], [[1, 2], [3, 4]]]),
+    ):
         for call in (lambda x: jh.pad_batch(x, 4), lambda x: jh.training.shard_batch(x, mesh)):
             with pytest.raises(ValueError, match=r"Each row of \['features'\]\['x'\] must(.|\n)*to one length"):
                 call({"features": {"x": rows}, "labels": np.zeros(2)})
@@ -236,6 +242,20 @@ def test_lists_that_jit_took_apart_are_refused():
     for given in ({"labels": [0.0, 1.0, 2.0]}, {"labels": np.zeros(3), "weights": (1.0, 1.0, 2.0)}):
         with pytest.raises(ValueError, match=r"3 values that jit has traced(.|\n)*np\.asarray"):
             jax.jit(lambda given: HEAD.loss(logits=Z, **given))(given)
+
+
+def test_lists_of_names_may_be_of_any_kind():
+    three = pd.Series(["c", "a", "b", "a"])
+    for names in (np.unique(three), pd.Index(["a", "b", "c"]), {"a": 1, "b": 2, "c": 3}.keys(), iter("abc")):
+        assert jh.Slices("g", 3, names=names).names == ("a", "b", "c")  # pyright: ignore[reportArgumentType]
+    head = jh.BinaryClassHead()
+    for keys in (np.array(["logits"]), {"logits"}, {"logits": 0}.keys(), pd.Index(["logits"])):
+        assert set(head.predictions(Z, keys)) == {"logits"}
+        assert jh.boosting.xgboost_metric(head, keys={"auc"}).keys == ("auc",)  # pyright: ignore[reportArgumentType]
+    metrics = HEAD.measure(np.zeros(3), Z)
+    assert metrics.compute(undefined=jnp.float32(0), warn=False) == metrics.compute(undefined=0.0, warn=False)
+    with pytest.raises(ValueError, match="must be 3 strings"):
+        jh.Slices("g", 3, names=[1, 2, 3])  # pyright: ignore[reportArgumentType]  # what is tested
 
 
 def test_an_empty_merge_is_the_identity_of_a_head():

@@ -1,6 +1,7 @@
 """The loops: which epoch is best, when to stop, what is written, and going on where a process was killed."""
 
 import builtins
+import dataclasses
 import importlib.util
 import json
 import os
@@ -540,3 +541,23 @@ def test_without_tqdm_there_is_no_bar(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "tqdm" else found(name, *more))
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert jh.fit(start(), STEP, batches).state.step == 8
+
+
+def test_a_state_and_steps_of_ones_own_are_trained():
+    """Forks of `TrainState` are advised: a loop asks of a state that it counts its steps."""
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Own:
+        step: Any
+        w: Any
+
+    def step(state: Any, batch: Any) -> Any:
+        loss = jnp.mean((batch["labels"] - state.w) ** 2)
+        return Own(state.step + 1, state.w + 0.1), jh.StepOutput(loss, None)
+
+    shuffled = np.random.default_rng(0).permutation(np.array([{"labels": np.zeros(2)}] * 3, object))
+    fitted = jh.fit(Own(jnp.int32(0), jnp.float32(1)), step, lambda epoch: shuffled, progress=False)  # pyright: ignore[reportArgumentType]
+    assert int(fitted.state.step) == 3
+    with pytest.raises(ValueError, match="must be a TrainState"):
+        jh.fit(Own(jnp.int32(0), jnp.float32(1)), STEP, batches, progress=False)  # pyright: ignore[reportArgumentType]

@@ -1,5 +1,6 @@
-"""A fuzz of the public API: what ends a call is a value that matches an oracle, or a `ValueError` in our own words.
+"""A fuzz of the public API: a call ends in a value, or in a `ValueError` in our own words.
 
+A loss of legal arguments is compared with NumPy; other values, such as those that odd arguments gave, are not.
 Arguments are drawn from legal ones and from odd ones. A run prints its seed; `FUZZ_SEED=7 FUZZ_EXAMPLES=20000` runs
 another one. What ends otherwise is in `KNOWN`, each with its reason.
 """
@@ -310,6 +311,13 @@ def use(made: Any) -> Any:
     return made
 
 
+def is_shallow(error: Exception, text: str) -> bool:
+    """Tells whether an error of Python's, about arguments, comes from the call itself and not from inside it."""
+    if "argument" not in text or "_fail" in text:
+        return True
+    return not any(frame.filename.startswith(PACKAGE) for frame in traceback.extract_tb(error.__traceback__))
+
+
 def is_ours(error: Exception) -> bool:
     """Tells whether an error is a `ValueError` that the library has raised itself, or a user's function."""
     if not isinstance(error, ValueError):
@@ -326,7 +334,7 @@ def judge(name: str, call: Callable[[], Any], odd: Mapping[str, str]) -> str | N
             found = call()
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        if any(known in text for known in KNOWN):
+        if any(known in text for known in KNOWN) and is_shallow(error, text):
             return None
         if not is_ours(error):
             return f"{name} with {dict(odd)} ended in {text[:300]}"
@@ -357,7 +365,8 @@ def oracle(task: str) -> float:
 
 
 @pytest.mark.slow
-def test_every_call_ends_in_a_value_or_in_our_words(capsys):
+def test_every_call_ends_in_a_value_or_in_our_words(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a text may be taken for a directory
     ends: dict[str, int] = {"calls": 0}
 
     @seed(SEED)

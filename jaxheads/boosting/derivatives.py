@@ -16,7 +16,7 @@ from jaxheads.head import Head
 from jaxheads.heads import RegressionHead
 from jaxheads.numerics import fields
 from jaxheads.numerics.batch import Batch, Devices, Elements
-from jaxheads.numerics.kept import per_head
+from jaxheads.numerics.kept import programs_per_head
 from jaxheads.numerics.linear import LinearLogits
 
 
@@ -95,7 +95,7 @@ def differentiate_compiled(
     return _compile(fields.unbound(owner), structure, options)(leaves, batch, logits)
 
 
-@per_head
+@programs_per_head
 def _compile(_: Head, structure: Any, options: Options) -> Any:
     def run(leaves: Any, batch: Batch, logits: Any) -> tuple[jax.Array, jax.Array]:
         head = jax.tree.unflatten(structure, leaves)

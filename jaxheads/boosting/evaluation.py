@@ -21,6 +21,7 @@ from jaxheads.metrics.base import join_names
 from jaxheads.metrics.curves import Interval
 from jaxheads.metrics.state import read_nothing
 from jaxheads.numerics import brief, pairs
+from jaxheads.numerics.kept import twin_of
 
 CHUNK = 65_536
 FIRST = 20
@@ -32,7 +33,7 @@ def measure_rows(head: Head, params: Any, rows: Rows, logits: np.ndarray) -> Met
     leaves, compiled = programs(head, bound)
     for start in range(0, max(len(logits), 1), CHUNK):
         batch = at(bound, rows.cut(start, start + CHUNK).batch, logits[start : start + CHUNK])
-        states.append(Metrics(compiled.measure(leaves, batch, None, None), head))
+        states.append(Metrics(compiled.measure(leaves, batch, None, None), twin_of(head)))
     return Metrics.merge(states)
 
 
@@ -198,9 +199,8 @@ def _make_evaluation(head: Head, keys: str | Sequence[str] | None, params: Any, 
         have_one = tuple(name for name in names if directions(head)[name] is not None)
         by_default = (*names[1:], *names[:1]) if library == "xgboost" else have_one
         return Evaluation(head, params, by_default, library)
-    if not isinstance(keys, (str, list, tuple)) or not all(isinstance(key, str) for key in keys):
+    if (chosen := brief.as_names(keys)) is None:
         raise ValueError(f"keys must be names of metrics. Given {brief.tell(keys)}. There are {list(names)}.")
-    chosen = (keys,) if isinstance(keys, str) else tuple(keys)
     if unknown := [key for key in chosen if key not in names]:
         raise ValueError(f"Unknown metrics {unknown} of {type(head).__name__}. Those that are numbers: {list(names)}.")
     if not chosen:

@@ -12,7 +12,7 @@ from jaxheads.engine.elements import clean
 from jaxheads.metrics import Metrics
 from jaxheads.numerics import fields, hooks, inputs
 from jaxheads.numerics.batch import Batch, Devices
-from jaxheads.numerics.kept import per_head, twin_of
+from jaxheads.numerics.kept import programs_per_head, twin_of
 
 
 class Evaluated(NamedTuple):
@@ -98,7 +98,7 @@ class Programs(NamedTuple):
     update: Any
 
 
-@per_head
+@programs_per_head
 def _compile(_: Any, structure: Any) -> Programs:
     """Compiles the functions of an unbound head, for the structure that it has if it is bound. They die with it."""
 

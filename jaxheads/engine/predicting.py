@@ -1,6 +1,6 @@
 """The results of a head without labels: predictions and export outputs. Also the best constant logits."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ def predict(head: Any, given: Given) -> dict[str, Any]:
     outputs: dict[str, Any] = dict(as_mapping(head, "outputs", hooks.call(head, "outputs", logits, rows=rows)))
     asked = _list_asked(given.keys, outputs)
     for key in asked:
-        if not isinstance(key, str) or key not in outputs:
+        if key not in outputs:
             raise ValueError(f"Unknown prediction key {key!r}. Valid prediction keys include {list(outputs)}.")
     return {key: value() if callable(value) else value for key, value in outputs.items() if key in asked}
 
@@ -36,11 +36,9 @@ def _list_asked(keys: Any, outputs: Mapping[str, Any]) -> tuple[Any, ...]:
     """Returns the keys that are asked for: all by default, and where the list is empty."""
     if keys is None:
         return tuple(outputs)
-    if isinstance(keys, str):
-        return (keys,)
-    if not isinstance(keys, Iterable) or isinstance(keys, (np.ndarray, jax.Array)):
-        raise ValueError(f"keys must be prediction keys, of {list(outputs)}; None for all. Given {keys!r}.")
-    return tuple(keys) or tuple(outputs)
+    if (names := brief.as_names(keys)) is None:
+        raise ValueError(f"keys must be prediction keys, of {list(outputs)}; None for all. Given {brief.tell(keys)}.")
+    return names or tuple(outputs)
 
 
 def constants(head: Any, batch: Batch) -> np.ndarray:

@@ -5,7 +5,7 @@ head needs to know nothing of groups; metrics are read from an array with a lead
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -49,10 +49,8 @@ class Slices:
                 raise ValueError(f"Slices: {name} must be an integer of at least {least}. Given {value!r}.")
             object.__setattr__(self, name, int(value))
         if self.names is not None:
-            names = (self.names,) if isinstance(self.names, str) else self.names
-            is_list = isinstance(names, Iterable) and not isinstance(names, (np.ndarray, jax.Array))
-            names = tuple(names) if is_list else ()
-            if not all(isinstance(name, str) for name in names) or not len(set(names)) == len(names) == self.n:
+            names = brief.as_names(self.names)
+            if names is None or not len(set(names)) == len(names) == self.n:
                 raise ValueError(
                     f"Slices: names must be {self.n} strings, all different. Given {brief.tell(self.names)}."
                 )

@@ -39,7 +39,7 @@ from jaxheads.metrics.reading import (
     slots,
 )
 from jaxheads.numerics import brief, inputs, meshes, pairs
-from jaxheads.numerics.kept import per_head
+from jaxheads.numerics.kept import per_head, twin_of
 from jaxheads.numerics.reduction import SMALLEST_SUM
 from jaxheads.numerics.warned import BadInputWarning, GridWarning, StackedWarning
 
@@ -100,7 +100,7 @@ def _unpack(shape: tuple[int, ...], places: np.ndarray, bits: np.ndarray, head: 
     size = int(np.prod(shape))
     state = np.zeros(size, np.uint32)
     state[np.unpackbits(places, count=size).astype(bool)] = bits
-    return Metrics(state.view(np.float32).reshape(shape), head, regularized)
+    return Metrics(state.view(np.float32).reshape(shape), twin_of(head), regularized)
 
 
 # A warning tells of bins that leave a metric open, for slices of at least so many elements.
@@ -108,7 +108,10 @@ _MANY = 100
 
 
 def _check_undefined(undefined: Any) -> None:
-    if not isinstance(undefined, (int, float, np.number)):
+    is_number = isinstance(undefined, (int, float, np.number)) or (
+        isinstance(undefined, (np.ndarray, jax.Array)) and undefined.shape == ()
+    )
+    if not is_number:
         raise ValueError(f"undefined must be a number, NaN by default. Given {brief.tell(undefined)}.")
 
 
@@ -189,7 +192,7 @@ class Metrics:
         if head is not None:
             if not isinstance(head, Reader):
                 raise ValueError(f"head must be a head, such as jh.BinaryClassHead(). Given {brief.tell(head)}.")
-            states = states or [cls(np.zeros((slots(head, False)[1], 2), np.float32), head)]
+            states = states or [cls(np.zeros((slots(head, False)[1], 2), np.float32), twin_of(head))]
         if not states or not all(isinstance(state, Metrics) for state in states):
             kinds = sorted({type(state).__name__ for state in states})
             raise ValueError(
@@ -199,7 +202,7 @@ class Metrics:
         if head is not None and len({state.regularized for state in states}) > 1:
             # An empty state keeps no regularization, and adds nothing to one that does.
             states = [state for state in states if state.regularized or np.any(on_host(state.state))]
-        first = states[0] if head is None else Metrics(None, head, states[0].regularized)
+        first = states[0] if head is None else Metrics(None, twin_of(head), states[0].regularized)
         for state in states:
             first.check_same_kind(state)
             state.check_size()

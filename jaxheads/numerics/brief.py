@@ -1,8 +1,9 @@
 """Short texts about the values of users, for errors: errors end in logs, where data do not belong."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 
 # How many values of a user a text shows, and how many characters of each.
@@ -48,6 +49,20 @@ def tell_names(names: Any, most: int = 10) -> str:
 def is_one_of(x: Any, options: Any) -> bool:
     """Tells whether a user's value is one of a few texts, or None among them. An array would compare its entries."""
     return (x is None or isinstance(x, str)) and x in options
+
+
+def as_names(x: Any) -> tuple[str, ...] | None:
+    """Returns the texts in a user's list of any kind, of one text too; None for any other value."""
+    if isinstance(x, str):
+        return (x,)
+    if isinstance(x, np.ndarray):
+        x = x.tolist()
+    elif isinstance(x, (bytes, Mapping, type, jax.Array)):
+        return None
+    if not isinstance(x, Iterable):
+        return None
+    names = tuple(x)
+    return names if all(isinstance(name, str) for name in names) else None
 
 
 def cut(text: str, most: int = CHARACTERS) -> str:

@@ -1,14 +1,15 @@
 """Frozen configuration that is a pytree. It makes a head equal by value, hashable, picklable and printable."""
 
+import copy
 import dataclasses
-from typing import Any, dataclass_transform
+from typing import Any, Self, dataclass_transform
 
 import jax
 import numpy as np
 
 from jaxheads.numerics import fields
 from jaxheads.numerics.fields import learned, running, subheads
-from jaxheads.numerics.kept import KEPT
+from jaxheads.numerics.kept import KEPT, ORIGIN
 
 
 @dataclass_transform(
@@ -16,6 +17,9 @@ from jaxheads.numerics.kept import KEPT
 )
 class Configuration:
     """A base class. Its subclasses become frozen dataclasses and pytrees when they are defined."""
+
+    # Beside the fields, which are in the instance's dict.
+    __slots__ = (KEPT, ORIGIN)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -40,9 +44,22 @@ class Configuration:
             )
         return tuple(fields.values_of(self, fields.STATIC, fields.HEADS).values())
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Returns the fields, for copies and pickles: compiled programs stay behind."""
-        return {name: value for name, value in vars(self).items() if name != KEPT}
+    def __getstate__(self) -> Any:
+        """Returns the state for copies and pickles: compiled programs stay behind."""
+        state = object.__getstate__(self)
+        if isinstance(state, tuple):
+            own = {name: value for name, value in state[1].items() if name not in (KEPT, ORIGIN)}
+            return (state[0], own) if own else state[0]
+        return state
+
+    def make_twin(self) -> Self:
+        """Returns an equal head that never holds derived values, and whose heads inside hold none."""
+        twin = copy.copy(self)
+        for name, value in fields.values_of(self, fields.HEADS).items():
+            inside = tuple(head.make_twin() for head in value) if isinstance(value, tuple) else value
+            object.__setattr__(twin, name, inside.make_twin() if isinstance(inside, Configuration) else inside)
+        object.__setattr__(twin, KEPT, None)
+        return twin
 
     def __eq__(self, other: object) -> bool:
         if self is other:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxheads.numerics import brief
-from jaxheads.numerics.kept import per_head
+from jaxheads.numerics.kept import ORIGIN, per_head
 
 _KIND = "jaxheads_kind"
 STATIC, LEARNED, RUNNING, HEADS = "static", "learned", "running", "heads"
@@ -305,13 +305,20 @@ def bind(node: Any, params: Mapping[str, Any]) -> Any:
         # A head trains the same in a bfloat16 parameter tree.
         value = jnp.asarray(value, shapes[name].dtype)
         changes[name] = jax.lax.stop_gradient(value) if name in held else value
-    return with_values(node, changes)
+    made = with_values(node, changes)
+    # So a bound head keeps the programs of the unbound one alive.
+    object.__setattr__(made, ORIGIN, unbound(node))
+    return made
 
 
 def unbound(node: Any) -> Any:
     """Returns the same head with learned and running fields emptied."""
     if not jax.tree.leaves(node):
         return node
+    try:
+        return node._origin
+    except AttributeError:
+        pass
     changes: dict[str, Any] = {field.name: None for field in of_kind(type(node), LEARNED, RUNNING)}
     return with_values(node, {**changes, **{name: unbound(child) for name, child in children(node).items()}})
 

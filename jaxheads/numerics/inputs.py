@@ -286,6 +286,7 @@ def as_scalars(losses: Any) -> list[Any] | None:
     if not isinstance(losses, (list, tuple)):
         given = type(losses).__name__
         raise ValueError(f"regularization_losses must be a list of scalars. Given {given}: wrap it, [x].")
+    losses = [x.__jax_array__() if isinstance(x, JaxArrayLike) and not isinstance(x, jax.Array) else x for x in losses]
     for value in losses:
         if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)):
             raise ValueError(f"regularization_losses must be scalars. Given {brief.tell(value)}.")

@@ -5,17 +5,14 @@ over a thousand heads would take gigabytes.
 """
 
 import collections
-import copy
 import functools
 import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-# The attribute of a head that holds the values derived from it. Copies and pickles leave it out.
-KEPT = "_kept"
-# The values of so many heads stay when the heads are gone: a head that is made anew for each call finds them again.
-RECENT = 32
+# The slots of a head: the values derived from it, and for a bound head the unbound one. Copies and pickles lack them.
+KEPT, ORIGIN = "_kept", "_origin"
 
 Result = TypeVar("Result")
 
@@ -24,37 +21,71 @@ class Kept:
     """The values derived from one head, and from all heads that are equal to it.
 
     Attributes:
-        twin: a copy of the head, which never holds the values: not as a key either.
+        twin: a copy of the head which never holds the values, nor do the heads inside it: it is a key, too.
         values: the values, by function and other arguments.
     """
 
     __slots__ = ("__weakref__", "twin", "values")
 
-    def __init__(self, head: Any):
-        self.twin = copy.copy(head)
-        object.__setattr__(self.twin, KEPT, None)
+    def __init__(self, twin: Any):
+        self.twin = twin
         self.values: dict[Any, Any] = {}
 
 
-_living: weakref.WeakValueDictionary[Any, Kept] = weakref.WeakValueDictionary()
-_recent: collections.OrderedDict[Any, Kept] = collections.OrderedDict()
-_lock = threading.RLock()
+class Store:
+    """The values of one kind. A head holds its own; those of the last heads are held here too.
 
+    So a head that is made anew for each call finds them again.
 
-def per_head(derive: Callable[..., Result]) -> Callable[..., Result]:
-    """Decorates a function of an unbound head, and of other hashable values: it is called once for equal values."""
+    Args:
+        recent: the number of heads whose values stay when the heads are gone.
+    """
 
-    @functools.wraps(derive)
-    def find(head: Any, *rest: Any) -> Result:
-        values = _find(head).values
+    def __init__(self, recent: int):
+        self.recent = recent
+        self._living: weakref.WeakValueDictionary[Any, Kept] = weakref.WeakValueDictionary()
+        self._last: collections.OrderedDict[Any, Kept] = collections.OrderedDict()
+        self._lock = threading.RLock()
+
+    def __call__(self, derive: Callable[..., Result]) -> Callable[..., Result]:
+        """Decorates a function of an unbound head, and of other hashable values: it is called once for equal values."""
+
+        @functools.wraps(derive)
+        def find(head: Any, *rest: Any) -> Result:
+            values = self.find(head).values
+            try:
+                return values[derive, *rest]
+            except KeyError:
+                pass
+            # Without the lock: this may compile. Two threads may do so at once; both find the same value.
+            return values.setdefault((derive, *rest), derive(head, *rest))
+
+        return find
+
+    def find(self, head: Any) -> Kept:
+        """Returns the values of an unbound head."""
         try:
-            return values[derive, *rest]
-        except KeyError:
-            pass
-        # Without the lock: this may compile. Two threads may do so at once; both find the same value.
-        return values.setdefault((derive, *rest), derive(head, *rest))
+            held = head._kept
+        except AttributeError:
+            held = {}
+            object.__setattr__(head, KEPT, held)
+        if held is not None and (kept := held.get(self)) is not None:
+            return kept
+        with self._lock:
+            if (kept := self._living.get(head)) is None:
+                kept = Kept(head.make_twin())
+                self._living[kept.twin] = kept
+            self._last[kept.twin] = kept
+            self._last.move_to_end(kept.twin)
+            if len(self._last) > self.recent:
+                self._last.popitem(last=False)
+        if held is not None:
+            held[self] = kept
+        return kept
 
-    return find
+
+# A layout is small. The programs of a head take 3.5 MB.
+per_head, programs_per_head = Store(256), Store(64)
 
 
 def twin_of(head: Any) -> Any:
@@ -62,20 +93,4 @@ def twin_of(head: Any) -> Any:
 
     Metrics have it: JAX remembers the structures of arguments and results for ever, and that of metrics holds a head.
     """
-    return _find(head).twin
-
-
-def _find(head: Any) -> Kept:
-    if (kept := vars(head).get(KEPT)) is not None:
-        return kept
-    with _lock:
-        if (kept := _living.get(head)) is None:
-            kept = Kept(head)
-            _living[kept.twin] = kept
-        _recent[kept.twin] = kept
-        _recent.move_to_end(kept.twin)
-        if len(_recent) > RECENT:
-            _recent.popitem(last=False)
-    if KEPT not in vars(head):
-        object.__setattr__(head, KEPT, kept)
-    return kept
+    return per_head.find(head).twin

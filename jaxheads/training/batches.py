@@ -132,8 +132,10 @@ def _to_dense(x: Any, what: str) -> np.ndarray:
     if len(shapes) > 1:
         shown = ", ".join("none" if shape is None else str([*shape]) for shape in [*shapes][:3])
         raise ValueError(_say_uneven(what, f"rows of {len(shapes)} shapes: {shown}"))
-    rows = np.stack([_to_dense(row, what) for row in array.flat])
-    return rows.reshape(*array.shape, *rows.shape[1:])
+    parts = [_to_dense(row, what) for row in array.flat]
+    if len(shapes := {part.shape for part in parts}) > 1:
+        raise ValueError(_say_uneven(what, f"rows of {len(shapes)} shapes: {sorted(shapes)[:3]}"))
+    return np.stack(parts).reshape(*array.shape, *parts[0].shape)
 
 
 def _measure(row: Any) -> tuple[int, ...] | None:
@@ -302,7 +304,8 @@ def lockstep(batches: Iterable[Mapping[str, Any]], size: int, like: Mapping[str,
     >>> [batch["where"].tolist() for batch in jh.training.lockstep(batches, size=4)]
     [[True, True, True, True], [True, True, True, False]]
     """
-    if not isinstance(batches, Iterable) or isinstance(batches, (np.ndarray, jax.Array, type)):
+    is_numbers = isinstance(batches, jax.Array) or (isinstance(batches, np.ndarray) and batches.dtype != object)
+    if not isinstance(batches, Iterable) or isinstance(batches, type) or is_numbers:
         raise ValueError(f"batches must be a list of batches, or another iterable. Given {brief.tell(batches)}.")
     own, last, begun = iter(()), None, False
     while True:

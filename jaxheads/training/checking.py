@@ -51,10 +51,12 @@ def _find_noted(step: Any, name: str) -> Any:
 
 def check_batches(batches: Any, what: str) -> Any:
     """Returns batches, or refuses a value that is not an iterable of them, such as one batch alone."""
-    if isinstance(batches, Mapping) or is_frame(batches):
+    if isinstance(batches, Mapping) or (is_frame(batches) and hasattr(batches, "columns")):
         given = f"one dict with the keys {[*batches]}" if isinstance(batches, Mapping) else "a data frame"
         raise ValueError(f"{what} must be a list of batches, each a dict. Given {given}. Put it in a list: [batch].")
-    is_one = isinstance(batches, (str, bytes, type, np.ndarray, np.generic, jax.Array))
+    # An array of objects holds batches, as NumPy's permutation of a list of them.
+    is_one = isinstance(batches, (str, bytes, type, np.generic, jax.Array))
+    is_one = is_one or (isinstance(batches, np.ndarray) and (batches.dtype != object or not batches.ndim))
     if is_one or not isinstance(batches, (Iterable, Indexed)):
         given = "a function" if callable(batches) else f"a {type(batches).__name__}"
         raise ValueError(f"{what} must be a list of batches, or another iterable of them. Given {given}.")

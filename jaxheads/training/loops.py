@@ -1,5 +1,6 @@
 """Loops for notebooks and scripts: `evaluate` and `fit`. If you need more, write your own loop around the steps."""
 
+import contextlib
 import dataclasses
 import pathlib
 import warnings
@@ -89,7 +90,8 @@ def evaluate(
     """
     if not callable(eval_step):
         raise ValueError(f"eval_step must be a step, as jh.make_eval_step makes it. Given {brief.tell(eval_step)}.")
-    _check_state(state)
+    if head_of(eval_step) is not None:
+        _check_state(state, eval_step)
     inputs.check_switch("progress", progress)
     if key is not None:
         check_key(key)
@@ -169,7 +171,7 @@ def fit(
     if higher_is_better is not None:
         inputs.check_switch("higher_is_better", higher_is_better)
     if eval_step is not None and validation is not None:
-        _check_state(state)
+        _check_state(state, eval_step)
         check_batches(validation, "validation")
         monitor, higher_is_better = check_monitor(monitor, higher_is_better, state, eval_step, validation)
     elif monitor != LOSS or higher_is_better is not None:
@@ -185,17 +187,28 @@ def fit(
         )
     for name, switch in (("allow_changes", allow_changes), ("progress", progress)):
         inputs.check_switch(name, switch)
-    _check_state(state)
+    _check_state(state, train_step)
     plan = _Plan(
         batches, epochs, eval_step, validation, monitor, bool(higher_is_better), patience, checkpoint_every, []
     )
     folder = as_folder(directory)
-    with aborting(plan.passed), locked(folder):
+    with contextlib.ExitStack() as stack:
+        with aborting([]):  # only the first process sees that another run holds the folder
+            stack.enter_context(locked(folder))
         return _train(state, train_step, plan, folder, allow_changes, writer, progress)
 
 
-def _check_state(state: Any) -> None:
-    if not isinstance(state, TrainState):
+@runtime_checkable
+class Stepped(Protocol):
+    """A state that counts its steps: a `TrainState`, or a state of the user's own, for steps of the user's own."""
+
+    @property
+    def step(self) -> Any: ...
+
+
+def _check_state(state: Any, step: Any) -> None:
+    """Refuses a value that is no state; for a step that this library made, a state of another kind too."""
+    if not isinstance(state, TrainState if head_of(step) is not None else Stepped):
         raise ValueError(f"state must be a TrainState, as jh.TrainState.create makes it. Given {brief.tell(state)}.")
 
 
@@ -236,47 +249,51 @@ def _train(
     begun, at.run = at.run, run
     if progress and (at.epoch or at.batch):
         print(f"going on after epoch {at.epoch}, batch {at.batch} of {folder}")
-    while at.epoch < plan.epochs and (plan.patience is None or at.stale < plan.patience):
-        metrics, skipped = None, at.batch
-        given: Any = plan.batches(at.epoch) if callable(plan.batches) else plan.batches
-        check_batches(given, "batches")
-        bar = bar_of(given, f"epoch {at.epoch + 1}/{plan.epochs}", progress)
-        for i, batch in enumerate(let_through(bar, plan.passed)):
-            if i == 0:
-                found = {} if folder is None else describe_first_batch(batch)
-                if skipped and not allow_changes:
-                    check_first_batch(begun, found, at.epoch)
-                at.run = run | found
-            if i < skipped:
-                continue
-            if i == skipped:
-                check_batch(batch, train_step, f"The first batch of epoch {at.epoch + 1}")
-            # Checkpoints are written before a batch, not after it: a resumed epoch then has at least one batch left.
-            if plan.checkpoint_every is not None and i > skipped and i % plan.checkpoint_every == 0:
-                at.check()
-                latest.save(int(state.step), state, at)
-            state, out = step(state, batch)
-            at.add(out)
-            metrics = out.metrics
-        if at.batch == skipped > 0:
-            raise ValueError(
-                f"Epoch {at.epoch + 1} was begun with {skipped} batches, and now has no more. Give the same batches."
-            )
-        if at.batch == skipped:
-            raise ValueError("fit() was given an epoch without batches. An iterator that was used up? Pass a list.")
-        at.check()
-        metrics = None if metrics is None else dataclasses.replace(metrics, state=at.sums[1:])
-        values = _flatten(TRAIN, float(at.sums[0].sum()) / at.batch, metrics)
-        if plan.validation is not None:
-            bar = let_through(bar_of(plan.validation, VALIDATION, progress), plan.passed)
-            bar = looked_at(bar, plan.eval_step, "The first batch of validation")
-            values |= _flatten(VALIDATION, *mean_loss_and_metrics(state, _compile(plan.eval_step), bar))
-        _report(at.epoch + 1, int(state.step), values, writer, plan.monitor if progress else None)
-        at.end_epoch({"epoch": at.epoch + 1, "step": int(state.step), **values})
-        if plan.validation is not None and at.improved(plan.monitor, plan.higher_is_better):
-            best = jax.tree.map(jnp.copy, state)
-            kept.save(at.epoch, best, at)
-        latest.save(int(state.step), state, at)
+    with aborting(plan.passed):
+        while at.epoch < plan.epochs and (plan.patience is None or at.stale < plan.patience):
+            metrics, skipped = None, at.batch
+            given: Any = plan.batches(at.epoch) if callable(plan.batches) else plan.batches
+            check_batches(given, "batches")
+            bar = bar_of(given, f"epoch {at.epoch + 1}/{plan.epochs}", progress)
+            for i, batch in enumerate(let_through(bar, plan.passed)):
+                if i == 0:
+                    # Only a checkpoint within the epoch, or after one, is compared.
+                    needed = skipped or plan.checkpoint_every is not None
+                    found = describe_first_batch(batch) if needed else {}
+                    if skipped and not allow_changes:
+                        check_first_batch(begun, found, at.epoch)
+                    at.run = run | found
+                if i < skipped:
+                    continue
+                if i == skipped:
+                    check_batch(batch, train_step, f"The first batch of epoch {at.epoch + 1}")
+                # Checkpoints are written before a batch, not after it: a resumed epoch then has a batch left.
+                if plan.checkpoint_every is not None and i > skipped and i % plan.checkpoint_every == 0:
+                    at.check(plan.passed)
+                    latest.save(int(state.step), state, at)
+                state, out = step(state, batch)
+                at.add(out)
+                metrics = out.metrics
+            if at.batch == skipped > 0:
+                raise ValueError(
+                    f"Epoch {at.epoch + 1} was begun with {skipped} batches, and now has no more. Give the same "
+                    "batches."
+                )
+            if at.batch == skipped:
+                raise ValueError("fit() was given an epoch without batches. An iterator that was used up? Pass a list.")
+            at.check(plan.passed)
+            metrics = None if metrics is None else dataclasses.replace(metrics, state=at.sums[1:])
+            values = _flatten(TRAIN, float(at.sums[0].sum()) / at.batch, metrics)
+            if plan.validation is not None:
+                bar = let_through(bar_of(plan.validation, VALIDATION, progress), plan.passed)
+                bar = looked_at(bar, plan.eval_step, "The first batch of validation")
+                values |= _flatten(VALIDATION, *mean_loss_and_metrics(state, _compile(plan.eval_step), bar))
+            _report(at.epoch + 1, int(state.step), values, writer, plan.monitor if progress else None)
+            at.end_epoch({"epoch": at.epoch + 1, "step": int(state.step), **values})
+            if plan.validation is not None and at.improved(plan.monitor, plan.higher_is_better):
+                best = jax.tree.map(jnp.copy, state)
+                kept.save(at.epoch, best, at)
+            latest.save(int(state.step), state, at)
     return Fitted(state, state if plan.validation is None else best, at.history)
 
 

@@ -1,7 +1,6 @@
 """Several processes that train together: an error in one of them must end all, and soon."""
 
 import contextlib
-import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,9 +19,10 @@ def abort_on_error() -> Iterator[None]:
     the exit code 1. It does not wait, so the steps of the others fail within seconds on CPUs. Where JAX notices only by
     missing heartbeats, they fail within the `heartbeat_timeout_seconds` of `jax.distributed.initialize`.
 
-    `fit` does this by itself, except for errors that come out of the batches: `lockstep` tells all processes of those.
-    Put it around a loop of your own. With one process it changes nothing: the error is raised. Functions of `atexit` do
-    not run; `sys.excepthook` does, for tools that report errors.
+    `fit` does this by itself while it trains. It raises errors that all processes find, such as a loss that is not
+    finite, and errors that come out of the batches: make batches with `lockstep`, which tells all processes of an error
+    in one. Put the context around a loop of your own. With one process it changes nothing: the error is raised. Ctrl-C
+    is raised as ever. Functions of `atexit` do not run; `sys.excepthook` does, for tools that report errors.
 
     >>> import jaxheads as jh
     >>> with jh.training.abort_on_error():
@@ -35,22 +35,32 @@ def abort_on_error() -> Iterator[None]:
 
 @contextlib.contextmanager
 def aborting(passed: list[Exception]) -> Iterator[None]:
-    """Does `abort_on_error`, but raises the errors in a list, which `let_through` fills."""
+    """Does `abort_on_error`, but raises the errors in a list, which `let_through` and others fill."""
     try:
         yield
-    except (Exception, KeyboardInterrupt) as error:
-        if jax.process_count() == 1 or any(error is other for other in passed):
+    except (Exception, SystemExit) as error:
+        is_end = isinstance(error, SystemExit) and not error.code
+        if is_end or jax.process_count() == 1 or any(error is other for other in passed):
             raise
+        _abort(error)
+
+
+def _abort(error: BaseException) -> None:
+    """Ends the process. Whatever a hook or a handler does before, nothing may keep the process from its end."""
+    try:
         sys.excepthook(type(error), error, error.__traceback__)
-        print(
-            f"Process {jax.process_index()} of {jax.process_count()} ends with this {type(error).__name__}, and does "
-            "not wait for the others. If it says that another process is gone, the output of that one has the cause.",
-            file=sys.stderr,
-        )
-        logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(1)
+    finally:
+        try:
+            print(
+                f"Process {jax.process_index()} of {jax.process_count()} ends with this {type(error).__name__}, and "
+                "does not wait for the others. If it says that another process is gone, the output of that one has "
+                "the cause.",
+                file=sys.stderr,
+            )
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+        finally:
+            os._exit(1)
 
 
 def let_through(batches: Iterable[Any], passed: list[Exception]) -> Iterator[Any]:

@@ -26,6 +26,7 @@ from jaxheads.metrics.state import metric_names, read_nothing
 from jaxheads.numerics import brief, pairs
 from jaxheads.numerics.brief import Shaped
 from jaxheads.training.checking import check_batch
+from jaxheads.training.processes import aborting
 
 # The first parts of the keys in a history, such as `train/loss` and `validation/auc`.
 TRAIN, VALIDATION = "train", "validation"
@@ -87,13 +88,15 @@ class Progress:
             self.best_epoch, self.best_value = self.epoch, value
         return better
 
-    def check(self) -> None:
-        """Refuses a loss that is not finite."""
+    def check(self, passed: list[Exception]) -> None:
+        """Refuses a loss that is not finite. All processes find it, so the error is added to those that pass."""
         if not math.isfinite(total := float(self.sums[0].sum())):
-            raise ValueError(
+            error = ValueError(
                 f"The loss of epoch {self.epoch + 1} is {total}: an illegal label (head.loss(..., check=True) names "
                 "it), too large a learning rate, or a network that overflows. No checkpoint holds it."
             )
+            passed.append(error)
+            raise error
 
     def to_json(self) -> dict[str, Any]:
         """Returns text and numbers, with a checksum; arrays keep every bit."""
@@ -145,20 +148,25 @@ def mean_loss_and_metrics(state: Any, step: Any, batches: Iterable[Any], key: An
     return float(at.sums[0].sum()) / at.batch, dataclasses.replace(metrics, state=at.sums[1:])
 
 
-# What identifies the batches of an epoch that is not finished, in the texts that identify a run: the shapes in the
-# first one, and its values, as far as they are on the host.
+# These two identify the batches of an epoch that is not finished, in the texts that identify a run.
 SHAPES, VALUES = "batches", "first batch"
 
 
 def describe_first_batch(batch: Any) -> dict[str, str]:
-    """Returns texts about the first batch of an epoch: its shapes and the number of processes, and its values."""
+    """Returns texts about the first batch of an epoch: its shapes and the number of processes, and its values.
+
+    Of the values, labels and whole numbers on the host: they tell which rows these are. Other features may be augmented
+    at random, anew for the same rows.
+    """
     arrays = [x for x in _list_arrays(batch) if isinstance(x, Shaped)]
     shapes = ", ".join(f"[{', '.join(map(str, x.shape))}]" for x in arrays)
-    # The first process writes the progress, and its own rows with it.
-    own = [x for x in arrays if isinstance(x, np.ndarray) and x.dtype != object and jax.process_index() == 0]
     found = {SHAPES: f"{shapes} in {jax.process_count()} process(es)"}
-    if own:
-        crc = functools.reduce(lambda crc, x: zlib.crc32(np.ascontiguousarray(x).tobytes(), crc), own, 0)
+    labels = _list_arrays(batch.get("labels")) if isinstance(batch, Mapping) else []
+    told = [x for x in labels if isinstance(x, np.ndarray) and x.dtype.kind in "biuf"]
+    told += [x for x in arrays if isinstance(x, np.ndarray) and x.dtype.kind in "biu"]
+    # The first process writes the progress, and its own rows with it.
+    if told and jax.process_index() == 0:
+        crc = functools.reduce(lambda crc, x: zlib.crc32(np.ascontiguousarray(x).reshape(-1).data, crc), told, 0)
         found[VALUES] = f"{crc:08x}"
     return found
 
@@ -204,13 +212,14 @@ def check_monitor(monitor: str, higher: bool | None, state: Any, eval_step: Any,
     """
     if iter(validation) is validation:
         raise ValueError("validation is gone through after every epoch. Given an iterator: pass a list.")
-    first = next(iter(validation), _NONE)
-    if first is _NONE:
-        raise ValueError(
-            f"validation must hold batches. Given an empty {type(validation).__name__}. Leave out validation and "
-            "eval_step if there is no validation data."
-        )
-    check_batch(first, eval_step, "The first batch of validation")
+    with aborting([]):  # each process has data of its own
+        first = next(iter(validation), _NONE)
+        if first is _NONE:
+            raise ValueError(
+                f"validation must hold batches. Given an empty {type(validation).__name__}. Leave out validation and "
+                "eval_step if there is no validation data."
+            )
+        check_batch(first, eval_step, "The first batch of validation")
     out = jax.eval_shape(eval_step, state, first)
     metrics = out.metrics if isinstance(out, Output) else None
     if not isinstance(metrics, Metrics):

@@ -99,9 +99,8 @@ def make_train_step(
     call, labelled = _wrap(apply_fn), _is_labelled(head)
     if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
         raise ValueError(f"micro_batches must be an integer of at least 1. Given {micro_batches!r}.")
-    if not isinstance(rngs, (str, list, tuple)) or not all(isinstance(name, str) for name in rngs):
+    if (names := brief.as_names(rngs)) is None:
         raise ValueError(f"rngs must be names of random keys, () for none. Given {brief.tell(rngs)}.")
-    names = (rngs,) if isinstance(rngs, str) else tuple(rngs)
     draws_keys = _draws_keys(head)
     if micro_batches > 1:
         check_parts_add_up(head)
