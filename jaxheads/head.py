@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxheads.contract import ABSENT, AbstractHead, Given
-from jaxheads.engine import declarations, evaluating, losing, measuring, predicting, reading
+from jaxheads.engine import declarations, evaluating, losing, predicting, reading
 from jaxheads.engine.gathering import gather
 from jaxheads.engine.readiness import bound, ready
 from jaxheads.metrics import FunctionMetric, Metric, Metrics, Observation
@@ -78,12 +78,7 @@ class Head(AbstractHead):
             labels, logits, features, weights, where, normalizer, divides=normalizer is None, key=key, check=check
         )
         batch = gather(head, given)
-        traced = axis_name is not None or inputs.is_traced((head, batch))
-        if traced:
-            loss = evaluating.loss_of(head, batch, axis_name)
-        else:
-            leaves, programs = evaluating.programs(self, head)
-            loss = programs.loss(leaves, batch, axis_name)
+        loss = evaluating.loss(self, head, batch, axis_name)
         regularization = inputs.as_scalars(regularization_losses)
         return loss if regularization is None else loss + inputs.add_scalars(regularization)
 
@@ -141,12 +136,7 @@ class Head(AbstractHead):
         batch, losses = gather(head, given), inputs.as_scalars(regularization_losses)
         eval_metrics.check_one_state()
         eval_metrics.check_same_kind(Metrics(None, twin_of(fields.unbound(self)), losses is not None))
-        traced = axis_name is not None or inputs.is_traced((eval_metrics, head, batch, losses))
-        if traced:
-            state = measuring.update(eval_metrics.state, head, batch, losses, axis_name)
-        else:
-            leaves, programs = evaluating.programs(self, head)
-            state = programs.update(eval_metrics.state, leaves, batch, losses, axis_name)
+        state = evaluating.update(eval_metrics.state, self, head, batch, losses, axis_name)
         return dataclasses.replace(eval_metrics, state=state)
 
     def with_metrics(self, *metrics: Metric, **functions: Callable[[Any, jax.Array], Any]) -> Self:
@@ -190,12 +180,7 @@ class Head(AbstractHead):
         head = ready(self, params)
         given = Given(labels, logits, features, weights, where, with_slices=True, key=key, check=check)
         batch, losses = gather(head, given), inputs.as_scalars(regularization_losses)
-        traced = axis_name is not None or inputs.is_traced((head, batch, losses))
-        if traced:
-            state = measuring.measure(head, batch, losses, axis_name)
-        else:
-            leaves, programs = evaluating.programs(self, head)
-            state = programs.measure(leaves, batch, losses, axis_name)
+        state = evaluating.measure(self, head, batch, losses, axis_name)
         return Metrics(state, twin_of(fields.unbound(self)), losses is not None)
 
     def constant_logits(

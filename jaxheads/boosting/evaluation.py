@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxheads.boosting.attaching import Dataset
 from jaxheads.boosting.datasets import Rows, RowsCache, check_boosted
-from jaxheads.engine.evaluating import programs
+from jaxheads.engine.evaluating import measure
 from jaxheads.engine.gathering import at
 from jaxheads.engine.readiness import ready
 from jaxheads.engine.reading import directions
@@ -30,10 +30,9 @@ FIRST = 20
 def measure_rows(head: Head, params: Any, rows: Rows, logits: np.ndarray) -> Metrics:
     """Measures all rows in chunks, which are added on the host in float64."""
     states, bound = [], ready(head, params)
-    leaves, compiled = programs(head, bound)
     for start in range(0, max(len(logits), 1), CHUNK):
         batch = at(bound, rows.cut(start, start + CHUNK).batch, logits[start : start + CHUNK])
-        states.append(Metrics(compiled.measure(leaves, batch, None, None), twin_of(head)))
+        states.append(Metrics(measure(head, bound, batch, None, None), twin_of(head)))
     return Metrics.merge(states)
 
 

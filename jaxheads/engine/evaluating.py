@@ -116,7 +116,36 @@ def _compile(_: Any, structure: Any) -> Programs:
     )
 
 
-def programs(owner: Any, head: Any) -> tuple[list[Any], Programs]:
+def _programs(owner: Any, head: Any) -> tuple[list[Any], Programs]:
     """Returns the leaves of a head, and its compiled functions. These live as long as its `owner`, the unbound head."""
     leaves, structure = jax.tree.flatten(head)
     return leaves, _compile(fields.unbound(owner), structure)
+
+
+def _is_inside(axis_name: Any, *values: Any) -> bool:
+    """Tells whether a call is a part of a function that is compiled or mapped already."""
+    return axis_name is not None or inputs.is_traced(values)
+
+
+def loss(owner: Any, head: Any, batch: Batch, axis_name: Any) -> jax.Array:
+    """Does `loss_of`, in compiled code of its own unless it is inside other compiled code."""
+    if _is_inside(axis_name, head, batch):
+        return loss_of(head, batch, axis_name)
+    leaves, programs = _programs(owner, head)
+    return programs.loss(leaves, batch, axis_name)
+
+
+def measure(owner: Any, head: Any, batch: Batch, losses: Any, axis_name: Any) -> jax.Array:
+    """Does `measuring.measure`, likewise."""
+    if _is_inside(axis_name, head, batch, losses):
+        return measuring.measure(head, batch, losses, axis_name)
+    leaves, programs = _programs(owner, head)
+    return programs.measure(leaves, batch, losses, axis_name)
+
+
+def update(state: Any, owner: Any, head: Any, batch: Batch, losses: Any, axis_name: Any) -> jax.Array:
+    """Does `measuring.update`, likewise."""
+    if _is_inside(axis_name, state, head, batch, losses):
+        return measuring.update(state, head, batch, losses, axis_name)
+    leaves, programs = _programs(owner, head)
+    return programs.update(state, leaves, batch, losses, axis_name)

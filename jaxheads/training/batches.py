@@ -128,18 +128,10 @@ def _to_dense(x: Any, what: str) -> np.ndarray:
         raise ValueError(_say_uneven(what, f"a {type(x).__name__} that NumPy cannot convert ({error})")) from error
     if array.dtype != object or not any(isinstance(row, (list, tuple, np.ndarray)) for row in array.flat):
         return array
-    shapes = {_measure(row) for row in array.flat}
-    if len(shapes) > 1:
-        shown = ", ".join("none" if shape is None else str([*shape]) for shape in [*shapes][:3])
-        raise ValueError(_say_uneven(what, f"rows of {len(shapes)} shapes: {shown}"))
-    parts = [_to_dense(row, what) for row in array.flat]
-    if len(shapes := {part.shape for part in parts}) > 1:
+    rows = [_to_dense(row, what) for row in array.flat]
+    if len(shapes := {row.shape for row in rows}) > 1:
         raise ValueError(_say_uneven(what, f"rows of {len(shapes)} shapes: {sorted(shapes)[:3]}"))
-    return np.stack(parts).reshape(*array.shape, *parts[0].shape)
-
-
-def _measure(row: Any) -> tuple[int, ...] | None:
-    return row.shape if isinstance(row, np.ndarray) else (len(row),) if isinstance(row, (list, tuple)) else None
+    return np.stack(rows).reshape(*array.shape, *rows[0].shape)
 
 
 def _say_uneven(what: str, given: str) -> str:
