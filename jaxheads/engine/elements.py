@@ -54,7 +54,7 @@ def _cut_from_nothing(head: AbstractHead, elements: Elements) -> AbstractHead:
     if not jax.tree.leaves(head):
         return head
     # The sum that the loss takes too: devices add up both at once.
-    some = masking.total(elements.live.astype(jnp.float32)) > 0
+    some = masking.total(elements.live) > 0
     return jax.tree.map(lambda x: jnp.where(some, x, jax.lax.stop_gradient(x)), head)
 
 

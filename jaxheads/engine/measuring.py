@@ -139,7 +139,7 @@ def _sum_parts(head: AbstractHead, batch: Batch, seen: Seen, inside: bool) -> li
         bad = bad | (stray & (weights != 0))
         weights = jnp.where(stray, jnp.zeros_like(weights), weights)
     replicas = None if head.bootstrap is None else jax.random.split(batch.key, head.bootstrap.replicas)
-    parts: list[Any] = [masking.total(bad.astype(jnp.float32))[None]]
+    parts: list[Any] = [masking.total(bad)[None]]
     for observation in observations.values():
         late = Late(observation, _weights_for(observation, weights, elements), groups, replicas, reduced)
         parts.append(late if observation.is_late else late.reduce())

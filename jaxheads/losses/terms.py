@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.numerics import masking
+from jaxheads.numerics import masking, meshes
 from jaxheads.numerics.batch import Elements
 from jaxheads.numerics.reduction import Reduction
 
@@ -63,21 +63,23 @@ def loss_sums(term: Term, elements: Elements, how: Reduction) -> LossSums:
     # By multiplication: `where(bad, nan, loss)` would have gradient 0.
     values = term.values * masking.keep(~elements.bad, masking.ones_like(elements.weights), np.nan)
     total = masking.total(masking.weighted(values, elements.weights))
-    live = masking.total(elements.live.astype(jnp.float32))
+    live = masking.total(elements.live)
     return LossSums(total, divisor(term, elements, how), live)
 
 
 def divisor(term: Term, elements: Elements, how: Reduction) -> jax.Array:
     """Returns the divisor of the weighted sum (under `SUM`, unused, the number of elements)."""
     elements = _fit_elements(elements, term)
-    multiplicity = {
-        Reduction.SUM: lambda: elements.rows.exists.astype(jnp.float32),
-        Reduction.SUM_OVER_BATCH_SIZE: lambda: elements.rows.exists.astype(jnp.float32),
+    multiplicity: jax.Array = {
+        Reduction.SUM: lambda: elements.rows.exists,
+        Reduction.SUM_OVER_BATCH_SIZE: lambda: elements.rows.exists,
         Reduction.MEAN: lambda: elements.weights,
-        Reduction.SUM_BY_NONZERO_WEIGHTS: lambda: masking.is_not_zero(elements.weights).astype(jnp.float32),
+        Reduction.SUM_BY_NONZERO_WEIGHTS: lambda: masking.is_not_zero(elements.weights),
     }[how]()
+    if term.count is None and multiplicity.shape == term.values.shape and meshes.is_off_mesh(term.values):
+        return masking.total(multiplicity)
     # By multiplication: a broadcast would be laid out unlike values whose last axis is sharded.
-    multiplicity = multiplicity * masking.ones_like(term.values)
+    multiplicity = multiplicity.astype(jnp.float32) * masking.ones_like(term.values)
     return masking.total(multiplicity if term.count is None else masking.weighted(term.count, multiplicity))
 
 

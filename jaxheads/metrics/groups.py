@@ -177,7 +177,7 @@ class Count(Observation):
 
     def reduce(self, weights: jax.Array) -> jax.Array:
         """Returns the number in this batch."""
-        return masking.total(jnp.any(jnp.asarray(weights) != 0, -1, keepdims=True).astype(jnp.float32))[None]
+        return masking.total(jnp.any(jnp.asarray(weights) != 0, -1, keepdims=True))[None]
 
     def read(self, sums: Any, xp: Any, undefined: float) -> Any:
         """Returns the number."""

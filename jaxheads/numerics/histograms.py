@@ -75,7 +75,7 @@ def by_label(
 
 def _holds_everywhere(condition: jax.Array) -> jax.Array:
     """Tells whether a condition holds everywhere, by a sum: XLA's CPU code for an `and` of many is slower."""
-    return jax.lax.eq(masking.total((~condition).astype(jnp.float32)), np.float32(0))
+    return jax.lax.eq(masking.total(~condition), np.float32(0))
 
 
 def _is_few(buckets: jax.Array) -> bool:

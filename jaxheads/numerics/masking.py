@@ -157,8 +157,15 @@ def weighted(values: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def total(x: jax.Array) -> jax.Array:
-    """Returns the sum of all of `x`. A last axis of size 1 is dropped: with it XLA's CPU code is 20 times slower."""
-    return column_totals(jax.lax.squeeze(x, (x.ndim - 1,)) if x.ndim > 1 and x.shape[-1] == 1 else x, kept=0)
+    """Returns the sum of all of `x`, as float32; of a mask the number of entries that hold.
+
+    A last axis of size 1 is dropped: with it XLA's CPU code is 20 times slower. A mask is chosen from ones and zeros
+    after that: XLA moves a cast to before the drop, and takes its slow way again.
+    """
+    x = jax.lax.squeeze(x, (x.ndim - 1,)) if x.ndim > 1 and x.shape[-1] == 1 else x
+    if x.dtype == jnp.bool_:
+        x = jax.lax.select_n(x, jax.lax.full_like(x, 0, jnp.float32), jax.lax.full_like(x, 1, jnp.float32))
+    return column_totals(x, kept=0)
 
 
 # How many float32 numbers may be added one after the other: their sum is right to a few in 1e7.

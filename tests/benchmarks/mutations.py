@@ -67,7 +67,7 @@ FAULTS = (
     Fault(
         "a sum in bfloat16",
         "numerics/masking.py",
-        "    return column_totals(jax.lax.squeeze(x, (x.ndim - 1,)) if x.ndim > 1 and x.shape[-1] == 1 else x, kept=0)",
+        "    return column_totals(x, kept=0)",
         "    return jnp.sum(x.astype(jnp.bfloat16)).astype(jnp.float32)",
     ),
     Fault(
@@ -109,8 +109,8 @@ FAULTS = (
     Fault(
         "rows of zero weight in the divisor of those with weight",
         "losses/terms.py",
-        "Reduction.SUM_BY_NONZERO_WEIGHTS: lambda: masking.is_not_zero(elements.weights).astype(jnp.float32)",
-        "Reduction.SUM_BY_NONZERO_WEIGHTS: lambda: elements.rows.exists.astype(jnp.float32)",
+        "Reduction.SUM_BY_NONZERO_WEIGHTS: lambda: masking.is_not_zero(elements.weights)",
+        "Reduction.SUM_BY_NONZERO_WEIGHTS: lambda: elements.rows.exists",
     ),
     Fault(
         "rows of zero weight that are not hidden",
