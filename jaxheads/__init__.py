@@ -56,6 +56,7 @@ if _typing.TYPE_CHECKING:
     from jaxheads.compose import MultiHead as MultiHead
     from jaxheads.compose import SequentialHeadWrapper as SequentialHeadWrapper
     from jaxheads.compose import binary_or_multi_class_head as binary_or_multi_class_head
+    from jaxheads.heads.balance import balanced_class_weights as balanced_class_weights
     from jaxheads.spec import ClassificationOutput as ClassificationOutput
     from jaxheads.spec import EstimatorSpec as EstimatorSpec
     from jaxheads.spec import PredictOutput as PredictOutput
@@ -76,6 +77,7 @@ __version__ = "0.1.0"
 _LAZY: dict[str, str] = dict.fromkeys(
     ("GlobalObjectiveHead", "MultiHead", "SequentialHeadWrapper", "binary_or_multi_class_head"), "jaxheads.compose"
 )
+_LAZY |= {"balanced_class_weights": "jaxheads.heads.balance"}
 _LAZY |= dict.fromkeys(
     ("ClassificationOutput", "EstimatorSpec", "PredictOutput", "RegressionOutput", "TrainOp"), "jaxheads.spec"
 )

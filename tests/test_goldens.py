@@ -899,6 +899,15 @@ def _(case: Case):
         np.testing.assert_array_equal(names, three[:, :2])
 
 
+@differs("multi_class/error/n_classes_2")
+def _(case: Case):
+    head = loader.build(case.raw)
+    logits = np.array([[0.0, 1.0], [2.0, -1.0]])
+    expected = (np.log1p(np.exp(1.0)) + np.log1p(np.exp(-3.0))) / 2
+    close(head.loss([0, 0], logits.astype(np.float32)), expected, "loss")
+    refused(lambda: jh.MultiClassHead(1), "n_classes", "1")
+
+
 @differs("binary_class/error/vocabulary_duplicate")
 def _(case: Case):
     refused(lambda: loader.build(case.raw), "label_vocabulary", "'a'")

@@ -348,6 +348,48 @@ def softmax_cross_entropy(labels, logits, params):
     return np.logaddexp.reduce(logits, -1, keepdims=True) - np.take_along_axis(logits, labels, -1)
 
 
+def softplus(z):
+    return np.logaddexp(0.0, z)
+
+
+def focal_losses(labels, logits, params):
+    """The options of "binary_focal": smoothing 0.1, class weights (0.5, 2), gamma 2, alpha 0.25."""
+    y, p = 0.9 * labels + 0.05, sigmoid(logits)
+    positive, negative = 2 * 0.25 * (1 - p) ** 2 * softplus(-logits), 0.5 * 0.75 * p**2 * softplus(logits)
+    return y * positive + (1 - y) * negative
+
+
+def mixed_losses(labels, logits, params):
+    """The options of "multi_class_mixed": smoothing 0.2, class weights (1, 3, 0.5), shares, a z-loss of 0.01."""
+    z = logits + np.log([0.2, 0.3, 0.5])
+    total = np.logaddexp.reduce(z, -1, keepdims=True)
+    shares = (0.8 * labels + 0.2 / 3) * np.array([1, 3, 0.5])
+    return (shares * (total - z)).sum(-1, keepdims=True) + 0.01 * total**2
+
+
+def adjusted_losses(labels, logits, params):
+    counts = np.asarray(params["class_counts"], np.float64).sum(-1)
+    return softmax_cross_entropy(labels, logits + np.log(counts / counts.sum()), None)
+
+
+def summed_losses(labels, logits, params):
+    """The options of "multi_label_sum": the weights of positives (1, 2, 4), shares 0.5, 0.2, 0.1."""
+    z = logits + np.log([1, 0.2 / 0.8, 0.1 / 0.9])
+    return (np.array([1, 2, 4]) * labels * softplus(-z) + (1 - labels) * softplus(z)).sum(-1, keepdims=True)
+
+
+def decision_metrics(labels, logits, weights, thresholds):
+    """Accuracy, precision and recall over all entries, where a class is predicted above its threshold."""
+    y, w = np.asarray(labels, np.float64), np.broadcast_to(weights, logits.shape)
+    found = logits > np.log(thresholds) - np.log1p(-np.asarray(thresholds))
+    with np.errstate(invalid="ignore"):
+        return {
+            "accuracy": (w * np.where(found, y, 1 - y)).sum() / w.sum(),
+            "precision": (w * y * found).sum() / (w * found).sum(),
+            "recall": (w * y * found).sum() / (w * y).sum(),
+        }
+
+
 def ordinal_losses(labels, logits, params):
     edges = np.concatenate([[-np.inf], np.asarray(params["cuts"], np.float64), [np.inf]])
     high, low = edges[labels + 1] - logits, edges[labels] - logits
@@ -454,6 +496,14 @@ def multi_hot(n):
 
 def ids(n):
     return lambda rng, lead: rng.integers(0, n, (*lead, 1)).astype(np.int32)
+
+
+def shares(n):
+    def draw(rng, lead):
+        drawn = rng.exponential(size=(*lead, n))
+        return (drawn / drawn.sum(-1, keepdims=True)).astype(np.float32)
+
+    return draw
 
 
 def times(rng, lead):
@@ -667,6 +717,61 @@ ZOO = (
         multi_class_metrics,
         illegal=-1,
         closed=True,
+    ),
+    Entry(
+        "binary_focal",
+        jh.BinaryClassHead(
+            label_smoothing=0.1, class_weights=(0.5, 2), focal_gamma=2.0, focal_alpha=0.25, decision_threshold=0.3
+        ),
+        soft,
+        focal_losses,
+        lambda y, z, w, p: binary_metrics(y, z, w, p) | decision_metrics(y, z, w, [0.3]),
+        illegal=-0.5,
+    ),
+    Entry(
+        "multi_class_mixed",
+        jh.MultiClassHead(
+            3,
+            label_kind="distributions",
+            label_smoothing=0.2,
+            class_weights=(1, 3, 0.5),
+            logit_adjustment=(0.2, 0.3, 0.5),
+            z_loss=0.01,
+            loss_reduction="mean",
+        ),
+        shares(3),
+        mixed_losses,
+        lambda y, z, w, p: {"accuracy": mean(np.take_along_axis(y, z.argmax(-1)[..., None], -1), w)},
+        illegal=2,
+        closed=True,
+    ),
+    Entry(
+        "multi_class_adjusted",
+        jh.MultiClassHead(3, logit_adjustment="running"),
+        ids(3),
+        adjusted_losses,
+        multi_class_metrics,
+        illegal=3,
+        counted=lambda y, w: (w * np.eye(3)[y[..., 0]]).sum(0),
+        running=True,
+        closed=True,
+        slow=True,  # the quick tests of what runs are those of "nested"
+    ),
+    Entry(
+        "multi_label_sum",
+        jh.MultiLabelHead(
+            3,
+            reduce_classes="sum",
+            pos_weight=(1, 2, 4),
+            logit_adjustment=(0.5, 0.2, 0.1),
+            decision_threshold=(0.5, 0.3, 0.7),
+        ),
+        multi_hot(3),
+        summed_losses,
+        lambda y, z, w, p: {"auc": binary_metrics(y, z, w, p)["auc"]} | decision_metrics(y, z, w, [0.5, 0.3, 0.7]),
+        illegal=2,
+        closed=True,
+        slow=True,  # its options are those of "binary_focal"; test_class_options.py holds what is its own
     ),
     Entry("ordinal", OrdinalHead(4), ids(4), ordinal_losses, ordinal_metrics, illegal=4),
     # Among the quick tests it is the head inside "nested".

@@ -30,6 +30,7 @@ from jaxheads.heads import (
     PoissonRegressionHead,
     RegressionHead,
 )
+from jaxheads.heads.class_options import AbstractClassHead
 from jaxheads.heads.loss_functions import AbstractLossFnHead
 from jaxheads.numerics import brief
 
@@ -78,7 +79,7 @@ class Convention(NamedTuple):
 
 def find_convention(head: Head, options: Options) -> Convention | None:
     """Returns the library's convention for this head's loss; None where the library has no such objective."""
-    if _has_loss_fn(head):
+    if _has_other_loss(head):
         return None
     if isinstance(head, RegressionHead):
         return Convention(0.5, jnp.ones_like)
@@ -109,3 +110,12 @@ def is_separable(head: Head) -> bool:
 
 def _has_loss_fn(head: Head) -> bool:
     return isinstance(head, AbstractLossFnHead) and head.loss_fn is not None
+
+
+def _has_other_loss(head: Head) -> bool:
+    """Tells whether the loss is not that of the head's class by default."""
+    if isinstance(head, MultiClassHead) and head.label_kind != "ids":
+        return True
+    if isinstance(head, MultiLabelHead) and head.reduce_classes != "mean":
+        return True
+    return _has_loss_fn(head) or (isinstance(head, AbstractClassHead) and head.has_options)

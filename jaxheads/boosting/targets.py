@@ -11,7 +11,8 @@ from sklearn.utils.validation import assert_all_finite, column_or_1d
 
 from jaxheads.contract import Given
 from jaxheads.head import Head
-from jaxheads.heads import BinaryClassHead, MultiClassHead, MultiLabelHead
+from jaxheads.heads import BinaryClassHead, MultiClassHead, MultiLabelHead, scoring
+from jaxheads.heads.multi_class import DISTRIBUTIONS
 from jaxheads.numerics import inputs
 from jaxheads.numerics.labels import LabelSpec
 
@@ -38,6 +39,11 @@ def tell_kind(head: Head) -> str | None:
     return "regressor" if "predictions" in list_keys(head) and isinstance(head.label_spec, LabelSpec) else None
 
 
+def _has_columns(head: Head) -> bool:
+    """Tells whether labels have a column for each class."""
+    return isinstance(head, MultiLabelHead) or (isinstance(head, MultiClassHead) and head.label_kind == DISTRIBUTIONS)
+
+
 class Classes(NamedTuple):
     """The classes that a classifier has found among its labels.
 
@@ -53,8 +59,8 @@ class Classes(NamedTuple):
     def of(cls, head: Head, y: Any, where: Any) -> "Classes | None":
         """Finds the classes of the labels that exist; None for a head that is no classifier."""
         head = find_base(head)
-        if isinstance(head, MultiLabelHead):
-            return cls(None, np.arange(head.n_classes))
+        if _has_columns(head):
+            return cls(None, np.arange(head.logits_dimension))
         if not isinstance(head, CLASS_HEADS) or y is None:
             return None
         names = _find_names(head, y, where)
@@ -193,7 +199,7 @@ def predict(head: Head, logits: np.ndarray, classes: Classes | None) -> Any:
         routed = head.route(Given(logits=logits))
         return {name: predict(inner, np.asarray(routed[name].logits), None) for name, inner in parts.items()}
     if isinstance(head, MultiLabelHead):
-        return (logits > 0).astype(np.int32)
+        return np.asarray(scoring.decide(logits, head.decision_threshold))
     keys = list_keys(head)
     key = next((key for key in ("class_ids", "predictions") if key in keys), keys[0])
     values = np.asarray(head.predictions(logits, key)[key])
@@ -218,8 +224,11 @@ def score(head: Head, logits: np.ndarray, labels: Any, weights: Any, where: Any)
         return float(r2_score(labels, predict(head, logits, None), sample_weight=weights))
     labels = labels.reshape(len(labels), -1)
     if isinstance(base, MultiClassHead):
-        right = labels == np.asarray(base.predictions(logits, "class_ids")["class_ids"])
+        predicted = np.asarray(base.predictions(logits, "class_ids")["class_ids"])
+        # A distribution counts by its share of the predicted class.
+        right = np.take_along_axis(labels, predicted, -1) if _has_columns(base) else labels == predicted
     else:
         # A soft label is the share of positives.
-        right = 1 - np.abs(labels.astype(np.float64) - (logits > 0))
+        decided = np.asarray(scoring.decide(logits, getattr(base, "decision_threshold", None)))
+        right = 1 - np.abs(labels.astype(np.float64) - decided)
     return float(np.average(right.prod(-1), weights=weights))

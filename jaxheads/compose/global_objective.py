@@ -187,6 +187,13 @@ class GlobalObjectiveHead(AbstractWrapperHead):
                 f"base must have no loss_fn: this head has a loss of its own. Given {self.base!r}. Choose surrogate="
                 f"{list(formulas.SCALE)}."
             )
+        unread = (*self.base.option_names, "decision_threshold", "reduce_classes")
+        defaults = {field.name: field.default for field in dataclasses.fields(self.base) if field.name in unread}
+        if given := [name for name, default in defaults.items() if getattr(self.base, name) != default]:
+            raise ValueError(
+                f"base must have none of the options {given}, which would change nothing: this head has a loss and an "
+                f"operating_point of its own. Given {self.base!r}."
+            )
         for field, value, known in (
             ("objective", self.objective, OBJECTIVES),
             ("surrogate", self.surrogate, tuple(formulas.SCALE)),

@@ -26,6 +26,9 @@ def _draw(spec: LabelSpec, rng: np.random.Generator, lead: tuple[int, ...]) -> n
     shape = (*lead, *(n or ANY for n in spec.event))
     low = spec.low if spec.low is not None else spec.fill if spec.high is None else spec.high - 3
     high = spec.high if spec.high is not None else low + 3
+    if spec.total is not None:
+        drawn = rng.uniform(0.1, 1, shape)
+        return (spec.total * drawn / drawn.sum(-1, keepdims=True)).astype(np.float32)
     if spec.kind == "float":
         return rng.uniform(low, high, shape).astype(np.float32)
     if spec.kind == "int":

@@ -8,23 +8,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads import losses, metrics, spec
+from jaxheads import metrics, spec
 from jaxheads.contract import LabelSpec
-from jaxheads.heads import constants, loss_functions, scoring
+from jaxheads.heads import class_options, constants, scoring
+from jaxheads.losses.weighted import Options, softmax_losses
 from jaxheads.metrics import Mean, Observation, Scores
 from jaxheads.metrics.base import CONFUSION, RANKS, SCORES
-from jaxheads.numerics import inputs, meshes, stable, vocabulary
+from jaxheads.numerics import brief, inputs, masking, meshes, stable, vocabulary
+
+IDS, DISTRIBUTIONS = "ids", "distributions"
 
 
-class MultiClassHead(loss_functions.AbstractLossFnHead):
+class MultiClassHead(class_options.AbstractClassHead):
     """Classification into one of `n_classes` classes.
 
     **Domain**: `labels` are integer class ids 0 ... n_classes - 1, `[D0, ..., DN, 1]` or `[D0, ..., DN]`. Eager calls
-    and `encode_labels` also take the names of a `label_vocabulary`. One-hot and float labels are refused.
+    and `encode_labels` also take the names of a `label_vocabulary`. One-hot and float labels are refused. With
+    `label_kind="distributions"` labels are shares `[D0, ..., DN, n_classes]` in [0, 1] that add up to 1 within 0.01
+    (mixup, distillation, several true classes); ids and names are then encoded on the host, as one-hot rows. In every
+    metric, such a label counts as `share_k` of a row of class k.
 
     **Link**: `P(y = k) = softmax(z)_k`.
 
-    **loss** = `logsumexp(z) - z_y`, or `loss_fn`; `[..., 1]`.
+    **loss** = `logsumexp(z) - z_y`, or `loss_fn`; `[..., 1]`. With options, or distributions as labels, it is
+    `sum_k w_k q_k (1 - p_k)^g (-ln p_k) + c logsumexp(z)^2`, for the smoothed label q, the class weights w and the
+    shifted z.
 
     **Predictions**: `logits [..., n]`, `probabilities [..., n]`, `class_ids [..., 1]` (int32; the first of equal
     maxima), `all_class_ids [D0, n]`; `decode_predictions` adds `classes` and `all_classes`.
@@ -33,18 +41,31 @@ class MultiClassHead(loss_functions.AbstractLossFnHead):
     `"scores"`, for each class the log odds of its probability against all other classes.
 
     Args:
-        n_classes: at least 3; for two use `BinaryClassHead`, or `binary_or_multi_class_head`.
+        n_classes: at least 2. A network of one logit for two classes has a `BinaryClassHead`.
         weight_column: a key of `features`, or a function `features -> weights`.
         label_vocabulary: the names of the classes.
         loss_reduction: a `Reduction` or its text.
         loss_fn: `loss_fn(labels, logits[, features])` returns one loss for each element, `[..., 1]`; its labels are
             int32 `[..., 1]`. Other arguments must be keyword-only with a default, or bound by `functools.partial`.
         name: is appended to the metric keys.
+        label_kind: `"ids"`, or `"distributions"`.
+        label_smoothing: the part e of labels that is spread over all classes: `q = (1 - e) y + e / n`, as in optax. The
+            entropy of q is not subtracted, as T5X does.
+        class_weights: the factor of the loss of each class, or a dict by class (name or id) in which a class that is
+            left out weighs 1; `jh.balanced_class_weights` makes them. They multiply each class's part of a smoothed or
+            mixed label, as in PyTorch (in Keras the row, by its largest label). A part of the loss, no multiplicities:
+            metrics and denominators do not see them (PyTorch's mean divides by the weights of the labels).
+        focal_gamma: the exponent g of the focal loss.
+        focal_alpha: the factor of the focal loss, one number, or one for each class, as in Keras.
+        logit_adjustment: the share of each class, or its logarithm, or a dict by class; the loss takes `z_k + ln
+            share_k` in place of `z_k` (Menon et al. 2021). `"running"` counts the weighted rows in training, from one
+            of each class on; the counts are then a running field.
+        z_loss: the factor c of the squared logsumexp, as in T5X; class weights do not multiply it.
 
     Raises:
-        ValueError: `n_classes` below 3; a vocabulary of another length; a `loss_fn` with other arguments or another
-            result shape; labels that are not integers; labels out of range, or a name outside the vocabulary, in an
-            unmasked row.
+        ValueError: options of the loss beside a `loss_fn`, or outside their range; `n_classes` below 2; a vocabulary of
+            another length; a `loss_fn` with other arguments or another result shape; labels that are not integers;
+            labels out of range, or a name outside the vocabulary, in an unmasked row.
 
     Source: `tf.estimator.MultiClassHead` (TensorFlow 2.15).
 
@@ -68,15 +89,28 @@ class MultiClassHead(loss_functions.AbstractLossFnHead):
     n_classes: int
     _: dataclasses.KW_ONLY
     label_vocabulary: Sequence[str] | None = None
+    label_kind: str = IDS
+    z_loss: float = 0.0
 
     higher_is_better = scoring.HIGHER_IS_BETTER
 
     def validate(self) -> None:
         n = self.n_classes
-        if not inputs.is_integer(n, 3):
-            raise ValueError(f"n_classes must be an integer > 2. Given: {n!r}. For two classes use BinaryClassHead().")
+        if not inputs.is_integer(n, 2):
+            raise ValueError(
+                f"n_classes must be an integer > 1. Given: {n!r}. For one logit of two classes use BinaryClassHead()."
+            )
         vocabulary.check(self.label_vocabulary, n, "MultiClassHead")
+        if not brief.is_one_of(self.label_kind, (IDS, DISTRIBUTIONS)) or self.label_kind is None:
+            raise ValueError(f"label_kind must be {IDS!r} or {DISTRIBUTIONS!r}. Given {brief.tell(self.label_kind)}.")
         super().validate()
+        self.check_options(n)
+        class_options.check_number("z_loss", self.z_loss, "a finite number of at least 0", lambda x: x >= 0)
+        if isinstance(self.focal_alpha, tuple):
+            class_options.check_factors("focal_alpha", self.focal_alpha, n)
+        elif self.focal_alpha is not None:
+            class_options.check_number("focal_alpha", self.focal_alpha, "a finite number above 0", lambda x: x > 0)
+        self._find_log_shares()
 
     @property
     def logits_dimension(self) -> int:
@@ -84,14 +118,55 @@ class MultiClassHead(loss_functions.AbstractLossFnHead):
 
     @property
     def label_spec(self) -> LabelSpec:
+        if self.label_kind == DISTRIBUTIONS:
+            return LabelSpec(self.n_classes, "float", 0, 1, total=1)
         return LabelSpec(1, "int", 0, self.n_classes - 1)
 
+    def to_array(self, labels: Any, ids: bool) -> Any:
+        if self.label_kind == IDS:
+            return labels
+        return vocabulary.one_hot(labels, self.n_classes, self.vocabulary)
+
+    @property
+    def class_keys(self) -> tuple[Any, ...]:
+        return tuple(self.label_vocabulary or range(self.n_classes))
+
+    @property
+    def option_names(self) -> tuple[str, ...]:
+        return (*super().option_names, "z_loss")
+
     def standard_losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
-        return losses.softmax_cross_entropy(labels, logits)
+        return softmax_losses(labels, logits, self._find_options())
+
+    def _find_options(self) -> Options:
+        weights = self.class_weights
+        if self.focal_alpha is not None:
+            weights = np.asarray(weights or 1.0) * np.asarray(self.focal_alpha) * np.ones(self.n_classes)
+        return Options(self.label_smoothing, weights, self.focal_gamma, self._find_log_shares(), self.z_loss)
+
+    def _find_log_shares(self) -> Any:
+        """Returns the logarithms of the shares of the classes, or of their counts; None without `logit_adjustment`."""
+        if self.logit_adjustment == class_options.RUNNING:
+            return None if self.class_counts is None else self.log_counts - jnp.log(jnp.sum(self.class_counts))
+        if self.logit_adjustment is None:
+            return None
+        return np.log(class_options.as_shares("logit_adjustment", self.logit_adjustment, self.n_classes))
+
+    def count_classes(self, labels: jax.Array, logits: jax.Array, weights: jax.Array) -> jax.Array:
+        return masking.column_totals(masking.weighted(self._as_shares(labels, logits), weights))
+
+    def _as_shares(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
+        """Returns labels as shares `[..., n]`, one-hot where they are ids."""
+        if self.label_kind == DISTRIBUTIONS:
+            return labels
+        return (meshes.columns(logits, labels.dtype) == labels).astype(jnp.float32)
 
     def standard_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        shares = np.bincount(labels[:, 0].astype(int), weights[:, 0], self.n_classes) / weights.sum()
-        return constants.log_constant(shares)
+        if self.label_kind == DISTRIBUTIONS:
+            shares = constants.mean_constant(labels, weights)
+        else:
+            shares = np.bincount(labels[:, 0].astype(int), weights[:, 0], self.n_classes) / weights.sum()
+        return constants.softmax_constant(shares, self._find_options())
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         return {
@@ -102,6 +177,8 @@ class MultiClassHead(loss_functions.AbstractLossFnHead):
         }
 
     def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
+        if self.label_kind == DISTRIBUTIONS:
+            return {"accuracy": Mean(stable.pick(labels, stable.first_argmax(logits)))}
         return {"accuracy": Mean(stable.is_argmax(logits, labels))}
 
     def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
@@ -109,14 +186,24 @@ class MultiClassHead(loss_functions.AbstractLossFnHead):
         names = tuple(self.label_vocabulary or ()) or tuple(f"class{k}" for k in range(n))
 
         def scores() -> Scores:
-            one_hot = meshes.columns(logits, labels.dtype) == labels
-            return Scores(one_hot, stable.log_odds_of_each(logits), None, names=names, exclusive=True)
+            shares = labels
+            if self.label_kind == IDS:
+                shares = meshes.columns(logits, labels.dtype) == labels
+            return Scores(shares, stable.log_odds_of_each(logits), None, names=names, exclusive=True)
 
-        return {
-            CONFUSION: lambda: metrics.ConfusionTable(labels, stable.first_argmax(logits), names),
-            RANKS: lambda: metrics.Ranks(stable.rank(logits, labels), n),
-            SCORES: scores,
-        }
+        def confusion() -> metrics.ConfusionTable:
+            predicted = stable.first_argmax(logits)
+            if self.label_kind == IDS:
+                return metrics.ConfusionTable(labels, predicted, names)
+            each = meshes.columns(logits, jnp.int32)
+            return metrics.ConfusionTable(each, predicted + 0 * each, names, labels)
+
+        def ranks() -> metrics.Ranks:
+            if self.label_kind == IDS:
+                return metrics.Ranks(stable.rank(logits, labels), n)
+            return metrics.Ranks(stable.rank_each(logits), n, shares=labels)
+
+        return {CONFUSION: confusion, RANKS: ranks, SCORES: scores}
 
     def class_names(self) -> tuple[str, ...]:
         return scoring.class_names(self.label_vocabulary, self.n_classes)

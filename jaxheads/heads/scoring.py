@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxheads.metrics import ScoresView
+from jaxheads.losses.weighted import as_factor
+from jaxheads.metrics import Mean, ScoresView
 from jaxheads.metrics.base import at_threshold
 from jaxheads.metrics.grids import AbstractGrid
-from jaxheads.numerics import stable
+from jaxheads.numerics import brief, stable
 
 # Metrics of decisions and of ranking, which heads of classes share.
 HIGHER_IS_BETTER = MappingProxyType(
@@ -33,6 +34,45 @@ def check_thresholds(thresholds: Any) -> None:
                 f"thresholds {other!r} and {t!r} print alike (%g) and would share the metric keys "
                 f"positive_threshold_{t:g}. Leave one out."
             )
+
+
+def check_decision_threshold(threshold: Any) -> None:
+    """Refuses a decision threshold that is no probability in (0, 1)."""
+    if threshold is None:
+        return
+    is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    if not is_number or not 0 < threshold < 1 or not stable.fits_float32(threshold):
+        raise ValueError(
+            f"decision_threshold must be a probability in (0, 1). Given {brief.tell(threshold)}. For a logit t pass "
+            "1 / (1 + exp(-t))."
+        )
+
+
+def decide(logits: Any, threshold: Any) -> jax.Array:
+    """Returns 1 where the probability is above the threshold, else 0: int32. Without a threshold, where z > 0.
+
+    Args:
+        logits: `[..., d]`, of a device or of the host.
+        threshold: a probability, or one for each logit.
+    """
+    if threshold is None:
+        return jnp.asarray(logits > 0, jnp.int32)
+    each = threshold if isinstance(threshold, tuple) else (threshold,)
+    # The histogram of scores has its edges at the same float32 numbers.
+    return jnp.asarray(logits > as_factor([stable.log_odds(t) for t in each], logits), jnp.int32)
+
+
+# The metrics of decisions about single entries, which have their own means.
+DECISIONS = ("accuracy", "precision", "recall")
+
+
+def observe_decisions(labels: jax.Array, logits: jax.Array, threshold: Any) -> dict[str, Mean]:
+    """Returns the means of decisions about entries; a soft label y is a positive of weight y. A NaN shows in each."""
+    nothing = jnp.where(jnp.isnan(logits), logits, jnp.zeros_like(logits))
+    found = decide(logits, threshold).astype(jnp.float32) + nothing
+    hits = labels * found
+    right = hits + (1 - labels) * (1 - found)
+    return {"accuracy": Mean(right), "precision": Mean(hits, found), "recall": Mean(hits, labels + nothing)}
 
 
 def check_bins(bins: Any) -> None:

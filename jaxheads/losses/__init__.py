@@ -67,12 +67,4 @@ def poisson(labels: jax.Array, logits: jax.Array, full: bool) -> jax.Array:
     return losses + jnp.where(large, stirling, jnp.zeros_like(losses))
 
 
-def softmax_cross_entropy(labels: jax.Array, logits: jax.Array) -> jax.Array:
-    """Returns `logsumexp(z) - z_y` from logits `[..., n]` and in-range ids `[..., 1]`: `[..., 1]`.
-
-    It is not optax's: the gradient of its gather is a scatter that an Explicit mesh refuses (optax 0.2.8 on jax 0.12).
-    """
-    return jax.nn.logsumexp(logits, axis=-1, keepdims=True) - stable.pick(logits, labels)
-
-
-__all__ = ["poisson", "sigmoid_cross_entropy", "softmax_cross_entropy", "squared_error"]
+__all__ = ["poisson", "sigmoid_cross_entropy", "squared_error"]

@@ -24,14 +24,16 @@ class Decisions(Observation):
     """Decisions for one of many classes, to be counted.
 
     Args:
-        labels: class ids, int32 `[..., 1]`.
+        labels: class ids, int32 `[..., 1]`; or `[..., d]`, where an element has d labels.
         predicted: class ids of the same shape; n where nothing is predicted.
         names: the names of the n classes, as the keys of metrics show them.
+        shares: how often each of d labels counts, `[..., d]`; None for once.
     """
 
     labels: Any
     predicted: Any
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    shares: Any = None
 
     @property
     def right(self) -> jax.Array:
@@ -45,14 +47,19 @@ class Decisions(Observation):
 
     def reduce(self, weights: jax.Array) -> jax.Array:
         """Returns the sums of this batch."""
-        return self.count(jnp.asarray(weights, jnp.float32), np.int32(0), 1).ravel()
+        return self.count(self._weigh(weights), np.int32(0), 1).ravel()
 
     def reduce_by(self, weights: jax.Array, groups: Any) -> jax.Array:
         """Returns the sums of each group. Where groups do not overlap, all are counted at once."""
         if groups.ids is None:
             return super().reduce_by(weights, groups)
         weights = masking.keep(groups.ids >= 0, jnp.asarray(weights, jnp.float32), 0)
-        return self.count(weights, jnp.maximum(groups.ids, 0), groups.n)
+        return self.count(self._weigh(weights), jnp.maximum(groups.ids, 0), groups.n)
+
+    def _weigh(self, weights: jax.Array) -> jax.Array:
+        """Returns the weight of each label."""
+        weights = jnp.asarray(weights, jnp.float32)
+        return weights if self.shares is None else masking.weighted(self.shares, weights)
 
     @abc.abstractmethod
     def count(self, weights: jax.Array, groups: Any, n: int) -> jax.Array:
@@ -110,7 +117,7 @@ class ClassCounts(Decisions):
     @classmethod
     def of(cls, table: ConfusionTable) -> "ClassCounts":
         """Returns counts of the decisions in a table."""
-        return cls(table.labels, table.predicted, table.names)
+        return cls(table.labels, table.predicted, table.names, table.shares)
 
     @staticmethod
     def view(seen: Mapping[str, Any]) -> "ClassesView":

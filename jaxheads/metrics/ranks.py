@@ -17,14 +17,16 @@ class Ranks(Observation):
     """The weight of rows whose label is among the k best, for several k, and of all rows.
 
     Args:
-        ranks: how many classes come before that of the label, `[..., 1]`.
+        ranks: how many classes come before that of the label, `[..., 1]`; or before each class, `[..., n]`.
         n_classes: the number of classes, which no k may exceed.
         ks: the numbers k.
+        shares: how often each of the n classes counts as the label, `[..., n]`; None for one label.
     """
 
     ranks: Any
     n_classes: int = dataclasses.field(metadata={"static": True})
     ks: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    shares: Any = None
 
     only_sums = True
 
@@ -42,6 +44,7 @@ class Ranks(Observation):
     def reduce(self, weights: jax.Array) -> jax.Array:
         """Returns the sums of this batch."""
         weights = jnp.asarray(weights, jnp.float32)
+        weights = weights if self.shares is None else masking.weighted(self.shares, weights)
         hits = (masking.weighted(self.ranks < k, weights) for k in self.ks)
         return jnp.stack([masking.total(x) for x in (*hits, weights)])
 

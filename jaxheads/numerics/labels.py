@@ -27,6 +27,8 @@ class LabelSpec:
         fill: the legal value that masked rows get before a formula sees them; their logits become 0. A head with
             learned fields gets copies of a live row instead, if there is one.
         axes: sizes of the axes before the last that belong to one element (boxes of an image); None for any.
+        total: what the labels along the last axis add up to, within 0.01 (bfloat16 rounds each by up to 0.004); None
+            for any sum. Masked rows get `fill` all the same.
     """
 
     size: int | None = 1
@@ -35,6 +37,7 @@ class LabelSpec:
     high: float | None = None
     fill: float = 0
     axes: tuple[int | None, ...] = ()
+    total: float | None = None
 
     def __post_init__(self):
         if not brief.is_one_of(self.kind, ("float", "int", "bool")):
@@ -44,7 +47,8 @@ class LabelSpec:
                 "A label's size must be an integer of at least 1, or None for any, and its axes a tuple of these. "
                 f"Given size={self.size!r}, axes={self.axes!r}."
             )
-        for name, value in (("low", self.low), ("high", self.high), ("fill", self.fill)):
+        for name in ("low", "high", "fill", "total"):
+            value = getattr(self, name)
             # NumPy's scalars have a dtype of their own, which strict promotion would refuse to compare.
             if isinstance(value, np.generic):
                 value = value.item()
@@ -97,6 +101,9 @@ class LabelSpec:
     def _is_outside(self, labels: Any, xp: Any) -> Any:
         # Only floats can be NaN or infinite; NaN is out of every range.
         legal = xp.isfinite(labels) if jnp.issubdtype(labels.dtype, jnp.floating) else labels == labels
+        if self.total is not None and labels.ndim:
+            total = xp.sum(labels, axis=-1, keepdims=True)
+            legal = legal & (abs(total - self.total) <= 0.01)
         if self.low is not None:
             legal = legal & (labels >= self.low)
         if self.high is not None:
@@ -125,7 +132,8 @@ class LabelSpec:
         if self.low is None and self.high is None:
             return f"finite {kind}" if self.kind == "float" else kind
         low, high = ("-inf" if self.low is None else self.low), ("inf" if self.high is None else self.high)
-        return f"{kind} in [{low}, {high}]"
+        total = "" if self.total is None else f" that add up to {self.total} along the last axis"
+        return f"{kind} in [{low}, {high}]{total}"
 
 
 Specs: TypeAlias = LabelSpec | Mapping[str, LabelSpec]

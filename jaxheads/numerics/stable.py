@@ -63,6 +63,14 @@ def rank(values: jax.Array, ids: jax.Array) -> jax.Array:
     return jnp.where(has_nan, jnp.full_like(found, values.shape[-1]), found)
 
 
+def rank_each(values: jax.Array) -> jax.Array:
+    """Returns `rank` of every entry of `values [..., n]`: float32 `[..., n]`."""
+    has_nan = jnp.isnan(jnp.max(values, axis=-1, keepdims=True))
+    # The order of the order; the sort keeps the order of equal values.
+    found = jnp.argsort(jnp.argsort(-values, axis=-1, stable=True), axis=-1).astype(jnp.float32)
+    return jnp.where(has_nan, jnp.full_like(found, values.shape[-1]), found)
+
+
 def first_argmax(values: jax.Array) -> jax.Array:
     """Returns the index of the first maximum of `values [..., n]`: int32 `[..., 1]`; n in a row with a NaN.
 

@@ -81,6 +81,34 @@ def is_empty(labels: Any) -> bool:
     return isinstance(labels, (list, tuple)) and all(map(is_empty, labels))
 
 
+def one_hot(labels: Any, n: int, vocabulary: tuple[str, ...] | None) -> Any:
+    """Encodes host labels that are names or ids as one-hot rows, float32 `[..., n]`; returns others as they are.
+
+    Ids are integers with one axis, or with a last axis of size 1. An unknown name is a row of -1, which is illegal.
+    """
+    if is_plain(labels):
+        labels = np.asarray(labels)
+    if not isinstance(labels, np.ndarray):
+        return labels
+    if labels.dtype.kind in "USO" and vocabulary is not None:
+        ids = encode(labels, vocabulary, np.asarray(False))
+    elif labels.dtype.kind in "iu" and (labels.ndim == 1 or labels.shape[-1:] == (1,)):
+        ids = labels
+    else:
+        return labels
+    ids = ids[..., 0] if ids.ndim > 1 and ids.shape[-1] == 1 else ids
+    strangers = {tuple(map(int, at)): labels[tuple(at)] for at in np.argwhere((ids < 0) | (ids >= n))}
+    rows = (ids[..., None] == np.arange(n)).astype(np.float32)
+    return Encoded(np.where(((ids < 0) | (ids >= n))[..., None], np.float32(-1), rows), strangers)
+
+
+def is_plain(labels: Any) -> bool:
+    """Tells whether labels are lists of names, or of integers."""
+    if not isinstance(labels, (list, tuple)) or not labels:
+        return isinstance(labels, (str, bytes)) or (isinstance(labels, (int, np.integer)) and labels is not True)
+    return all(map(is_plain, labels))
+
+
 def multi_hot(labels: Any, n: int, vocabulary: tuple[str, ...] | None) -> Encoded:
     """Encodes lists of ids or names, one an example, nested as deep as the leading axes: int32 `[..., n]`."""
     depth = _count_levels(labels)

@@ -1,0 +1,163 @@
+"""Cross-entropies of classes with options: smoothed labels, weights of classes, focus, shifted logits, a z-loss.
+
+Options that are off add nothing to a program.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxheads.losses import sigmoid_cross_entropy
+from jaxheads.numerics import masking, meshes, stable
+
+# The smallest base of a power. A power of 0 has an infinite slope where the exponent is below 1.
+_TINY = 1e-15
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of a cross-entropy; None and 0 are off.
+
+    Attributes:
+        smoothing: the part of each label that is spread evenly over all classes.
+        of_classes: the factor of the loss of each class, `[n]`; of one logit (negative, positive), each a number or
+            `[n]`.
+        gamma: the exponent of the focus.
+        shift: what is added to the logits, a number or `[n]`.
+        z_loss: the factor of `logsumexp(z)^2`.
+    """
+
+    smoothing: float = 0.0
+    of_classes: Any = None
+    gamma: float | None = None
+    shift: Any = None
+    z_loss: float = 0.0
+
+
+def sigmoid_losses(labels: jax.Array, logits: jax.Array, options: Options) -> jax.Array:
+    """Returns `y a (1 - p)^g softplus(-z) + (1 - y) b p^g softplus(z)` for each logit, where (b, a) are the weights."""
+    logits = _shift(logits, options)
+    if options.smoothing:
+        labels = labels * (1 - options.smoothing) + options.smoothing / 2
+    if options.gamma is None and options.of_classes is None:
+        return sigmoid_cross_entropy(labels, logits)
+    negative, positive = (as_factor(x, logits) for x in options.of_classes or (1, 1))
+    return _focal_cross_entropy(options.gamma or 0.0, labels * positive, (1 - labels) * negative, logits)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _focal_cross_entropy(gamma: float, positive: jax.Array, negative: jax.Array, logits: jax.Array) -> jax.Array:
+    """Returns `positive (1 - p)^gamma softplus(-z) + negative p^gamma softplus(z)`."""
+    missed, mistaken = _split_loss(logits)
+    found = _multiply_power(missed, gamma, -logits), _multiply_power(mistaken, gamma, logits)
+    return masking.weighted(found[0], positive) + masking.weighted(found[1], negative)
+
+
+@_focal_cross_entropy.defjvp
+def _focal_cross_entropy_jvp(gamma: float, primals: Any, tangents: Any) -> Any:
+    (positive, negative, logits), (d_positive, d_negative, d_logits) = primals, tangents
+    slopes = jax.nn.sigmoid(-logits), jax.nn.sigmoid(logits)
+    missed, mistaken = _split_loss(logits)
+    if gamma:
+        # In closed form: derivatives of each step would be kept and read in turn.
+        slopes = slopes[0] + gamma * missed * slopes[1], slopes[1] + gamma * mistaken * slopes[0]
+    slope = negative * _multiply_power(slopes[1], gamma, logits) - positive * _multiply_power(slopes[0], gamma, -logits)
+    by_weights = _multiply_power(missed, gamma, -logits) * d_positive
+    by_weights += _multiply_power(mistaken, gamma, logits) * d_negative
+    return _focal_cross_entropy(gamma, positive, negative, logits), slope * d_logits + by_weights
+
+
+def _split_loss(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns softplus(-z) and softplus(z), which share their logarithm."""
+    log = stable.log1p(jnp.exp(-jnp.abs(logits)))
+    return log + jnp.maximum(-logits, 0), log + jnp.maximum(logits, 0)
+
+
+def _multiply_power(x: jax.Array, gamma: float, logits: jax.Array) -> jax.Array:
+    """Returns `x sigmoid(z)^gamma`."""
+    return x * jax.nn.sigmoid(logits) ** gamma if gamma else x
+
+
+def softmax_losses(labels: jax.Array, logits: jax.Array, options: Options) -> jax.Array:
+    """Returns `sum_k w_k q_k (1 - p_k)^g (-ln p_k) + c logsumexp(z)^2`, `[..., 1]`.
+
+    Without options it is not optax's: the gradient of its gather is a scatter that an Explicit mesh refuses (optax
+    0.2.8 on jax 0.12).
+
+    Args:
+        labels: ids `[..., 1]`, int32, or shares `[..., n]`, float32. They become q by smoothing.
+        logits: `[..., n]`.
+        options: as above.
+    """
+    n, smoothing, shift = logits.shape[-1], options.smoothing, options.shift
+    total = _shifted_logsumexp(logits, shift)
+    logits = _shift(logits, options)
+    of_classes = None if options.of_classes is None else as_factor(options.of_classes, logits)
+    ids = labels if labels.shape[-1] == 1 else None
+    if ids is not None and not smoothing:
+        losses = _focus(total - stable.pick(logits, ids), options.gamma)
+        losses = losses if of_classes is None else losses * _look_up(of_classes, ids, logits)
+    else:
+        if ids is None:
+            shares, total_share = labels * (1 - smoothing) + smoothing / n, None
+        else:
+            is_label = meshes.columns(logits, ids.dtype) == ids
+            shares = jnp.where(is_label, np.float32(1 - smoothing + smoothing / n), np.float32(smoothing / n))
+            # What the shares add up to is known: no sum need be taken.
+            total_share = np.float32(1)
+            if of_classes is not None:
+                total_share = (1 - smoothing) * _look_up(of_classes, ids, logits) + smoothing * of_classes.mean()
+        shares = shares if of_classes is None else shares * of_classes
+        if options.gamma is not None:
+            losses = jnp.sum(masking.weighted(_focus(total - logits, options.gamma), shares), axis=-1, keepdims=True)
+        else:
+            total_share = jnp.sum(shares, axis=-1, keepdims=True) if total_share is None else total_share
+            losses = total * total_share - jnp.sum(masking.weighted(logits, shares), axis=-1, keepdims=True)
+    return losses + options.z_loss * jnp.square(total) if options.z_loss else losses
+
+
+def _look_up(of_classes: Any, ids: jax.Array, logits: jax.Array) -> jax.Array:
+    """Returns the numbers of the classes with these ids, `[..., 1]`. They have no gradient, so a gather is quick."""
+    if meshes.explicit_mesh(logits) is None:
+        return jnp.take(jnp.ravel(of_classes), ids, mode="clip")
+    return stable.pick(of_classes * masking.ones_like(logits), ids)
+
+
+# Below this, a maximum without the shift would let sums underflow.
+_LEAST_SHIFT = -50.0
+
+
+def _shifted_logsumexp(logits: jax.Array, shift: Any) -> jax.Array:
+    """Returns `logsumexp(z + shift)`, `[..., 1]`.
+
+    If the shift is known and small, its maximum is taken without it: XLA's CPU code would write out the shifted logits.
+    """
+    if shift is None:
+        return jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    if isinstance(shift, jax.Array) or np.min(shift) < _LEAST_SHIFT:
+        return jax.nn.logsumexp(logits + as_factor(shift, logits), axis=-1, keepdims=True)
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    largest = masking.keep(jnp.isfinite(largest), largest, 0)
+    parts = jnp.exp(logits - largest + as_factor(shift, logits))
+    return jnp.log(jnp.sum(parts, axis=-1, keepdims=True)) + largest
+
+
+def _shift(logits: jax.Array, options: Options) -> jax.Array:
+    return logits if options.shift is None else logits + as_factor(options.shift, logits)
+
+
+def as_factor(values: Any, logits: Any) -> Any:
+    """Returns a number, or numbers of the classes, as float32 with as many axes as the logits."""
+    values = values if isinstance(values, jax.Array) else np.asarray(values, np.float32)
+    return values.reshape((1,) * (logits.ndim - values.ndim) + values.shape)
+
+
+def _focus(losses: jax.Array, gamma: float | None) -> jax.Array:
+    """Returns `(1 - p)^g l` of losses `l = -ln p`; with the slope of its limit where l is 0."""
+    if gamma is None:
+        return losses
+    return jnp.maximum(-jnp.expm1(-losses), _TINY) ** gamma * losses
