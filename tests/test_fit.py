@@ -561,3 +561,20 @@ def test_a_state_and_steps_of_ones_own_are_trained():
     assert int(fitted.state.step) == 3
     with pytest.raises(ValueError, match="must be a TrainState"):
         jh.fit(Own(jnp.int32(0), jnp.float32(1)), STEP, batches, progress=False)  # pyright: ignore[reportArgumentType]
+
+
+def test_norms_and_the_rate_are_in_the_history():
+    optimizer = optax.inject_hyperparams(optax.sgd)(lambda count: RATE / (1 + jnp.asarray(count, jnp.float32)))
+    step = jh.make_train_step(HEAD, apply, optimizer, with_norms=True)
+    params = {"w": np.zeros((3, 1), np.float32)}
+    state = jh.TrainState.create(params=params, optimizer=optimizer, head=HEAD, key=jax.random.key(0))
+    line = jh.fit(state, step, batches, progress=False).history[0]
+    w, rows = np.zeros(3), []
+    for i, batch in enumerate(batches(0)):
+        x, y = batch["features"]["x"].astype(np.float64), batch["labels"]
+        gradient, rate = x.T @ (1 / (1 + np.exp(-x @ w)) - y) / len(y), RATE / (1 + i)
+        w = w - rate * gradient
+        rows.append([*map(np.linalg.norm, (gradient, w, rate * gradient)), rate])
+    found = [line[f"train/{name}"] for name in ("grad_norm", "param_norm", "update_norm", "learning_rate")]
+    np.testing.assert_allclose(found, np.mean(rows, 0), rtol=1e-5)
+    np.testing.assert_allclose(line["train/loss"], line["train/average_loss"], rtol=1e-6)

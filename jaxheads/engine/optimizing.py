@@ -33,8 +33,8 @@ def updated(
     loss: jax.Array,
     evaluate: Callable[[Any], tuple[jax.Array, Any]],
     axis_name: Any = None,
-) -> tuple[Any, Any]:
-    """Returns the next variables and optimizer state.
+) -> tuple[Any, Any, Any]:
+    """Returns the next variables and optimizer state, and the updates that were added to the variables.
 
     Optimizers that take `value`, `grad` or `value_fn` by name get them: the loss, the gradients, and the loss of the
     same batch as a function of the variables.
@@ -68,7 +68,34 @@ def updated(
             if not takes_all or "value_fn" not in str(error):
                 raise
             updates, opt_state = update(value_fn=value_fn)
-    return optax.apply_updates(variables, updates), opt_state
+    return optax.apply_updates(variables, updates), opt_state, updates
+
+
+def global_norm(tree: Any, axis_name: Any = None) -> jax.Array:
+    """Returns the norm of all arrays of a pytree together, summed in float32; the same on all devices.
+
+    Where types tell that an array is spread over devices, its parts are added up.
+    """
+    names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
+
+    def square(x: jax.Array) -> jax.Array:
+        total = jnp.sum(jnp.square(jnp.abs(x).astype(jnp.float32)))
+        spread = [] if axis_name is None else [name for name in names if meshes.varies(x, name)]
+        return jax.lax.psum(total, tuple(spread)) if spread else total
+
+    return jnp.sqrt(sum(map(square, jax.tree.leaves(tree)), jnp.float32(0)))
+
+
+def find_learning_rate(opt_state: Any) -> jax.Array | None:
+    """Returns the learning rate that `optax.inject_hyperparams` keeps; None if it keeps none, or several."""
+    import optax
+
+    def is_injected(path: Any, _: Any) -> bool:
+        # Beside the values, the state keeps the states of schedules, by the same names.
+        return len(path) > 1 and getattr(path[-2], "name", None) == "hyperparams"
+
+    found = optax.tree.get_all_with_path(opt_state, "learning_rate", is_injected)
+    return jnp.asarray(found[0][1], jnp.float32) if len(found) == 1 else None
 
 
 def _make_value_fn(

@@ -96,7 +96,8 @@ def _run_training(head: Any, call: Call, training: Training) -> EstimatorSpec:
             train_op = training.train_op_fn(loss, grads=grads)
         else:
             given = training.opt_state, training.variables, loss, look
-            train_op = TrainOp(*updated(training.optimizer, grads, *given, axis_name))
+            params, opt_state, _ = updated(training.optimizer, grads, *given, axis_name)
+            train_op = TrainOp(params, opt_state)
     if train_op is None:
         raise ValueError("Missing train_op. Given a train_op_fn that returned None: let it return what it made.")
     update_ops = jax.tree.map(lambda op: op() if callable(op) else op, training.update_ops)

@@ -1,7 +1,6 @@
 """Loops for notebooks and scripts: `evaluate` and `fit`. If you need more, write your own loop around the steps."""
 
 import contextlib
-import dataclasses
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -52,7 +51,8 @@ class Fitted(NamedTuple):
         state: the state after the last step.
         best: the state after the best epoch by the monitored metric; without validation, after the last epoch.
         history: a dict for each epoch: `epoch`, `step`, `train/loss` (the mean over steps), `validation/loss`, and the
-            metrics, as `train/auc` and `validation/auc`.
+            metrics, as `train/auc` and `validation/auc`. A step `with_norms` adds the means over steps of
+            `train/grad_norm`, `train/param_norm`, `train/update_norm` and `train/learning_rate`.
     """
 
     state: TrainState
@@ -251,7 +251,7 @@ def _train(
         print(f"going on after epoch {at.epoch}, batch {at.batch} of {folder}")
     with aborting(plan.passed):
         while at.epoch < plan.epochs and (plan.patience is None or at.stale < plan.patience):
-            metrics, skipped = None, at.batch
+            out, skipped = None, at.batch
             given: Any = plan.batches(at.epoch) if callable(plan.batches) else plan.batches
             check_batches(given, "batches")
             bar = bar_of(given, f"epoch {at.epoch + 1}/{plan.epochs}", progress)
@@ -273,7 +273,6 @@ def _train(
                     latest.save(int(state.step), state, at)
                 state, out = step(state, batch)
                 at.add(out)
-                metrics = out.metrics
             if at.batch == skipped > 0:
                 raise ValueError(
                     f"Epoch {at.epoch + 1} was begun with {skipped} batches, and now has no more. Give the same "
@@ -282,12 +281,12 @@ def _train(
             if at.batch == skipped:
                 raise ValueError("fit() was given an epoch without batches. An iterator that was used up? Pass a list.")
             at.check(plan.passed)
-            metrics = None if metrics is None else dataclasses.replace(metrics, state=at.sums[1:])
-            values = _flatten(TRAIN, float(at.sums[0].sum()) / at.batch, metrics)
+            values = _flatten(TRAIN, *at.read(out))
             if plan.validation is not None:
                 bar = let_through(bar_of(plan.validation, VALIDATION, progress), plan.passed)
                 bar = looked_at(bar, plan.eval_step, "The first batch of validation")
-                values |= _flatten(VALIDATION, *mean_loss_and_metrics(state, _compile(plan.eval_step), bar))
+                loss, metrics = mean_loss_and_metrics(state, _compile(plan.eval_step), bar)
+                values |= _flatten(VALIDATION, {LOSS: loss}, metrics)
             _report(at.epoch + 1, int(state.step), values, writer, plan.monitor if progress else None)
             at.end_epoch({"epoch": at.epoch + 1, "step": int(state.step), **values})
             if plan.validation is not None and at.improved(plan.monitor, plan.higher_is_better):
@@ -339,12 +338,12 @@ def _compile(step: Any, **options: Any) -> Any:
     return step if isinstance(step, Compiled) else jax.jit(step, **options)
 
 
-def _flatten(half: str, loss: float, metrics: Metrics | None) -> dict[str, float]:
-    """Returns the mean loss and the metrics of one half of the history, by key."""
+def _flatten(half: str, means: Mapping[str, float], metrics: Metrics | None) -> dict[str, float]:
+    """Returns the means over steps and the metrics of one half of the history, by key."""
     found = {} if metrics is None else metrics.compute()
     # Arrays, such as a confusion matrix, are left out.
     numbers = {key: float(value) for key, value in found.items() if np.ndim(value) == 0}
-    return {join_names(half, key): value for key, value in {LOSS: loss, **numbers}.items()}
+    return {join_names(half, key): value for key, value in {**means, **numbers}.items()}
 
 
 def _report(epoch: int, step: int, values: Mapping[str, float], writer: Any, monitor: str | None) -> None:

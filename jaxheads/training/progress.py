@@ -31,6 +31,9 @@ from jaxheads.training.processes import aborting
 # The first parts of the keys in a history, such as `train/loss` and `validation/auc`.
 TRAIN, VALIDATION = "train", "validation"
 
+# What a step may tell beside its loss and metrics, each a number whose mean over the steps goes into the history.
+TOLD = ("grad_norm", "param_norm", "update_norm", "learning_rate")
+
 # The class of IPython's shell in the kernel of a notebook.
 NOTEBOOK = "ZMQInteractiveShell"
 
@@ -42,7 +45,8 @@ class Progress:
     Attributes:
         epoch: the number of finished epochs.
         batch: the number of finished batches in the next epoch.
-        sums: the sums over these batches, as float32 pairs; None before the first batch.
+        sums: the sums over these batches, as float32 pairs: the loss, the metrics, and what else a step tells. None
+            before the first batch.
         best_epoch: the best epoch so far, counted from 1; 0 if there is none.
         best_value: the monitored metric of the best epoch.
         stale: how many epochs in a row were not better.
@@ -62,14 +66,25 @@ class Progress:
     run: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def add(self, out: Any) -> None:
-        """Adds the loss and the metrics of one step."""
-        rows = 1 + (0 if out.metrics is None else out.metrics.state.shape[-2])
+        """Adds the loss and the metrics of one step, and what else it tells."""
+        rows = _count_metrics(out) + 1 + len(tell(out))
         if self.sums is not None and len(self.sums) != rows:
             raise ValueError(
                 f"This epoch was begun with {len(self.sums) - 1} sums of metrics, and the step now gives {rows - 1}: "
-                "another head, or another with_metrics. Go on with the same, or in a new directory."
+                "another head, or another with_metrics or with_norms. Go on with the same, or in a new directory."
             )
-        self.sums, self.batch = _add_step(self.sums, out), self.batch + 1
+        told = list(tell(out).values())
+        self.sums, self.batch = _add_step(self.sums, out.loss, out.metrics, told), self.batch + 1
+
+    def read(self, out: Any) -> tuple[dict[str, float], Any]:
+        """Returns the mean loss with the means of what else the steps told, by name, and the metrics of all.
+
+        `out` is the output of the last step.
+        """
+        end = 1 + _count_metrics(out)
+        means = [float(total) / self.batch for total in np.asarray(self.sums, np.float64).sum(-1)]
+        metrics = None if out.metrics is None else dataclasses.replace(out.metrics, state=self.sums[1:end])
+        return {LOSS: means[0], **dict(zip(tell(out), means[end:], strict=True))}, metrics
 
     def end_epoch(self, line: dict[str, float]) -> None:
         """Finishes an epoch, and adds its line to the history."""
@@ -127,25 +142,37 @@ def _sum_of(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def tell(out: Any) -> dict[str, Any]:
+    """Returns what a step tells beside its loss and metrics, by name. A step of the user's own may tell nothing."""
+    return {name: value for name in TOLD if (value := getattr(out, name, None)) is not None}
+
+
+def _count_metrics(out: Any) -> int:
+    return 0 if out.metrics is None else out.metrics.state.shape[-2]
+
+
 @jax.jit
-def _add_step(sums: jax.Array | None, out: Any) -> jax.Array:
+def _add_step(sums: jax.Array | None, loss: jax.Array, metrics: Any, told: list[jax.Array]) -> jax.Array:
     """Adds a step to sums over steps. They are compensated pairs: the loss in the first row, the metrics below."""
-    metrics = jnp.zeros((0, 1)) if out.metrics is None else out.metrics.state
-    loss = jnp.pad(jnp.reshape(out.loss, (1, 1)), ((0, 0), (0, metrics.shape[-1] - 1)))
-    both = jnp.concatenate([loss, metrics])
+    metrics = jnp.zeros((0, 1)) if metrics is None else metrics.state
+
+    def row(x: jax.Array) -> jax.Array:
+        return jnp.pad(jnp.reshape(x, (1, 1)), ((0, 0), (0, metrics.shape[-1] - 1)))
+
+    both = jnp.concatenate([row(loss), metrics, *map(row, told)])
     return pairs.add(jnp.zeros_like(both) if sums is None else sums, both)
 
 
 def mean_loss_and_metrics(state: Any, step: Any, batches: Iterable[Any], key: Any = None) -> tuple[float, Metrics]:
     """Returns the mean loss of batches, and the metrics of all. Each batch folds its own key from `key`, if given."""
-    at, metrics = Progress(), None
+    at, out = Progress(), None
     for i, batch in enumerate(batches):
         out = step(state, batch) if key is None else step(state, batch, jax.random.fold_in(key, i))
         at.add(out)
-        metrics = out.metrics
-    if metrics is None:
+    if out is None or out.metrics is None:
         raise ValueError("There are no batches. Given an empty iterable, or an iterator that was used up: pass a list.")
-    return float(at.sums[0].sum()) / at.batch, dataclasses.replace(metrics, state=at.sums[1:])
+    means, metrics = at.read(out)
+    return means[LOSS], metrics
 
 
 # These two identify the batches of an epoch that is not finished, in the texts that identify a run.

@@ -15,7 +15,14 @@ import jax.numpy as jnp
 from jaxheads.contract import Given
 from jaxheads.engine import evaluating, losing, trees
 from jaxheads.engine.gathering import gather
-from jaxheads.engine.optimizing import averaged, check_opt_state, check_optimizer, updated
+from jaxheads.engine.optimizing import (
+    averaged,
+    check_opt_state,
+    check_optimizer,
+    find_learning_rate,
+    global_norm,
+    updated,
+)
 from jaxheads.engine.readiness import check_parts_add_up, ready
 from jaxheads.head import Head, check_unbound
 from jaxheads.numerics import brief, fields, inputs, meshes, pairs
@@ -32,10 +39,20 @@ class StepOutput(NamedTuple):
     Attributes:
         loss: the regularized loss of this batch, float32; over all devices of `axis_name`.
         metrics: the `Metrics` of this batch, which can be added; None with `with_metrics=False`.
+        grad_norm: with `with_norms=True`, the global norm of the gradients as the optimizer gets them, float32:
+            `sqrt(sum(g**2))` over all entries of all arrays, those of the head included. None otherwise.
+        param_norm: likewise, the norm of the parameters after the step, `state.trainable`.
+        update_norm: likewise, the norm of what the optimizer added to them.
+        learning_rate: likewise, the learning rate of this step, if the optimizer's state holds one. See
+            `make_train_step`.
     """
 
     loss: jax.Array
     metrics: Any
+    grad_norm: Any = None
+    param_norm: Any = None
+    update_norm: Any = None
+    learning_rate: Any = None
 
 
 def make_train_step(
@@ -48,6 +65,7 @@ def make_train_step(
     rngs: Sequence[str] = ("dropout",),
     micro_batches: int = 1,
     with_metrics: bool = True,
+    with_norms: bool = False,
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, StepOutput]]:
     """Makes a step of training, `(state, batch) -> (state, out)`. Jit it, with `donate_argnums=0` to update in place.
 
@@ -77,10 +95,16 @@ def make_train_step(
             normalizes within a part. Under `jit` over a mesh, and under the default check of `shard_map`, gradients
             cross devices once for each part.
         with_metrics: whether `out.metrics` is made.
+        with_norms: whether `out.grad_norm`, `out.param_norm`, `out.update_norm` and `out.learning_rate` are made. They
+            describe all devices of `axis_name` and all micro-batches together. The learning rate is read from the state
+            of `optax.inject_hyperparams`, for example `optax.inject_hyperparams(optax.adam)(schedule)`. It is None for
+            other optimizers, as no state holds the value of the schedule in `optax.adam(schedule)`, and None for an
+            optimizer with several.
 
     Raises:
-        ValueError: an optimizer that is none; an `apply_fn` that cannot carry the state of the model; in the step, a
-            batch with other keys or, with `micro_batches`, of another size; also the errors of `head.loss`.
+        ValueError: an optimizer that is none; a switch that is not True or False; an `apply_fn` that cannot carry the
+            state of the model; in the step, a batch with other keys or, with `micro_batches`, of another size; also the
+            errors of `head.loss`.
 
     >>> import jax, optax
     >>> import jax.numpy as jnp
@@ -101,6 +125,8 @@ def make_train_step(
         raise ValueError(f"micro_batches must be an integer of at least 1. Given {micro_batches!r}.")
     if (names := brief.as_names(rngs)) is None:
         raise ValueError(f"rngs must be names of random keys, () for none. Given {brief.tell(rngs)}.")
+    inputs.check_switch("with_metrics", with_metrics)
+    inputs.check_switch("with_norms", with_norms)
     draws_keys = _draws_keys(head)
     if micro_batches > 1:
         check_parts_add_up(head)
@@ -156,11 +182,17 @@ def make_train_step(
         loss, grads, metrics, carried = evaluate(state, with_metrics)
         if axis_name is not None:
             metrics = None if metrics is None else metrics.psum(axis_name)
-        trainable, opt_state = updated(optimizer, grads, state.opt_state, state.trainable, loss, look, axis_name)
+        trainable, opt_state, updates = updated(
+            optimizer, grads, state.opt_state, state.trainable, loss, look, axis_name
+        )
         params, head_params = split_params(trainable, bool(state.head_params))
         model_state, head_state = carried
         new = TrainState(state.step + 1, params, head_params, opt_state, model_state, head_state, state.key)
-        return new, StepOutput(loss, metrics)
+        out = StepOutput(loss, metrics)
+        if with_norms:
+            norms = [global_norm(tree, axis_name) for tree in (grads, new.trainable, updates)]
+            out = StepOutput(loss, metrics, *norms, learning_rate=find_learning_rate(opt_state))
+        return new, out
 
     def in_parts(state: TrainState, batch: dict[str, Any], key: jax.Array, carried: Any, with_metrics: bool):
         """Returns the sums of `part` over the micro-batches. All have the divisor of the whole batch's loss."""
