@@ -578,3 +578,71 @@ def test_norms_and_the_rate_are_in_the_history():
     found = [line[f"train/{name}"] for name in ("grad_norm", "param_norm", "update_norm", "learning_rate")]
     np.testing.assert_allclose(found, np.mean(rows, 0), rtol=1e-5)
     np.testing.assert_allclose(line["train/loss"], line["train/average_loss"], rtol=1e-6)
+
+
+def spoiled(epoch: int):
+    """The batches, the third of them with a NaN."""
+    every = list(batches(epoch))
+    every[2] = {**every[2], "features": {"x": every[2]["features"]["x"] * np.nan}}
+    return every
+
+
+def guarded(**given: Any) -> jh.TrainState:
+    params = {"w": np.zeros((3, 1), np.float32)}
+    return jh.TrainState.create(params=params, optimizer=OPTIMIZER, head=HEAD, key=jax.random.key(0), **given)
+
+
+def test_steps_that_are_skipped_are_counted_over_a_resume(tmp_path):
+    """They are as if they had never been: in the parameters, in the means of an epoch, and in its metrics."""
+    skipping = jh.make_train_step(HEAD, apply, OPTIMIZER, skip_nonfinite=True, with_norms=True)
+    given: dict[str, Any] = {"epochs": 2, "progress": False}
+    whole = jh.fit(guarded(count_skipped=True), skipping, spoiled, **given)
+    others = jh.fit(start(), STEP, lambda epoch: [b for i, b in enumerate(batches(epoch)) if i != 2], **given)
+    np.testing.assert_allclose(whole.state.params["w"], others.state.params["w"], rtol=1e-6)
+    for line, other in zip(whole.history, others.history, strict=True):
+        assert line["train/skipped"] == 1
+        assert np.isfinite(list(line.values())).all()
+        for key in ("train/loss", "train/auc", "train/label/mean"):
+            np.testing.assert_allclose(line[key], other[key], rtol=1e-6)
+    assert whole.state.skipped == 2
+    assert whole.state.step == 16
+
+    def dying(epoch):
+        for i, batch in enumerate(spoiled(epoch)):
+            if (epoch, i) == (1, 5):
+                raise KeyboardInterrupt
+            yield batch
+
+    given |= {"directory": tmp_path, "checkpoint_every": 4}
+    with pytest.raises(KeyboardInterrupt):
+        jh.fit(guarded(count_skipped=True), skipping, dying, **given)
+    again = jh.fit(guarded(count_skipped=True), skipping, spoiled, **given)
+    same(again.state, whole.state)
+    assert again.history == whole.history
+    with pytest.raises(ValueError, match=r"only now: \[\](.|\n)*same count_skipped and loss_scale"):
+        jh.fit(start(), skipping, spoiled, **given | {"epochs": 3})
+
+
+def test_a_run_goes_on_with_steps_that_may_be_skipped(tmp_path):
+    """The checkpoints of a state that counts nothing are as they were before there was a count."""
+    jh.fit(start(), STEP, batches, directory=tmp_path, progress=False)
+    skipping = jh.make_train_step(HEAD, apply, OPTIMIZER, skip_nonfinite=True)
+    went_on = jh.fit(start(), skipping, spoiled, epochs=2, directory=tmp_path, progress=False)
+    assert [line.get("train/skipped") for line in went_on.history] == [None, 1]
+    with pytest.raises(ValueError, match=r"only now: \['skipped'\](.|\n)*same count_skipped and loss_scale"):
+        jh.fit(guarded(count_skipped=True), skipping, batches, epochs=3, directory=tmp_path, progress=False)
+    old = {name: getattr(start(), name) for name in ("params", "head_params", "opt_state", "model_state", "head_state")}
+    old |= {"step": jnp.int32(5), "key": jax.random.key(1)}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "old", old)
+        checkpointer.wait_until_finished()
+        assert checkpointer.restore(tmp_path / "old", start()).step == 5
+
+
+def test_an_epoch_of_skipped_steps_has_no_mean():
+    skipping = jh.make_train_step(HEAD, apply, OPTIMIZER, skip_nonfinite=True)
+    bad = [{"features": {"x": X[:8] * np.nan}, "labels": LABELS[:8]}]
+    fitted = jh.fit(start(), skipping, bad, progress=False)
+    assert np.isnan(fitted.history[0]["train/loss"])
+    assert fitted.history[0]["train/skipped"] == 1
+    same(fitted.state.params, start().params)

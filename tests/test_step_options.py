@@ -1,8 +1,10 @@
 """What a training step does on request: norms, skipped steps, scales of the loss; and what it costs without."""
 
+import dataclasses
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,11 +82,11 @@ def compiled(step: Any, way: str, devices: int = 4) -> Any:
         def call(state, batch):
             cut = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
             state, out = mapped(state, cut)
-            key, whole = state.key[0], jax.device_get((state.__class__(**{**vars(state), "key": None}), out))
+            key, whole = state.key[0], jax.device_get((dataclasses.replace(state, key=None), out))
             for leaf in jax.tree.leaves(whole):
                 np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
             state, out = jax.tree.map(lambda x: x[0], whole)
-            return jh.TrainState(**{**vars(state), "key": key}), out
+            return dataclasses.replace(state, key=key), out
 
         return call
     specs = {"in_specs": (P(), P("d")), "out_specs": P()}
@@ -172,3 +174,235 @@ def test_what_is_not_asked_for_costs_nothing():
         hand = jax.jit(by_hand(head, linear, optimizer)).lower(*bare).compile()
     assert cost(made).flops == cost(hand).flops > 0
     assert cost(made).accessed == cost(hand).accessed > 0
+
+
+def spoiled(kind: str) -> dict[str, Any]:
+    """The batch with one bad value: in the first row that exists of the third device and of the second micro-batch."""
+    batch = batch_of()
+    row = next(i for i in range(8, 12) if batch["where"]["late"][i] and i % 2)
+    x = batch["features"].copy()
+    if kind == "features":
+        x[row] = np.inf
+        return {**batch, "features": x}
+    return {**batch, "labels": {**batch["labels"], "late": np.where(np.arange(N) == row, 7, batch["labels"]["late"])}}
+
+
+@pytest.mark.parametrize(("way", "micro_batches"), [("jit", 2), ("pmap", 1), ("shard_map", 1), ("unchecked", 2)])
+def test_a_step_that_is_not_finite_is_skipped(way, micro_batches):
+    """As if the batch had never been, on all devices; but a step was taken, as with `optax.apply_if_finite`."""
+    optimizer = optax.sgd(0.1, momentum=0.5)
+    given: dict[str, Any] = {"axis_name": None if way == "jit" else "d", "micro_batches": micro_batches}
+    made = jh.make_train_step(HEAD, network, optimizer, skip_nonfinite=True, with_norms=True, **given)
+    step = compiled(made, way)
+    state, wrapped = first_state(optimizer, count_skipped=True), optax.apply_if_finite(optimizer, 9)
+    metrics, expected = HEAD.metrics(), jax.tree.map(np.asarray, (state.trainable, wrapped.init(state.trainable)))
+    for kind in ("", "features", "labels", ""):
+        state, out = step(state, spoiled(kind) if kind else batch_of())
+        trainable, opt_state = expected
+        w, s = (np.asarray(x) for x in (trainable["params"]["w"], trainable["head"]["log_variances"]))
+        _, *grads = gradients(w.astype(np.float64), s.astype(np.float64))
+        w_grad, s_grad = (g.astype(np.float32) * np.float32(np.nan if kind else 1) for g in grads)
+        updates, opt_state = wrapped.update({"params": {"w": w_grad}, "head": {"log_variances": s_grad}}, opt_state)
+        expected = optax.apply_updates(trainable, updates), opt_state
+        chex.assert_trees_all_close((state.trainable, state.opt_state), (expected[0], opt_state.inner_state), rtol=2e-5)
+        assert bool(out.skipped) is bool(kind)
+        assert np.isfinite([out.loss, out.grad_norm]).all() == (not kind)
+        assert (out.update_norm == 0) == bool(kind)
+        metrics = metrics + jax.device_get(out.metrics)
+    assert (state.step, state.skipped, opt_state.total_notfinite) == (4, 2, 2)
+    with pytest.warns(jh.BadInputWarning, match="1 "):  # the illegal label is not forgotten
+        values = metrics.compute()
+    assert np.isfinite(values["average_loss/late"])
+    np.testing.assert_allclose(out.loss, gradients(w.astype(np.float64), s.astype(np.float64))[0], rtol=2e-5)
+
+
+class CountingHead(jh.Head):
+    """It counts batches."""
+
+    batches: jax.Array = jh.running(lambda head: jnp.zeros(1))
+    logits_dimension = 1
+    coupling = "row"
+
+    def losses(self, labels, logits):
+        return (labels - logits) ** 2
+
+    def advance(self, labels, logits, rows):
+        return {"batches": self.batches + 1}
+
+
+def test_the_states_of_model_and_head_stay_too():
+    def counting(params, features, *, model_state):
+        return features @ params["w"], {"sum": model_state["sum"] + features.sum(0), "key": model_state["key"]}
+
+    head, optimizer = CountingHead(), optax.sgd(0.1)
+    made = jh.make_train_step(head, counting, optimizer, skip_nonfinite=True, with_metrics=False)
+    step = jax.jit(made, donate_argnums=0)
+    state = jh.TrainState.create(
+        params={"w": np.ones((D, 1), np.float32)},
+        optimizer=optimizer,
+        head=head,
+        key=KEY,
+        model_state={"sum": np.zeros(D, np.float32), "key": jax.random.key(3)},
+    )
+    good = {"features": np.ones((4, D), np.float32), "labels": np.zeros(4, np.float32)}
+    # A NaN in a row that is hidden is no reason, if the network does not spread it.
+    hidden = {**good, "labels": np.array([np.nan, 0, 0, 0], np.float32), "where": np.arange(4) > 0}
+    good["where"] = np.ones(4, bool)
+    for batch, expected in ((good, 1), ({**good, "features": good["features"] * np.nan}, 1), (hidden, 2)):
+        state, _ = step(state, batch)
+        np.testing.assert_array_equal(state.head_state["batches"], [expected])
+        np.testing.assert_array_equal(state.model_state["sum"], np.full(D, 4 * expected))
+    assert state.step == 3
+    assert state.skipped is None
+    assert step._cache_size() == 1
+
+
+def test_devices_agree_where_parameters_are_spread():
+    """The loss is finite, and one device alone has a gradient that is not: of a square root at 0."""
+    w, batch = np.array([[0.0], [1.0]], np.float32), {"features": np.eye(2, dtype=np.float32), "labels": np.ones(2)}
+
+    def root(params, features):
+        return features @ jnp.sqrt(jax.lax.all_gather(params["w"], "d", tiled=True))
+
+    head, optimizer = jh.RegressionHead(), optax.sgd(0.5)
+    state = jh.TrainState.create(params={"w": w}, optimizer=optimizer, head=head, key=KEY)
+    spread = jax.tree.map(lambda leaf: P("d") if jnp.shape(leaf) == (2, 1) else P(), state)
+    step = jh.make_train_step(head, root, optimizer, axis_name="d", skip_nonfinite=True, with_metrics=False)
+    mapped = jax.shard_map(step, mesh=mesh_of(2, "auto"), in_specs=(spread, P("d")), out_specs=(spread, P()))
+    for labels, skipped in (([2, 2], True), ([0, 2], False)):
+        state = dataclasses.replace(state, params={"w": w if skipped else w + 1})
+        after, out = jax.jit(mapped)(state, {**batch, "labels": np.array(labels, np.float32)})
+        assert np.isfinite(out.loss)
+        assert out.skipped == skipped
+        assert (np.asarray(after.params["w"]) == np.asarray(state.params["w"])).tolist() == [[skipped]] * 2
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "backtracking"])
+def test_a_line_search_is_skipped(name):
+    searches: dict[str, Any] = {
+        "lbfgs": optax.lbfgs(),
+        "backtracking": optax.chain(
+            optax.sgd(1.0), optax.scale_by_backtracking_linesearch(max_backtracking_steps=5, store_grad=True)
+        ),
+    }
+    optimizer = searches[name]
+    with mixed_dtypes():
+        made = jh.make_train_step(HEAD, network, optimizer, skip_nonfinite=True, with_metrics=False)
+        step, state = jax.jit(made), first_state(optimizer)
+        state, first = step(state, batch_of())
+        after, out = step(state, spoiled("features"))
+        chex.assert_trees_all_equal((after.trainable, after.opt_state), (state.trainable, state.opt_state))
+        assert out.skipped
+        _, second = step(after, batch_of())
+    assert second.loss < first.loss
+
+
+# Intermediate values in float16: gradients of 1e-9 and less are 0 there.
+FAINT = 2.0**-30
+
+
+def faint(params, features):
+    return (features.astype(jnp.float16) @ params["w"].astype(jnp.float16)).astype(jnp.float32) * FAINT
+
+
+def faint_step(head: jh.Head, **given: Any) -> Any:
+    return jax.jit(jh.make_train_step(head, faint, optax.sgd(2.0**30), with_metrics=False, **given))
+
+
+def faint_state(head: jh.Head, **given: Any) -> jh.TrainState:
+    params = {"w": np.ones((D, 1), np.float32)}
+    return jh.TrainState.create(params=params, optimizer=optax.sgd(2.0**30), head=head, key=KEY, **given)
+
+
+FAINT_BATCH = {"features": np.eye(D, dtype=np.float32), "labels": np.array([1, 2, 4], np.float32)}
+# Of the mean of (FAINT w - y)^2.
+FAINT_GRADIENT = -2 * FAINT * FAINT_BATCH["labels"][:, None] / D
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_a_scale_of_the_loss_keeps_small_gradients(micro_batches):
+    head, state = jh.RegressionHead(), faint_state(jh.RegressionHead())
+    for loss_scale, gradient in ((None, 0 * FAINT_GRADIENT), (2.0**30, FAINT_GRADIENT)):
+        step = faint_step(head, loss_scale=loss_scale, with_norms=True, micro_batches=micro_batches)
+        after, out = step(state, FAINT_BATCH)
+        np.testing.assert_allclose(after.params["w"], 1 - 2.0**30 * gradient, rtol=1e-3)
+        np.testing.assert_allclose(out.grad_norm, norm(gradient), rtol=1e-3)
+        np.testing.assert_allclose(out.loss, 7, rtol=1e-6)
+
+
+def test_a_dynamic_scale_falls_and_rises():
+    """By the rule written out, and as that of jmp; both in the same step."""
+    import jmp
+
+    head, first = jh.RegressionHead(), 2.0**62
+    scales = [
+        jh.training.DynamicLossScale(first, period=2, factor=16),
+        jmp.DynamicLossScale(jnp.float32(first), period=2, factor=16),
+    ]
+    for scale in scales:
+        step, state = faint_step(head), faint_state(head, loss_scale=scale)
+        value, good, found, expected, skipped, w = first, 0, [], [], 0, np.ones((D, 1))
+        for _ in range(9):
+            before = state
+            with mixed_dtypes():  # jmp's arithmetic mixes them
+                state, out = step(state, FAINT_BATCH)
+            # The largest intermediate gradient is the scale times 8 / 3 times FAINT, and 65504 the largest number.
+            finite = value * 8 / 3 * FAINT < 65504
+            assert bool(out.skipped) is not finite
+            if finite:
+                value, good = (value * 16, 0) if good == 1 else (value, good + 1)
+                w = w - 2.0**30 * FAINT_GRADIENT
+            else:
+                value, good, skipped = value / 16, 0, skipped + 1
+                chex.assert_trees_all_equal(before.params, state.params)
+            found.append(float(getattr(state.loss_scale, "value", getattr(state.loss_scale, "loss_scale", None))))
+            expected.append(value)
+        assert found == expected
+        assert skipped == state.skipped > 3
+        np.testing.assert_allclose(state.params["w"], w, rtol=1e-3)
+        assert len({*expected}) > 3
+
+
+def test_a_scale_stays_within_bounds():
+    small = jh.training.DynamicLossScale(1.5, smallest=1.0)
+    assert float(small.adjust(False).adjust(False).value) == 1
+    large = jh.training.DynamicLossScale(2.0**127, period=1)
+    assert float(large.adjust(True).value) == 2.0**127
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: jh.make_train_step(HEAD, network, INJECTED, loss_scale=0), "loss_scale must be a positive(.|\n)*0"),
+        (lambda: jh.make_train_step(HEAD, network, INJECTED, loss_scale=np.inf), "loss_scale must be(.|\n)*inf"),
+        (
+            lambda: jh.make_train_step(HEAD, network, INJECTED, loss_scale=jh.training.DynamicLossScale()),  # pyright: ignore[reportArgumentType]
+            r"fixed number(.|\n)*Given a DynamicLossScale(.|\n)*TrainState.create\(loss_scale=",
+        ),
+        (lambda: jh.make_train_step(HEAD, network, INJECTED, skip_nonfinite=2), "skip_nonfinite must be True or False"),  # pyright: ignore[reportArgumentType]
+        (lambda: first_state(loss_scale=8.0), r"adapts(.|\n)*Given 8.0(.|\n)*make_train_step\(loss_scale="),
+        (lambda: first_state(count_skipped=1), "count_skipped must be True or False"),
+        (lambda: jh.training.DynamicLossScale(-1.0), "value must be a positive number. Given -1"),
+        (lambda: jh.training.DynamicLossScale(factor=1.0), "factor must be a number above 1"),
+        (lambda: jh.training.DynamicLossScale(period=0), "period must be an integer of at least 1"),
+    ],
+)
+def test_options_that_are_none_are_refused(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("state", "given", "match"),
+    [
+        ({"count_skipped": True}, {}, "counts skipped steps(.|\n)*skip_nonfinite=True"),
+        (
+            {"loss_scale": jh.training.DynamicLossScale()},
+            {"loss_scale": 8.0},
+            "two scales: loss_scale=8.0(.|\n)*the DynamicLossScale of the TrainState",
+        ),
+    ],
+)
+def test_a_state_of_another_step_is_refused(state, given, match):
+    with pytest.raises(ValueError, match=match):
+        jax.eval_shape(jh.make_train_step(HEAD, network, INJECTED, **given), first_state(**state), batch_of())

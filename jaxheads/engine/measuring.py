@@ -12,7 +12,7 @@ from jaxheads.contract import AVERAGE_LOSS, AbstractHead
 from jaxheads.engine import reading, trees
 from jaxheads.engine.elements import Seen, average_term_of, observations_of, see_for_metrics
 from jaxheads.losses import terms
-from jaxheads.metrics import Count, Mean, Membership, Observation, reduced
+from jaxheads.metrics import Count, Mean, Membership, Metrics, Observation, reduced
 from jaxheads.metrics.base import COUNT
 from jaxheads.metrics.reading import make_stamp
 from jaxheads.numerics import fields, inputs, masking, meshes, pairs, tiles
@@ -41,6 +41,12 @@ def measure(
     bad, *sums = _sums(head, batch, seen, Devices(axis_name), inside=False)
     kept = [] if losses is None else [jnp.stack([inputs.add_scalars(losses), jnp.float32(1)])]
     return jnp.concatenate([bad, make_stamp(fields.unbound(head)), *kept, *sums])[:, None]
+
+
+def clear(metrics: Metrics, when: jax.Array) -> Metrics:
+    """Returns the metrics of a batch; where `when` is True, those of no rows, with the number of bad elements alone."""
+    slot = jax.lax.broadcasted_iota(jnp.int32, metrics.state.shape, metrics.state.ndim - 2)
+    return dataclasses.replace(metrics, state=jnp.where(when & (slot > 0), jnp.float32(0), metrics.state))
 
 
 def without_gradient(x: Any) -> Any:

@@ -86,6 +86,16 @@ def global_norm(tree: Any, axis_name: Any = None) -> jax.Array:
     return jnp.sqrt(sum(map(square, jax.tree.leaves(tree)), jnp.float32(0)))
 
 
+def is_finite(tree: Any, axis_name: Any = None) -> jax.Array:
+    """Tells whether all numbers of a pytree are finite, on all devices."""
+    finite = jnp.bool_(True)
+    for leaf in jax.tree.leaves(tree):
+        finite = finite & jnp.all(jnp.isfinite(leaf))
+    if axis_name is None:
+        return finite
+    return jax.lax.pmin(meshes.varying(finite.astype(jnp.int32), axis_name), axis_name) > 0
+
+
 def find_learning_rate(opt_state: Any) -> jax.Array | None:
     """Returns the learning rate that `optax.inject_hyperparams` keeps; None if it keeps none, or several."""
     import optax

@@ -9,6 +9,7 @@ from jaxheads.training.loops import evaluate as evaluate
 from jaxheads.training.loops import fit as fit
 from jaxheads.training.optimizers import ftrl as ftrl
 from jaxheads.training.processes import abort_on_error as abort_on_error
+from jaxheads.training.scaling import DynamicLossScale as DynamicLossScale
 from jaxheads.training.state import TrainState as TrainState
 from jaxheads.training.steps import StepOutput as StepOutput
 from jaxheads.training.steps import make_eval_step as make_eval_step

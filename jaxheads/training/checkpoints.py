@@ -225,9 +225,11 @@ def _check_shapes(kept: Mapping[str, str], now: Mapping[str, str], folder: Any) 
         )
     if set(kept) != set(now):
         missing, new = sorted(set(kept) - set(now)), sorted(set(now) - set(kept))
+        guards = any(name.split("/")[0] in ("skipped", "loss_scale") for name in missing + new)
+        same = "count_skipped and loss_scale in TrainState.create" if guards else "network, head and optimizer"
         raise ValueError(
             f"The checkpoint in {folder} is of another state. Only there: {missing[:2]}; only now: {new[:2]}. Build "
-            "the same network, head and optimizer, or give another directory."
+            f"the same {same}, or give another directory."
         )
 
 

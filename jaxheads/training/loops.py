@@ -52,7 +52,8 @@ class Fitted(NamedTuple):
         best: the state after the best epoch by the monitored metric; without validation, after the last epoch.
         history: a dict for each epoch: `epoch`, `step`, `train/loss` (the mean over steps), `validation/loss`, and the
             metrics, as `train/auc` and `validation/auc`. A step `with_norms` adds the means over steps of
-            `train/grad_norm`, `train/param_norm`, `train/update_norm` and `train/learning_rate`.
+            `train/grad_norm`, `train/param_norm`, `train/update_norm` and `train/learning_rate`. A step that may be
+            skipped adds `train/skipped`, the number of skipped steps; means are over the others, NaN if there are none.
     """
 
     state: TrainState

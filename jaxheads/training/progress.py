@@ -31,8 +31,10 @@ from jaxheads.training.processes import aborting
 # The first parts of the keys in a history, such as `train/loss` and `validation/auc`.
 TRAIN, VALIDATION = "train", "validation"
 
-# What a step may tell beside its loss and metrics, each a number whose mean over the steps goes into the history.
-TOLD = ("grad_norm", "param_norm", "update_norm", "learning_rate")
+# What a step may tell beside its loss and metrics. The history gets the number of skipped steps, and the means of
+# all else over the other steps.
+SKIPPED = "skipped"
+TOLD = ("grad_norm", "param_norm", "update_norm", "learning_rate", SKIPPED)
 
 # The class of IPython's shell in the kernel of a notebook.
 NOTEBOOK = "ZMQInteractiveShell"
@@ -71,10 +73,10 @@ class Progress:
         if self.sums is not None and len(self.sums) != rows:
             raise ValueError(
                 f"This epoch was begun with {len(self.sums) - 1} sums of metrics, and the step now gives {rows - 1}: "
-                "another head, or another with_metrics or with_norms. Go on with the same, or in a new directory."
+                "another head, or another with_metrics, with_norms or skip_nonfinite. Go on with the same, or in a new "
+                "directory."
             )
-        told = list(tell(out).values())
-        self.sums, self.batch = _add_step(self.sums, out.loss, out.metrics, told), self.batch + 1
+        self.sums, self.batch = _add_step(self.sums, out.loss, out.metrics, tell(out)), self.batch + 1
 
     def read(self, out: Any) -> tuple[dict[str, float], Any]:
         """Returns the mean loss with the means of what else the steps told, by name, and the metrics of all.
@@ -82,9 +84,12 @@ class Progress:
         `out` is the output of the last step.
         """
         end = 1 + _count_metrics(out)
-        means = [float(total) / self.batch for total in np.asarray(self.sums, np.float64).sum(-1)]
+        loss, *totals = np.asarray(self.sums, np.float64).sum(-1)[[0, *range(end, len(self.sums))]].tolist()
+        told = dict(zip(tell(out), totals, strict=True))
+        steps = self.batch - round(told.get(SKIPPED, 0))
+        means = {name: total / steps if steps else math.nan for name, total in {LOSS: loss, **told}.items()}
         metrics = None if out.metrics is None else dataclasses.replace(out.metrics, state=self.sums[1:end])
-        return {LOSS: means[0], **dict(zip(tell(out), means[end:], strict=True))}, metrics
+        return means | {name: told[name] for name in told if name == SKIPPED}, metrics
 
     def end_epoch(self, line: dict[str, float]) -> None:
         """Finishes an epoch, and adds its line to the history."""
@@ -152,14 +157,23 @@ def _count_metrics(out: Any) -> int:
 
 
 @jax.jit
-def _add_step(sums: jax.Array | None, loss: jax.Array, metrics: Any, told: list[jax.Array]) -> jax.Array:
-    """Adds a step to sums over steps. They are compensated pairs: the loss in the first row, the metrics below."""
-    metrics = jnp.zeros((0, 1)) if metrics is None else metrics.state
+def _add_step(sums: jax.Array | None, loss: jax.Array, metrics: Any, told: dict[str, jax.Array]) -> jax.Array:
+    """Adds a step to sums over steps. They are compensated pairs: the loss in the first row, the metrics below.
 
-    def row(x: jax.Array) -> jax.Array:
+    Of a step that was skipped, only this is counted: its loss and its norms may not be finite.
+    """
+    metrics = jnp.zeros((0, 1)) if metrics is None else metrics.state
+    skipped = told.get(SKIPPED)
+
+    def row(name: str, x: jax.Array) -> jax.Array:
+        x = jnp.asarray(x, jnp.float32)
+        if skipped is not None and name != SKIPPED:
+            x = jnp.where(skipped, jnp.float32(0), x)
         return jnp.pad(jnp.reshape(x, (1, 1)), ((0, 0), (0, metrics.shape[-1] - 1)))
 
-    both = jnp.concatenate([row(loss), metrics, *map(row, told)])
+    # A compiled function gets the names sorted.
+    rows = [row(name, told[name]) for name in TOLD if name in told]
+    both = jnp.concatenate([row(LOSS, loss), metrics, *rows])
     return pairs.add(jnp.zeros_like(both) if sums is None else sums, both)
 
 

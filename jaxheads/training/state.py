@@ -2,14 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxheads.engine.optimizing import check_optimizer
 from jaxheads.head import Head, check_unbound
-from jaxheads.numerics import duals, fields
+from jaxheads.numerics import brief, duals, fields, inputs
+from jaxheads.training.scaling import LossScale
 from jaxheads.training.text import describe
 
 
@@ -26,6 +27,9 @@ class TrainState:
         model_state: values of the network without gradients, such as batch statistics; None if there are none.
         head_state: the running fields of the head, as `head.init_state()` makes them; `{}` if there are none.
         key: a random key. Each step folds its own key from it, for dropout.
+        skipped: int32, the number of skipped steps, if the state was created with `count_skipped=True` or with a
+            `loss_scale`; None otherwise.
+        loss_scale: the scale of the loss for the next step; None if there is none, or a fixed one.
     """
 
     step: Any
@@ -36,9 +40,23 @@ class TrainState:
     head_state: Any
     key: Any
 
+    if TYPE_CHECKING:
+        skipped: Any = None
+        loss_scale: Any = None
+    else:  # no fields: the checkpoints of a state without them stay the same
+        skipped = loss_scale = None
+
     @classmethod
     def create(
-        cls, *, params: Any, optimizer: Any, head: Head, key: jax.Array, model_state: Any = None
+        cls,
+        *,
+        params: Any,
+        optimizer: Any,
+        head: Head,
+        key: jax.Array,
+        model_state: Any = None,
+        count_skipped: bool = False,
+        loss_scale: Any = None,
     ) -> "TrainState":
         """Makes the state before the first step.
 
@@ -50,11 +68,20 @@ class TrainState:
             head: the head, unbound.
             key: a random key, for the first values of the head's learned fields, and for dropout.
             model_state: any pytree of arrays; None if the network has no such values.
+            count_skipped: whether the state counts the steps that `make_train_step(skip_nonfinite=True)` skips.
+            loss_scale: a scale of the loss that adapts, `jh.training.DynamicLossScale()`. Steps that overflow are then
+                skipped and counted. A fixed scale goes to `make_train_step`.
 
         Raises:
             ValueError: an optimizer that is none, or that would descend on multipliers; leaves that are no arrays;
-                parameters that already hold the parameters of the head.
+                parameters that already hold the parameters of the head; a `loss_scale` that does not adapt.
         """
+        inputs.check_switch("count_skipped", count_skipped)
+        if loss_scale is not None and not isinstance(loss_scale, LossScale):
+            raise ValueError(
+                "loss_scale must be a scale that adapts, jh.training.DynamicLossScale(). Given "
+                f"{brief.tell(loss_scale)}. Give a fixed number to make_train_step(loss_scale=...)."
+            )
         check_unbound(head)
         check_optimizer(optimizer)
         fields.check_key(key)
@@ -65,7 +92,10 @@ class TrainState:
         head_state = _copy(head.init_state(), "head_state")
         opt_state = _copy(optimizer.init(join_params(params, head_params)), "opt_state")
         duals.check_ascends(opt_state, head_params)
-        return cls(jnp.zeros((), jnp.int32), params, head_params, opt_state, model_state, head_state, key)
+        first = jnp.zeros((), jnp.int32), params, head_params, opt_state, model_state, head_state, key
+        if not count_skipped and loss_scale is None:
+            return cls(*first)
+        return GuardedTrainState(*first, jnp.zeros((), jnp.int32), _copy(loss_scale, "loss_scale"))
 
     @property
     def trainable(self) -> Any:
@@ -81,6 +111,15 @@ class TrainState:
     def bound(self) -> dict[str, Any]:
         """The head's fields in one dict, as `params=` takes them."""
         return fields.merge(self.head_params, self.head_state)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class GuardedTrainState(TrainState):
+    """A `TrainState` that counts skipped steps, and perhaps has a scale of the loss."""
+
+    skipped: Any = None
+    loss_scale: Any = None
 
 
 def join_params(params: Any, head_params: Mapping[str, Any]) -> Any:

@@ -15,18 +15,21 @@ import jax.numpy as jnp
 from jaxheads.contract import Given
 from jaxheads.engine import evaluating, losing, trees
 from jaxheads.engine.gathering import gather
+from jaxheads.engine.measuring import clear
 from jaxheads.engine.optimizing import (
     averaged,
     check_opt_state,
     check_optimizer,
     find_learning_rate,
     global_norm,
+    is_finite,
     updated,
 )
 from jaxheads.engine.readiness import check_parts_add_up, ready
 from jaxheads.head import Head, check_unbound
 from jaxheads.numerics import brief, fields, inputs, meshes, pairs
 from jaxheads.training.checking import KEYS, attach_head
+from jaxheads.training.scaling import LossScale, check_scale, multiply
 from jaxheads.training.state import TrainState, split_params
 
 PASSED = ("train", "model_state", "rngs")
@@ -45,6 +48,8 @@ class StepOutput(NamedTuple):
         update_norm: likewise, the norm of what the optimizer added to them.
         learning_rate: likewise, the learning rate of this step, if the optimizer's state holds one. See
             `make_train_step`.
+        skipped: with `skip_nonfinite=True` or a dynamic `loss_scale`, whether this step was skipped, bool. None
+            otherwise.
     """
 
     loss: jax.Array
@@ -53,6 +58,7 @@ class StepOutput(NamedTuple):
     param_norm: Any = None
     update_norm: Any = None
     learning_rate: Any = None
+    skipped: Any = None
 
 
 def make_train_step(
@@ -66,6 +72,8 @@ def make_train_step(
     micro_batches: int = 1,
     with_metrics: bool = True,
     with_norms: bool = False,
+    skip_nonfinite: bool = False,
+    loss_scale: float | None = None,
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, StepOutput]]:
     """Makes a step of training, `(state, batch) -> (state, out)`. Jit it, with `donate_argnums=0` to update in place.
 
@@ -100,11 +108,23 @@ def make_train_step(
             of `optax.inject_hyperparams`, for example `optax.inject_hyperparams(optax.adam)(schedule)`. It is None for
             other optimizers, as no state holds the value of the schedule in `optax.adam(schedule)`, and None for an
             optimizer with several.
+        skip_nonfinite: whether a step is skipped if its loss or its gradients are not finite, on any device or in any
+            micro-batch: parameters, optimizer, `model_state` and the running fields of the head stay as they were.
+            `state.step` counts a skipped step too, as it does with `optax.apply_if_finite`, so that the next step draws
+            other keys. `out.skipped` tells, `out.loss` and `out.grad_norm` are as they were found, `out.update_norm` is
+            0. `out.metrics` are empty but for the number of illegal elements, so that their sum stays finite.
+            `TrainState.create(count_skipped=True)` counts the skipped steps. There is no limit to their number: look at
+            it.
+        loss_scale: a number by which the loss is multiplied before its gradient is taken. The gradient is divided by it
+            at once, so only intermediate values of the network feel it: in float16, gradients below 6e-8 are 0. Keep
+            parameters in float32 and cast them in `apply_fn`. Combine it with `skip_nonfinite`, as a large scale
+            overflows. A scale that adapts is a part of the state: `TrainState.create(loss_scale=...)`.
 
     Raises:
-        ValueError: an optimizer that is none; a switch that is not True or False; an `apply_fn` that cannot carry the
-            state of the model; in the step, a batch with other keys or, with `micro_batches`, of another size; also the
-            errors of `head.loss`.
+        ValueError: an optimizer that is none; a switch that is not True or False; a `loss_scale` that is not a positive
+            number; an `apply_fn` that cannot carry the state of the model; in the step, a batch with other keys or,
+            with `micro_batches`, of another size; a state whose `loss_scale` or count of skipped steps does not fit to
+            the step; also the errors of `head.loss`.
 
     >>> import jax, optax
     >>> import jax.numpy as jnp
@@ -125,11 +145,28 @@ def make_train_step(
         raise ValueError(f"micro_batches must be an integer of at least 1. Given {micro_batches!r}.")
     if (names := brief.as_names(rngs)) is None:
         raise ValueError(f"rngs must be names of random keys, () for none. Given {brief.tell(rngs)}.")
-    inputs.check_switch("with_metrics", with_metrics)
-    inputs.check_switch("with_norms", with_norms)
+    for name, switch in (
+        ("with_metrics", with_metrics),
+        ("with_norms", with_norms),
+        ("skip_nonfinite", skip_nonfinite),
+    ):
+        inputs.check_switch(name, switch)
+    if loss_scale is not None:
+        _check_fixed(loss_scale)
     draws_keys = _draws_keys(head)
     if micro_batches > 1:
         check_parts_add_up(head)
+
+    def scaled(loss: jax.Array, state: TrainState) -> jax.Array:
+        if state.loss_scale is not None:
+            return state.loss_scale.scale(loss)
+        return loss if loss_scale is None else multiply(loss, loss_scale)
+
+    def unscaled(grads: Any, state: TrainState) -> Any:
+        if state.loss_scale is not None:
+            # The scales of jmp may change the dtype.
+            return jax.tree.map(lambda new, old: new.astype(old.dtype), state.loss_scale.unscale(grads), grads)
+        return grads if loss_scale is None else multiply(grads, 1 / loss_scale)
 
     def rngs_of(key: jax.Array) -> dict[str, jax.Array]:
         return {name: jax.random.fold_in(key, i) for i, name in enumerate(names)}
@@ -147,9 +184,10 @@ def make_train_step(
             losses = _list_losses(regularization_fn, params)
             shares = None if losses is None else inputs.as_scalars([loss / micro_batches for loss in losses])
             loss, found = evaluating.evaluate(bound, found, shares, axis_name)
-            return loss, (found._replace(regularization=inputs.as_scalars(losses)), new)
+            return scaled(loss, state), (loss, found._replace(regularization=inputs.as_scalars(losses)), new)
 
-        (loss, (found, model_state)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trainable)
+        (_, (loss, found, model_state)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trainable)
+        grads = unscaled(grads, state)
         metrics = None
         if with_metrics:
             metrics = evaluating.metrics_of(ready(head, state.bound), found, axis_name)
@@ -160,6 +198,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, StepOutput]:
         _check_state(state)
+        _check_guards(state, skip_nonfinite, loss_scale)
         check_opt_state(optimizer, state.opt_state, state.trainable)
         given, key = _unpack(batch, labelled), jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
@@ -187,11 +226,27 @@ def make_train_step(
         )
         params, head_params = split_params(trainable, bool(state.head_params))
         model_state, head_state = carried
-        new = TrainState(state.step + 1, params, head_params, opt_state, model_state, head_state, state.key)
+        new = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=params,
+            head_params=head_params,
+            opt_state=opt_state,
+            model_state=model_state,
+            head_state=head_state,
+        )
         out = StepOutput(loss, metrics)
+        if skip_nonfinite or state.loss_scale is not None:
+            finite = is_finite((loss, grads), axis_name)
+            new = _keep_finite(finite, new, state)
+            updates = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), updates)
+            metrics = None if metrics is None else clear(metrics, ~finite)
+            out = StepOutput(loss, metrics, skipped=~finite)
         if with_norms:
+            names = "grad_norm", "param_norm", "update_norm"
             norms = [global_norm(tree, axis_name) for tree in (grads, new.trainable, updates)]
-            out = StepOutput(loss, metrics, *norms, learning_rate=find_learning_rate(opt_state))
+            rate = find_learning_rate(opt_state)
+            out = out._replace(**dict(zip(names, norms, strict=True)), learning_rate=rate)
         return new, out
 
     def in_parts(state: TrainState, batch: dict[str, Any], key: jax.Array, carried: Any, with_metrics: bool):
@@ -277,6 +332,45 @@ def _check_state(state: Any) -> None:
             "A step takes a TrainState, from jh.TrainState.create(params=..., optimizer=..., head=..., key=...). "
             f"Given a {type(state).__name__}."
         )
+
+
+def _check_fixed(loss_scale: Any) -> None:
+    """Refuses a scale of the loss that is not a number."""
+    if isinstance(loss_scale, LossScale):
+        raise ValueError(
+            f"make_train_step(loss_scale=...) takes a fixed number. Given a {type(loss_scale).__name__}. A scale that "
+            "adapts is a part of the state: TrainState.create(loss_scale=...)."
+        )
+    check_scale("loss_scale", loss_scale)
+
+
+def _check_guards(state: TrainState, skip_nonfinite: bool, loss_scale: float | None) -> None:
+    """Refuses a state that counts what the step never does, and a state with a second scale of the loss."""
+    if state.loss_scale is not None and loss_scale is not None:
+        raise ValueError(
+            f"The loss has two scales: loss_scale={loss_scale} of the step, and the "
+            f"{type(state.loss_scale).__name__} of the TrainState. Leave one out."
+        )
+    if state.skipped is not None and state.loss_scale is None and not skip_nonfinite:
+        raise ValueError(
+            "The TrainState counts skipped steps, and this step skips none. Pass make_train_step(..., "
+            "skip_nonfinite=True), or create the state without count_skipped."
+        )
+
+
+def _keep_finite(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """Returns the new state; where `finite` is False, the old one after a step that was skipped."""
+    names = "params", "head_params", "opt_state", "model_state", "head_state"
+
+    def choose(a: Any, b: Any) -> Any:
+        return jnp.where(finite, a, jnp.asarray(b, a.dtype))
+
+    chosen = {name: jax.tree.map(choose, getattr(new, name), getattr(old, name)) for name in names}
+    if old.loss_scale is not None:
+        chosen["loss_scale"] = old.loss_scale.adjust(finite)
+    if old.skipped is not None:
+        chosen["skipped"] = old.skipped + (~finite).astype(old.skipped.dtype)
+    return dataclasses.replace(new, **chosen)
 
 
 def _check_shared(state: TrainState, axis_name: Any) -> None:
