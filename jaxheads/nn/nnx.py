@@ -28,14 +28,9 @@ class NnxHead(AbstractHeadModule, nnx.Module):
     splits. `loss`, `predictions`, `measure`, `export_outputs` and `update_state` are those of the head with `hidden`
     in place of logits. Only `update_state` changes the module.
 
-    With `make_train_step` the module gives nothing but logits. Split the model, `graphdef, params, rest =
-    nnx.split(model, nnx.Param, ...)`, carry `rest` (batch statistics, the counts of dropout) as `model_state`, and let
+    With `make_train_step` the module gives nothing but logits. Split the model that it is the top of:
 
-        def apply_fn(params, features, *, train, model_state):
-            model = nnx.merge(graphdef, params, model_state, copy=True)
-            (model.train if train else model.eval)()
-            logits = model(features["x"])
-            return logits, nnx.state(model, nnx.Not(nnx.Param))
+        params, model_state, apply_fn = jh.nn.split(model, inputs="x")
 
     There the `TrainState` owns what the head learns and keeps, so make the module of such a head with
     `owns_head=False`; an owner's copy would sit in the network's parameters and never be trained. For a head without
