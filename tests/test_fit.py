@@ -4,6 +4,7 @@ import builtins
 import dataclasses
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 import signal
@@ -646,3 +647,85 @@ def test_an_epoch_of_skipped_steps_has_no_mean():
     assert np.isnan(fitted.history[0]["train/loss"])
     assert fitted.history[0]["train/skipped"] == 1
     same(fitted.state.params, start().params)
+
+
+class Mlflow:
+    """What the module mlflow has."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None, synchronous: bool | None = None):
+        self.seen[step] = metrics
+
+
+class Run:
+    """What a run of wandb has."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def log(self, data: dict[str, Any], step: int | None = None, commit: bool | None = None):
+        self.seen[step] = data
+
+
+@pytest.mark.parametrize("kind", [Mlflow, Run])
+def test_logs_are_known_by_their_methods(kind):
+    writer = kind()
+    fitted = jh.fit(start(), STEP, batches, epochs=2, writer=writer, progress=False)
+    assert list(writer.seen) == [8, 16]
+    for line in fitted.history:
+        expected = {key: value for key, value in line.items() if key not in ("epoch", "step")}
+        assert writer.seen[line["step"]] == expected
+
+
+@pytest.mark.parametrize("writer", [logging.getLogger("jaxheads"), print, "run", types.SimpleNamespace(log=3)])
+def test_what_is_no_log_is_refused(writer):
+    with pytest.raises(ValueError, match=r"add_scalar\(tag, value, step\)(.|\n)*log_metrics(.|\n)*wandb(.|\n)*Given"):
+        jh.fit(start(), STEP, batches, writer=writer, progress=False)
+
+
+def test_functions_are_called_after_each_epoch_and_may_stop(tmp_path):
+    rows, after = [], by_hand(3)
+
+    def note(row: dict[str, float], state: Any) -> None:
+        np.testing.assert_allclose(np.ravel(state.params["w"]), after[len(rows)], rtol=1e-4)
+        # Its checkpoint is written.
+        assert (tmp_path / "latest" / str(8 * (len(rows) + 1))).exists()
+        rows.append(dict(row))
+        row.clear()
+
+    def stop(row: Any, state: Any) -> bool:
+        return np.bool_(state.step >= 16)
+
+    given: dict[str, Any] = {"epochs": 3, "directory": tmp_path, "progress": False}
+    fitted = jh.fit(start(), STEP, batches, on_epoch_end=[stop, note], **given)
+    assert fitted.history == rows
+    assert [row["epoch"] for row in rows] == [1, 2]
+    # A stop is in no checkpoint.
+    went_on = jh.fit(start(), STEP, batches, on_epoch_end=note, **given)
+    assert went_on.history == rows
+    assert len(rows) == 3
+
+
+def test_a_function_that_raises_ends_training(tmp_path):
+    def broken(row: Any, state: Any) -> None:
+        raise RuntimeError("no room in the log")
+
+    with pytest.raises(RuntimeError, match="no room in the log"):
+        jh.fit(start(), STEP, batches, epochs=2, on_epoch_end=broken, directory=tmp_path, progress=False)
+    went_on = jh.fit(start(), STEP, batches, epochs=2, directory=tmp_path, progress=False)
+    assert [line["epoch"] for line in went_on.history] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        (3, r"must be a function(.|\n)*function\(row, state\)(.|\n)*Given 3"),
+        ([lambda row: None], r"must be a function(.|\n)*function\(row, state\)(.|\n)*Given"),
+        (lambda row, state: row, r"must return True to stop(.|\n)*Given a dict"),
+    ],
+)
+def test_functions_that_do_not_fit_are_refused(given, match):
+    with pytest.raises(ValueError, match=match):
+        jh.fit(start(), STEP, batches, on_epoch_end=given, progress=False)

@@ -222,7 +222,7 @@ SLIPS: list[Any] = [
     (lambda: UNTYPED.Metrics.merge(3), "takes a list of states"),
     (lambda: UNTYPED.evaluate(None, 3, []), r"jh\.make_eval_step"),
     (lambda: UNTYPED.fit(None, 3, []), r"jh\.make_train_step"),
-    (lambda: UNTYPED.fit(None, print, [{}], writer=2), r"add_scalar(.|\n)*Given a int"),
+    (lambda: UNTYPED.fit(None, print, [{}], writer=2), r"add_scalar(.|\n)*Given 2"),
 ]
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -15,6 +15,7 @@ from jaxheads.metrics.base import LOSS, join_names
 from jaxheads.numerics import brief, describing, inputs
 from jaxheads.numerics.fields import check_key
 from jaxheads.numerics.warned import CheckpointWarning
+from jaxheads.training.callbacks import Callback, Log, call, find_log, list_callbacks
 from jaxheads.training.checking import (
     check_batch,
     check_batches,
@@ -116,6 +117,7 @@ def fit(
     checkpoint_every: int | None = None,
     allow_changes: bool = False,
     writer: Any = None,
+    on_epoch_end: Callback | Sequence[Callback] | None = None,
     progress: bool = True,
 ) -> Fitted:
     """Trains for some epochs, validates after each, keeps the best state, and continues the run of a killed process.
@@ -144,7 +146,14 @@ def fit(
         checkpoint_every: the number of batches between checkpoints; by default there is one after each epoch.
         allow_changes: True goes on with the checkpoint of another head or optimizer, for example to lower the learning
             rate, or with other batches in an epoch that was begun.
-        writer: an object with `add_scalar(tag, value, step)`, like a `tensorboardX.SummaryWriter`; it gets the history.
+        writer: a log that gets the history, with the number of steps. An object with `add_scalar(tag, value, step)`,
+            like a `tensorboardX.SummaryWriter`; one with `log_metrics(values, step=step)`, like the module `mlflow`; or
+            one with `log(values, step=step)`, like a run of `wandb`.
+        on_epoch_end: a function, or a list of them, called as `function(row, state)` after each epoch, when its
+            checkpoint is written. `row` is a copy of the epoch's dict in the history, and `state` the `TrainState`. The
+            next step overwrites the state, so copy it to keep it. If a function returns True, training stops after this
+            epoch; all functions are called first. A stop is in no checkpoint: a resumed run goes on. Several processes
+            that train together must stop alike.
         progress: whether to print a line for each epoch, and to show a bar in terminals and notebooks (if tqdm is
             installed).
 
@@ -153,7 +162,8 @@ def fit(
             validation, or `checkpoint_every` without a directory; one batch in place of a list of them; epochs without
             batches; in the first batch of an epoch, values that are no arrays of numbers, or illegal labels in host
             arrays; a loss that is not finite; a checkpoint of another run, or of more epochs; a directory that cannot
-            be written, or that another process is using; no checkpoint that is intact.
+            be written, or that another process is using; no checkpoint that is intact; a `writer` that is none; a
+            function `on_epoch_end` that does not take two arguments, or returns another value than True, False or None.
     """
     for name, given in (("train_step", train_step), ("eval_step", eval_step)):
         if not callable(given) and not (given is None and name == "eval_step"):
@@ -181,11 +191,7 @@ def fit(
             f"monitor={monitor!r}, higher_is_better={higher_is_better!r} without eval_step and validation. Pass both, "
             "or leave these two out."
         )
-    if writer is not None and not isinstance(writer, Writer):
-        raise ValueError(
-            "writer must have add_scalar(tag, value, step), as tensorboardX.SummaryWriter has. Given a "
-            f"{type(writer).__name__}."
-        )
+    write, callbacks = find_log(writer), list_callbacks(on_epoch_end)
     for name, switch in (("allow_changes", allow_changes), ("progress", progress)):
         inputs.check_switch(name, switch)
     _check_state(state, train_step)
@@ -196,7 +202,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         with aborting([]):  # only the first process sees that another run holds the folder
             stack.enter_context(locked(folder))
-        return _train(state, train_step, plan, folder, allow_changes, writer, progress)
+        return _train(state, train_step, plan, folder, allow_changes, write, callbacks, progress)
 
 
 @runtime_checkable
@@ -233,7 +239,8 @@ def _train(
     plan: _Plan,
     folder: pathlib.Path | None,
     allow_changes: bool,
-    writer: Any,
+    write: Log,
+    callbacks: Sequence[Callback],
     progress: bool,
 ) -> Fitted:
     step, run = _compile(train_step, donate_argnums=0), {} if folder is None else _describe_run(train_step)
@@ -251,7 +258,8 @@ def _train(
     if progress and (at.epoch or at.batch):
         print(f"going on after epoch {at.epoch}, batch {at.batch} of {folder}")
     with aborting(plan.passed):
-        while at.epoch < plan.epochs and (plan.patience is None or at.stale < plan.patience):
+        stopped = False
+        while not stopped and at.epoch < plan.epochs and (plan.patience is None or at.stale < plan.patience):
             out, skipped = None, at.batch
             given: Any = plan.batches(at.epoch) if callable(plan.batches) else plan.batches
             check_batches(given, "batches")
@@ -288,12 +296,15 @@ def _train(
                 bar = looked_at(bar, plan.eval_step, "The first batch of validation")
                 loss, metrics = mean_loss_and_metrics(state, _compile(plan.eval_step), bar)
                 values |= _flatten(VALIDATION, {LOSS: loss}, metrics)
-            _report(at.epoch + 1, int(state.step), values, writer, plan.monitor if progress else None)
+            write(values, int(state.step))
+            if progress:
+                _print(at.epoch + 1, values, plan.monitor)
             at.end_epoch({"epoch": at.epoch + 1, "step": int(state.step), **values})
             if plan.validation is not None and at.improved(plan.monitor, plan.higher_is_better):
                 best = jax.tree.map(jnp.copy, state)
                 kept.save(at.epoch, best, at)
             latest.save(int(state.step), state, at)
+            stopped = call(callbacks, at.history[-1], state)
     return Fitted(state, state if plan.validation is None else best, at.history)
 
 
@@ -321,13 +332,6 @@ def _restore_best(kept: Checkpoints, state: TrainState, at: Progress) -> TrainSt
 
 
 @runtime_checkable
-class Writer(Protocol):
-    """A log of numbers, such as a `tensorboardX.SummaryWriter`."""
-
-    def add_scalar(self, tag: str, scalar_value: Any, global_step: Any) -> Any: ...
-
-
-@runtime_checkable
 class Compiled(Protocol):
     """What `jax.jit` and `jax.pmap` return."""
 
@@ -347,11 +351,7 @@ def _flatten(half: str, means: Mapping[str, float], metrics: Metrics | None) -> 
     return {join_names(half, key): value for key, value in {**means, **numbers}.items()}
 
 
-def _report(epoch: int, step: int, values: Mapping[str, float], writer: Any, monitor: str | None) -> None:
-    """Gives the values of an epoch to the writer, and prints the two losses and the monitored metric, if any."""
-    if writer is not None:
-        for key, value in values.items():
-            writer.add_scalar(key, value, step)
-    if monitor is not None:
-        keys = dict.fromkeys((join_names(TRAIN, LOSS), join_names(VALIDATION, LOSS), monitor))
-        print(f"epoch {epoch}  " + "  ".join(f"{key} {values[key]:.5g}" for key in keys if key in values))
+def _print(epoch: int, values: Mapping[str, float], monitor: str) -> None:
+    """Prints the two losses and the monitored metric, if there is one."""
+    keys = dict.fromkeys((join_names(TRAIN, LOSS), join_names(VALIDATION, LOSS), monitor))
+    print(f"epoch {epoch}  " + "  ".join(f"{key} {values[key]:.5g}" for key in keys if key in values))
