@@ -194,3 +194,23 @@ def test_a_model_of_many_layers_goes_on_from_a_checkpoint(tmp_path):
     whole = jh.fit(state_of(parts), step, epochs=2, **given)
     chex.assert_trees_all_equal(again.state.trainable, whole.state.trainable)
     chex.assert_trees_all_equal(again.state.model_state, whole.state.model_state)
+
+
+def test_states_of_nnx_go_on_from_a_checkpoint_too(tmp_path):
+    """Parameters as `nnx.split` gives them, for networks that are merged by hand."""
+    graphdef, params = nnx.split(nnx.Linear(D, 1, rngs=nnx.Rngs(0)))
+
+    def apply(params, features):
+        return nnx.merge(graphdef, params, copy=True)(features["x"])
+
+    step = jh.make_train_step(HEAD, apply, OPTIMIZER, with_metrics=False)
+    given: dict[str, Any] = {"batches": [BATCH], "directory": tmp_path, "progress": False}
+    state = jh.TrainState.create(params=params, optimizer=OPTIMIZER, head=HEAD, key=KEY)
+    jh.fit(state, step, **given)
+    again = jh.fit(state, step, epochs=2, **given)
+    whole = jh.fit(state, step, epochs=2, **given | {"directory": None})
+    chex.assert_trees_all_equal(again.state.params, whole.state.params)
+    wider = nnx.state(nnx.Linear(D, 2, rngs=nnx.Rngs(0)))
+    other = jh.TrainState.create(params=wider, optimizer=OPTIMIZER, head=HEAD, key=KEY)
+    with pytest.raises(ValueError, match=r"another network: params/bias is float32\[1\] there, and float32\[2\] now"):
+        jh.fit(other, step, epochs=3, **given)

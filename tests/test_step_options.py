@@ -390,7 +390,7 @@ def test_a_scale_stays_within_bounds():
     ("make", "match"),
     [
         (lambda: jh.make_train_step(HEAD, network, INJECTED, loss_scale=0), "loss_scale must be a positive(.|\n)*0"),
-        (lambda: jh.make_train_step(HEAD, network, INJECTED, loss_scale=np.inf), "loss_scale must be(.|\n)*inf"),
+        (lambda: jh.make_train_step(HEAD, network, INJECTED, loss_scale=1e39), r"loss_scale must be(.|\n)*1e\+39"),
         (
             lambda: jh.make_train_step(HEAD, network, INJECTED, loss_scale=jh.training.DynamicLossScale()),  # pyright: ignore[reportArgumentType]
             r"fixed number(.|\n)*Given a DynamicLossScale(.|\n)*TrainState.create\(loss_scale=",
@@ -398,7 +398,7 @@ def test_a_scale_stays_within_bounds():
         (lambda: jh.make_train_step(HEAD, network, INJECTED, skip_nonfinite=2), "skip_nonfinite must be True or False"),  # pyright: ignore[reportArgumentType]
         (lambda: first_state(loss_scale=8.0), r"adapts(.|\n)*Given 8.0(.|\n)*make_train_step\(loss_scale="),
         (lambda: first_state(count_skipped=1), "count_skipped must be True or False"),
-        (lambda: jh.training.DynamicLossScale(-1.0), "value must be a positive number. Given -1"),
+        (lambda: jh.training.DynamicLossScale(-1.0), "value must be a positive number(.|\n)*Given -1"),
         (lambda: jh.training.DynamicLossScale(factor=1.0), "factor must be a number above 1"),
         (lambda: jh.training.DynamicLossScale(period=0), "period must be an integer of at least 1"),
     ],

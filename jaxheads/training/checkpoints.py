@@ -216,6 +216,8 @@ def _check_types(state: Any, like: Any, folder: Any) -> None:
 
 def _check_shapes(kept: Mapping[str, str], now: Mapping[str, str], folder: Any) -> None:
     """Refuses a checkpoint of other shapes."""
+    # Orbax keeps the value of an nnx variable one level down.
+    kept = {name if name in now else name.removesuffix("/value"): shape for name, shape in kept.items()}
     changed = [name for name in kept if name in now and kept[name] != now[name]]
     if changed:
         name = changed[0]

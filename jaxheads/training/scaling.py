@@ -1,15 +1,17 @@
 """Scales of the loss, with which small gradients survive in float16."""
 
 import dataclasses
-import math
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxheads.numerics import brief, inputs
 
 TreeT = TypeVar("TreeT")
+NUMBERS = (int, float, np.integer, np.floating)
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @runtime_checkable
@@ -60,7 +62,7 @@ class DynamicLossScale:
     def __post_init__(self):
         check_scale("smallest", self.smallest)
         check_scale("factor", self.factor)
-        if isinstance(self.value, (int, float)):  # afterwards it is an array of a state
+        if isinstance(self.value, NUMBERS):  # afterwards it is an array of a state
             check_scale("value", self.value)
         if self.factor <= 1:
             raise ValueError(f"factor must be a number above 1. Given {self.factor}.")
@@ -95,7 +97,8 @@ def multiply(tree: TreeT, factor: Any) -> TreeT:
     return jax.tree.map(each, tree)
 
 
-def check_scale(name: str, value: Any) -> None:
-    """Refuses everything but a positive, finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive number. Given {brief.tell(value)}.")
+def check_scale(name: str, value: Any) -> float:
+    """Returns a positive number that float32 holds, and refuses everything else."""
+    if isinstance(value, bool) or not isinstance(value, NUMBERS) or not 0 < value <= LARGEST:
+        raise ValueError(f"{name} must be a positive number, and finite in float32. Given {brief.tell(value)}.")
+    return float(value)

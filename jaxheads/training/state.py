@@ -20,7 +20,7 @@ class TrainState:
     """A pytree of all arrays that a step changes. The class is small, so that you can fork it.
 
     Attributes:
-        step: int32, the number of steps taken.
+        step: int32, the number of steps taken, skipped ones too.
         params: the parameters of the network.
         head_params: the learned fields of the head, as `head.init(key)` makes them; `{}` if it learns nothing.
         opt_state: the state of the optimizer, for `trainable`.

@@ -152,7 +152,7 @@ def make_train_step(
     ):
         inputs.check_switch(name, switch)
     if loss_scale is not None:
-        _check_fixed(loss_scale)
+        loss_scale = _read_fixed(loss_scale)
     draws_keys = _draws_keys(head)
     if micro_batches > 1:
         check_parts_add_up(head)
@@ -334,14 +334,14 @@ def _check_state(state: Any) -> None:
         )
 
 
-def _check_fixed(loss_scale: Any) -> None:
-    """Refuses a scale of the loss that is not a number."""
+def _read_fixed(loss_scale: Any) -> float:
+    """Returns a fixed scale of the loss, and refuses what is not a number."""
     if isinstance(loss_scale, LossScale):
         raise ValueError(
             f"make_train_step(loss_scale=...) takes a fixed number. Given a {type(loss_scale).__name__}. A scale that "
             "adapts is a part of the state: TrainState.create(loss_scale=...)."
         )
-    check_scale("loss_scale", loss_scale)
+    return check_scale("loss_scale", loss_scale)
 
 
 def _check_guards(state: TrainState, skip_nonfinite: bool, loss_scale: float | None) -> None:
