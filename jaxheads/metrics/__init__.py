@@ -64,6 +64,7 @@ if _typing.TYPE_CHECKING:
     from jaxheads.metrics.classes import MeanIoU as MeanIoU
     from jaxheads.metrics.classes import OneVsRestAuc as OneVsRestAuc
     from jaxheads.metrics.classes import Perplexity as Perplexity
+    from jaxheads.metrics.comparing import Comparison as Comparison
     from jaxheads.metrics.confusion import ClassCounts as ClassCounts
     from jaxheads.metrics.confusion import ClassesView as ClassesView
     from jaxheads.metrics.confusion import ConfusionTable as ConfusionTable
@@ -103,6 +104,7 @@ _LAZY = {
         "areas": ("AveragePrecision", "KolmogorovSmirnov", "PrAuc", "RocAuc"),
         "calibration": ("BaseRate", "BrierScore", "ExpectedCalibrationError", "LogLoss"),
         "classes": ("ConfusionMatrix", "MeanIoU", "OneVsRestAuc", "Perplexity"),
+        "comparing": ("Comparison",),
         "confusion": ("ClassCounts", "ClassesView", "ConfusionTable", "ConfusionView"),
         "moments": ("Moments", "MomentsView"),
         "operating": (

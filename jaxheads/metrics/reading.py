@@ -139,7 +139,7 @@ def add_quantiles(
     for key, value in replicas.items():
         each, whole = find_middle(value), find_middle(measured[key])
         for end, q in (("ci_lower", (1 - confidence) / 2), ("ci_upper", (1 + confidence) / 2)):
-            found = xp.where(xp.isnan(whole), whole, _take_quantile(each, q, axis, xp))
+            found = xp.where(xp.isnan(whole), whole, take_quantile(each, q, axis, xp))
             _add_end(out, key, end, float32(xp.where(xp.isnan(found), undefined, found), xp))
 
 
@@ -148,7 +148,8 @@ def find_middle(value: Any) -> Any:
     return value.value if isinstance(value, Interval) else value
 
 
-def _take_quantile(x: Any, q: float, axis: int, xp: Any) -> Any:
+def take_quantile(x: Any, q: float, axis: int, xp: Any) -> Any:
+    """Returns a quantile of the numbers that are not NaN."""
     if xp is jnp:
         return jnp.nanquantile(x, q, axis=axis)
     with warnings.catch_warnings():

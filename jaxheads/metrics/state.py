@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,9 @@ from jaxheads.numerics import brief, inputs, meshes, pairs
 from jaxheads.numerics.kept import per_head, twin_of
 from jaxheads.numerics.reduction import SMALLEST_SUM
 from jaxheads.numerics.warned import BadInputWarning, GridWarning, StackedWarning
+
+if TYPE_CHECKING:
+    from jaxheads.metrics.comparing import Comparison
 
 
 @runtime_checkable
@@ -413,6 +416,76 @@ class Metrics:
             out = {key: list(value) if value.ndim > 1 else value for key, value in out.items()}
         return {**names, **sizes, **out}
 
+    def compare(self, other: "Metrics", confidence: float = 0.95, undefined: float = np.nan) -> "Comparison":
+        """Returns the differences to the metrics of another model, this one's less the other's, with their intervals.
+
+        Both models need metrics of the same rows, with replicas of the same draws: the same batches in the same order,
+        and the same `key=` for each. Then every replica has a difference of its own. Its spread is smaller than that
+        of two models on rows of their own, because easy rows are easy for both.
+
+        The heads are of one kind, with the same labels, classes, slices, replicas and names of metrics; else they may
+        differ, in their bins for example. `average_loss` is that of each head: it compares only equal losses. Metrics
+        that are arrays, such as a confusion matrix, are left out. So is `regularization_loss`, which has no replicas.
+
+        Args:
+            other: the metrics of the other model.
+            confidence: the share of replicas inside of an interval.
+            undefined: counts for a class without a value in a mean over classes, as in `compute`.
+
+        Returns:
+            A `jh.metrics.Comparison`, for all data and for each slice: a dict of the columns `metric`, `slice`, `a`,
+            `b`, `difference`, `ci_lower`, `ci_upper`, `share_above_zero`. `pandas.DataFrame` takes it.
+
+        Warns:
+            BadInputWarning, GridWarning: as `compute`, for either model.
+
+        Raises:
+            ValueError: inside `jit`; no replicas; heads that do not compare; other rows, or replicas of other draws, as
+                far as sums of weights and means of labels tell.
+
+        Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13.
+
+        >>> import jax, numpy as np
+        >>> import jaxheads as jh
+        >>> head = jh.RegressionHead(bootstrap=jh.Bootstrap(100))
+        >>> labels, noise = np.random.default_rng(0).normal(size=(2, 500, 1)).astype(np.float32)
+        >>> one, two = (head.measure(labels, labels + c * noise, key=jax.random.key(1)) for c in (0.5, 0.6))
+        >>> found = one.compare(two).find("average_loss")
+        >>> print(f"{found['difference']:.3f}", found["ci_upper"] < 0, found["share_above_zero"])
+        -0.097 True 0.0
+        """
+        from jaxheads.metrics import comparing
+
+        if not isinstance(other, Metrics):
+            raise ValueError(f"compare() takes the Metrics of another model. Given {brief.tell(other)}.")
+        _check_undefined(undefined)
+        for each in (self, other):
+            each._check_concrete("compare()")
+            each._check_confidence(confidence, "compare()")
+        comparing.check_comparable(self.head, other.head)
+        every = slice(None), slice(None)
+        with np.errstate(all="ignore"):
+            left, right = self._read_replicas(undefined, every), other._read_replicas(undefined, every)
+            comparing.check_same_names(left, right)
+            comparing.check_same_rows(self._weigh_losses(every), other._weigh_losses(every))
+            comparing.check_same_labels(left, right)
+            slices = self.head.slices
+            names = None if slices is None else list(slices.names or range(slices.n))
+            least = 0 if slices is None else slices.min_count
+            counts = self._count_elements((0, slice(1, None))) if slices else {}
+            small = {name: count < least for name, count in counts.items()}
+            out = comparing.compare(left, right, small, names, confidence, self.head.bootstrap.replicas)
+        for each in (self, other):
+            with np.errstate(all="ignore"):
+                values, bad, xp = each._read_values(np.nan)
+            each._warn_of_input(bad, xp)
+            each._warn_of_bins(values)
+        return out
+
+    def _weigh_losses(self, at: Any) -> dict[Path, Any]:
+        """Returns the sum of the weights of each head inside."""
+        return {path: x.weight for path, x in self._read_views(np.nan, at)[0].items() if path[-1] == AVERAGE_LOSS}
+
     @property
     def _lead(self) -> int:
         """The number of leading axes of the state. In values, they come before the axis of replicas or slices."""
@@ -430,12 +503,12 @@ class Metrics:
         by_head: dict[str | None, Any] = {path[-1]: view for path, view in counts.items() if path}
         return {None: functools.reduce(xp.maximum, counts.values()), **by_head}
 
-    def _check_confidence(self, confidence: Any) -> None:
+    def _check_confidence(self, confidence: Any, what: str = "compute(confidence=...)") -> None:
         if not isinstance(confidence, (int, float)) or not 0 < confidence < 1:
             raise ValueError(f"confidence must be a number between 0 and 1, such as 0.95. Given {confidence!r}.")
         if self.head.bootstrap is None:
             raise ValueError(
-                f"compute(confidence=...) reads bootstrap replicas. Given {self.head!r}, which keeps none: build it "
+                f"{what} reads bootstrap replicas. Given {self.head!r}, which keeps none: build it "
                 "with bootstrap=jh.Bootstrap(200), and give a key to every update."
             )
 
@@ -450,8 +523,7 @@ class Metrics:
                 BadInputWarning,
                 stacklevel=3,
             )
-        seen = self._read_views(np.nan)[0]
-        weights = [view.weight for path, view in seen.items() if path[-1] == AVERAGE_LOSS]
+        weights = self._weigh_losses((0, 0)).values()
         if any(np.any((weight > 0) & (weight < SMALLEST_SUM)) for weight in weights):
             warnings.warn(
                 f"The weights add up to {min(float(np.min(w)) for w in weights):.3g}. Below {SMALLEST_SUM:g} float32 "
@@ -550,11 +622,7 @@ class Metrics:
 
     def _find_entry(self, what: str, slice: int | str | None) -> tuple[int, int]:
         """Returns the place of a slice in the state. Refuses all but one concrete state, and too small a slice."""
-        if isinstance(self.state, Tracer) or np.ndim(self.state) != 2:
-            raise ValueError(
-                f"{what} reads one concrete state, outside jit. Given {self!r}. Merge devices with .psum first, or "
-                "take one entry with jax.tree.map(lambda x: x[0], metrics)."
-            )
+        self._check_concrete(what)
         if slice is None:
             return 0, 0
         slices = self._require_slices(what)
@@ -570,6 +638,14 @@ class Metrics:
                 "metrics."
             )
         return at
+
+    def _check_concrete(self, what: str) -> None:
+        """Refuses all but one concrete state."""
+        if isinstance(self.state, Tracer) or np.ndim(self.state) != 2:
+            raise ValueError(
+                f"{what} reads one concrete state, outside jit. Given {self!r}. Merge devices with .psum first, or "
+                "take one entry with jax.tree.map(lambda x: x[0], metrics)."
+            )
 
     def _find_scores(self, what: str, key: str | None, at: tuple[int, int]) -> Path:
         """Returns the path of the one score histogram that is meant."""
