@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -93,6 +93,7 @@ def metric_names(head: Any) -> tuple[str, ...]:
 
 
 _add = jax.jit(pairs.add)
+_sum = jax.jit(pairs.add_along, static_argnums=1)
 
 # A state of fewer numbers is pickled as it is.
 SMALL = 1024
@@ -124,8 +125,8 @@ class Metrics:
     """The metric state of a head: additive arrays, packed in one.
 
     `a + b` merges. The trailing axis of `state` is a compensated pair, or of size 1 for the plain float32 sums of a
-    single batch (`head.measure`). Any leading axis (devices, slices, replicas) passes through `+`, `psum` and
-    `compute`.
+    single batch (`head.measure`). Any leading axis (devices, steps) passes through `+`, `psum` and `compute`;
+    `metrics[i]` takes one state of such a stack, and `metrics.sum()` adds them up.
 
     Attributes:
         state: float32 `[..., slots, 1 or 2]`, a plain array to a checkpoint.
@@ -165,6 +166,84 @@ class Metrics:
     def __radd__(self, other: Any) -> "Metrics":
         # sum(list_of_metrics) starts from the integer 0.
         return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def __getitem__(self, index: Any) -> "Metrics":
+        """Returns one state of several in one, or a stretch of them: `metrics[0]`, `metrics[-10:]`, `metrics[0, 3]`.
+
+        `jax.pmap`, `jax.vmap` and the outputs of `jax.lax.scan` stack states. The axes are those of the stack.
+        `metrics[None]` makes a stack of one: `shard_map` wants the axis back that `metrics[0]` has taken.
+
+        Raises:
+            ValueError: another index, an index out of range, one state alone.
+
+        >>> import jax, numpy as np
+        >>> import jaxheads as jh
+        >>> head = jh.RegressionHead()
+        >>> labels, logits = np.array([[1.0], [3.0]], np.float32), np.zeros((2, 1, 1), np.float32)
+        >>> stacked = jax.vmap(head.measure)(labels, logits)
+        >>> len(stacked), [one.compute()["average_loss"] for one in stacked], stacked.sum().compute()["average_loss"]
+        (2, [1.0, 9.0], 5.0)
+        """
+        lead, given = jnp.shape(self.state)[:-2], index if isinstance(index, tuple) else (index,)
+        if index is None:
+            return dataclasses.replace(self, state=self.state[None])
+        known = all(isinstance(x, slice) or inputs.is_integer(x, -(2**31)) for x in given)
+        if not known or len(given) > len(lead):
+            raise ValueError(
+                f"metrics[i] takes one of several states in one, by integers or slices. Given [{brief.tell(index)}] of "
+                + (f"states {lead}." if lead else 'one state. Its values are in metrics.compute(): compute()["auc"].')
+            )
+        for x, n in zip(given, lead, strict=False):
+            if not isinstance(x, slice) and not -n <= x < n:
+                raise ValueError(f"metrics[{index}] is not there: these are several states in one, {lead}.")
+        return dataclasses.replace(self, state=self._whole()[index])
+
+    def __len__(self) -> int:
+        """Returns the number of states along the first axis of several in one."""
+        if not (lead := jnp.shape(self.state)[:-2]):
+            raise TypeError("One state of metrics has no length, and is not iterable. Its values: metrics.compute().")
+        return lead[0]
+
+    def __iter__(self) -> "Iterator[Metrics]":
+        """Gives the states along the first axis of several in one."""
+        return map(self.__getitem__, range(len(self)))
+
+    def __bool__(self) -> bool:
+        """Returns True: a state is a value, however many states are in it."""
+        return True
+
+    def sum(self, axis: int | None = None) -> "Metrics":
+        """Returns the metrics of all data of several states in one, or their sums along one axis of the stack.
+
+        It is for states that `jax.pmap`, `jax.vmap` or `jax.lax.scan` stacked. States that the step merged already,
+        with `.psum(axis_name)`, are all equal: take one of them, `metrics[0]`. Inside a step, `.psum` merges devices.
+
+        Args:
+            axis: an axis of the stack; None for all of them.
+
+        Raises:
+            ValueError: the stack has no such axis.
+        """
+        lead = jnp.shape(self.state)[:-2]
+        if axis is not None and not (lead and inputs.is_integer(axis, -len(lead), len(lead) - 1)):
+            raise ValueError(
+                f"sum(axis=) takes an axis of several states in one, or None for all. Given axis={brief.tell(axis)} of "
+                + (f"states {lead}." if lead else "one state.")
+            )
+        axes = tuple(range(len(lead))) if axis is None else (int(axis) % len(lead),)
+        if not axes:
+            return self
+        self.check_stamp()
+        state = self._whole()
+        if isinstance(state, np.ndarray):
+            state = np.moveaxis(state, axes, range(len(axes))).reshape(-1, *np.delete(state.shape, axes))
+            with np.errstate(over="ignore", invalid="ignore"):
+                return dataclasses.replace(self, state=pairs.merge([np.zeros_like(state[:0].sum(0)), *state]))
+        return dataclasses.replace(self, state=_sum(state, axes))
+
+    def _whole(self) -> Any:
+        """Returns the state, with all its states on every device: no axis of a mesh cuts the stack."""
+        return self.state if isinstance(self.state, np.ndarray) else meshes.replicated(self.state)
 
     @classmethod
     def merge(cls, states: "Iterable[Metrics]", head: Any = None) -> "Metrics":
@@ -259,8 +338,8 @@ class Metrics:
             raise ValueError(
                 f"update_metrics adds one batch to one state. Given a state with leading axes {lead}: the batch would "
                 "count once for each of its entries. Call it inside the pmap or vmap that made them; inside shard_map, "
-                "where an axis of size 1 is left, take jax.tree.map(lambda x: x[0], metrics), and x[None] at the end; "
-                "or merge them there, with .psum(axis_name)."
+                "where an axis of size 1 is left, take metrics[0], and metrics[None] at the end; or merge them "
+                "there, with .psum(axis_name)."
             )
 
     def check_size(self) -> None:
@@ -346,8 +425,8 @@ class Metrics:
         if warn and xp is np and self._lead:
             warnings.warn(
                 f"These metrics are several states in one, {np.shape(self.state)[:-2]}, and each value is an array of "
-                "as many. For the metrics of all data merge them: with .psum(axis_name) inside the step, or "
-                "jh.Metrics.merge([jax.tree.map(lambda x: x[i], metrics) for i in range(n)]).",
+                "as many. For the metrics of all data merge them: with .psum(axis_name) inside the step, or by "
+                "metrics.sum(). metrics[0] is one of them, and enough if the step has merged them already.",
                 StackedWarning,
                 stacklevel=2,
             )
@@ -643,8 +722,8 @@ class Metrics:
         """Refuses all but one concrete state."""
         if isinstance(self.state, Tracer) or np.ndim(self.state) != 2:
             raise ValueError(
-                f"{what} reads one concrete state, outside jit. Given {self!r}. Merge devices with .psum first, or "
-                "take one entry with jax.tree.map(lambda x: x[0], metrics)."
+                f"{what} reads one concrete state, outside jit. Given {self!r}. Merge several states in one "
+                "with metrics.sum(), or take one, metrics[0]."
             )
 
     def _find_scores(self, what: str, key: str | None, at: tuple[int, int]) -> Path:

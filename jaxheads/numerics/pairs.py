@@ -69,6 +69,14 @@ def fold(x: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array]) -> 
     return x[0]
 
 
+def add_along(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Returns the sum of states `[..., 1 or 2]` over some axes as pairs `[..., 2]`; of no states, zero."""
+    x = jnp.moveaxis(x, axes, range(len(axes)))
+    x = x.reshape(-1, *x.shape[len(axes) :])
+    x = add(x, jnp.zeros_like(x))
+    return fold(x, add) if x.shape[0] else jnp.zeros_like(x, shape=x.shape[1:])
+
+
 def merge(states: Sequence[np.ndarray]) -> np.ndarray:
     """Returns the sum of states `[..., 1 or 2]` of equal leading shape as pairs `[..., 2]`: in float64, on the host."""
     total = sum(np.asarray(x, np.float64).sum(-1) for x in states)
