@@ -29,6 +29,7 @@ from jaxheads.heads import MultiClassHead as MultiClassHead
 from jaxheads.heads import MultiLabelHead as MultiLabelHead
 from jaxheads.heads import PoissonRegressionHead as PoissonRegressionHead
 from jaxheads.heads import RegressionHead as RegressionHead
+from jaxheads.heads.label_statistics import label_statistics as label_statistics
 from jaxheads.metrics import Bootstrap as Bootstrap
 from jaxheads.metrics import ColumnMeans as ColumnMeans
 from jaxheads.metrics import GrowingGrid as GrowingGrid

@@ -32,7 +32,7 @@ FLOORS = (
 )
 FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 # What several heads share, in files of their own.
-SHARED = ("class_options", "constants", "loss_functions", "scoring")
+SHARED = ("class_options", "constants", "label_statistics", "loss_functions", "scoring")
 
 TOP_LEVEL = {"pyproject.toml", "README.md", "BUILD_NOTES.md", "jaxheads", "tests", "examples"}
 TOP_LEVEL |= {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "docs", "findings"}

@@ -26,7 +26,7 @@ IMPORT = "import jaxheads as jh"
 HEADS = "jh.BinaryClassHead(); jh.MultiClassHead(3)"
 LAZY = "from jaxheads import binary_or_multi_class_head"
 OPTAX = "import optax"
-AT_MOST = 62
+AT_MOST = 63
 LATER = ("flax", "optax", "chex", "matplotlib", "sklearn", "pandas", "scipy.stats", "tqdm")
 
 

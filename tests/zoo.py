@@ -414,6 +414,9 @@ def mean(values, weights):
     return float((values * weights).sum() / weights.sum())
 
 
+MEAN, SCALE = np.array([100.0, -3.0]), np.array([20.0, 0.5])
+
+
 def regression_metrics(link):
     def metrics(labels, logits, weights, params):
         return {"prediction/mean": mean(link(logits), weights), "label/mean": mean(labels, weights)}
@@ -681,6 +684,16 @@ ZOO = (
         regression_metrics(np.exp),
         illegal=np.nan,
         closed=True,
+    ),
+    Entry(
+        "regression_scaled",
+        jh.RegressionHead(2, label_mean=(100.0, -3.0), label_scale=(20.0, 0.5)),
+        lambda rng, lead: (MEAN + SCALE * rng.normal(size=(*lead, 2))).astype(np.float32),
+        lambda y, z, p: (z - (y - MEAN) / SCALE) ** 2,
+        regression_metrics(lambda z: MEAN + SCALE * z),
+        illegal=np.nan,
+        closed=True,
+        slow=True,
     ),
     Entry(
         "binary",

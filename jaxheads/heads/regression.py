@@ -1,17 +1,22 @@
-"""Regression by squared error."""
+"""Regression by squared error, on labels of any scale."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxheads import losses, metrics, spec
-from jaxheads.contract import LabelSpec
-from jaxheads.heads import constants, loss_functions
+from jaxheads.contract import LabelSpec, Rows, running
+from jaxheads.heads import constants, label_statistics, loss_functions
 from jaxheads.metrics import Mean, Observation
 from jaxheads.metrics.base import MOMENTS
+from jaxheads.numerics import brief
+
+RUNNING = "running"
+# The range of float32.
+LEAST_SCALE, LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
 class RegressionHead(loss_functions.AbstractLossFnHead):
@@ -24,7 +29,21 @@ class RegressionHead(loss_functions.AbstractLossFnHead):
 
     **loss** = `(z - y)^2` for each of the `label_dimension` logits (no half), or `loss_fn`.
 
-    **Predictions**: `predictions [..., label_dimension]`; with an `inverse_link_fn` also `logits`.
+    **Labels of any scale**: with `label_mean` m and `label_scale` s the loss takes `(y - m) / s` in place of y, and
+    `predictions = m + s inverse_link_fn(z)`. So networks learn numbers about 0 and 1, and all that a user sees is in
+    the units of the labels: labels, predictions, and the metrics of both. Only `average_loss` is the mean of the
+    training loss, in standardized units (of squared error it is the mean squared error divided by `s^2`). Take
+    `jh.metrics.MeanSquaredError` for one in units. `constant_logits` and the derivatives for boosting are those of the
+    standardized loss too.
+
+    With `"running"`, m and s are the weighted mean and standard deviation of all earlier training labels, over all
+    devices. The train step counts them: `head.init_state()` is in its state, and other calls take it as `params=`.
+    Before any label, m is 0 and s is 1, so the first step trains on raw labels. To start with known values, count some
+    labels first: `head.update_state(head.init_state(), labels, logits)` with any logits. `label_statistics` is better
+    where all labels are at hand: the numbers do not move then.
+
+    **Predictions**: `predictions [..., label_dimension]`; with an `inverse_link_fn`, `label_mean` or `label_scale` also
+    `logits`.
     **Metrics**: `average_loss`, `prediction/mean`, `label/mean`, and `regularization_loss` if a regularization is
     given. They are weighted means over all elements, the last axis included. All are float32. `with_metrics` adds
     metrics that read `"moments"`, the moments of labels and predictions.
@@ -35,14 +54,18 @@ class RegressionHead(loss_functions.AbstractLossFnHead):
         loss_fn: `loss_fn(labels, logits[, features])` returns one loss for each logit, `[..., label_dimension]`. Other
             arguments must be keyword-only with a default, or bound by `functools.partial`.
         inverse_link_fn: a function `logits -> predictions`.
+        label_mean, label_scale: a number, or one for each target, as `jh.label_statistics` gives them; or `"running"`,
+            for both. By default 0 and 1.
         loss_reduction: a `Reduction` or its text.
         name: is appended to the metric keys.
 
     Raises:
         ValueError: `label_dimension` below 1; a `loss_fn` with other arguments or another result shape; labels that are
-            NaN or infinite in an unmasked row.
+            NaN or infinite in an unmasked row; a `label_scale` that is not above 0, or numbers for another number of
+            targets.
 
-    Source: `tf.estimator.RegressionHead` (TensorFlow 2.15).
+    Source: `tf.estimator.RegressionHead` (TensorFlow 2.15); `sklearn.compose.TransformedTargetRegressor` for labels of
+    any scale.
 
     >>> import jax.numpy as jnp
     >>> import jaxheads as jh
@@ -66,6 +89,11 @@ class RegressionHead(loss_functions.AbstractLossFnHead):
     label_dimension: int = 1
     _: dataclasses.KW_ONLY
     inverse_link_fn: Callable[[jax.Array], jax.Array] | None = None
+    label_mean: float | Sequence[float] | str | None = None
+    label_scale: float | Sequence[float] | str | None = None
+    label_counts: Any = running(
+        lambda head: label_statistics.start(head.label_dimension) if head._counts_labels else None
+    )
 
     def validate(self) -> None:
         loss_functions.check_label_dimension(self.label_dimension)
@@ -74,6 +102,52 @@ class RegressionHead(loss_functions.AbstractLossFnHead):
             raise ValueError(
                 f"inverse_link_fn must be a function logits -> predictions. Given {self.inverse_link_fn!r}."
             )
+        self._check_statistics()
+
+    def _check_statistics(self) -> None:
+        given = {"label_mean": self.label_mean, "label_scale": self.label_scale}
+        if any(isinstance(value, str) for value in given.values()):
+            if set(given.values()) != {RUNNING}:
+                raise ValueError(
+                    'label_mean and label_scale must be numbers, or both "running". Given '
+                    f"label_mean={brief.tell(self.label_mean)}, label_scale={brief.tell(self.label_scale)}."
+                )
+            return
+        for name, value in given.items():
+            low, what = (LEAST_SCALE, "a number above 0") if name == "label_scale" else (-LARGEST, "a finite number")
+            values = value if isinstance(value, tuple) else (1.0 if value is None else value,)
+            if len(values) not in (1, self.label_dimension) or not all(_lies_in(x, low, LARGEST) for x in values):
+                each = f", or {self.label_dimension} of them" if self.label_dimension > 1 else ""
+                raise ValueError(
+                    f'{name} must be {what}{each}; or "running". Given {brief.tell(value)}. '
+                    "jh.label_statistics(labels) gives both."
+                )
+
+    @property
+    def _counts_labels(self) -> bool:
+        return self.label_mean == RUNNING
+
+    @property
+    def _statistics(self) -> tuple[Any, Any] | None:
+        """The mean and the scale of each target, float32 `[d]`; None where labels are taken as they are."""
+        if self._counts_labels:
+            return label_statistics.read(self.label_counts)
+        mean, scale = self.label_mean, self.label_scale
+        if mean is None and scale is None:
+            return None
+
+        def each(value: Any, default: float) -> np.ndarray:
+            values = np.asarray(default if value is None else value, np.float32)
+            return np.broadcast_to(values, (self.label_dimension,))
+
+        return each(mean, 0.0), each(scale, 1.0)
+
+    def _standardize(self, labels: Any, statistics: Any) -> Any:
+        """Returns labels less their mean, in units of their scale."""
+        if statistics is None:
+            return labels
+        mean, scale = (label_statistics.extend(x, labels) for x in statistics)
+        return (labels - mean) / scale
 
     @property
     def logits_dimension(self) -> int:
@@ -90,6 +164,23 @@ class RegressionHead(loss_functions.AbstractLossFnHead):
     def loss_size(self) -> int:
         return self.label_dimension
 
+    def losses(self, labels: jax.Array, logits: jax.Array, features: Any = None) -> jax.Array:
+        return super().losses(self._standardize(labels, self._statistics), logits, features)
+
+    def best_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        if self._counts_labels and self.label_counts is None:
+            raise ValueError(
+                'The best constant logits depend on the values of label_mean="running". Bind them first, '
+                "head.bind(state).constant_logits(labels), or give numbers, jh.label_statistics(labels)."
+            )
+        statistics = jax.tree.map(np.asarray, self._statistics)
+        return super().best_constant(self._standardize(labels, statistics), weights)
+
+    def advance(self, labels: jax.Array, logits: jax.Array, rows: Rows) -> Mapping[str, Any]:
+        if not self._counts_labels:
+            return {}
+        return {"label_counts": label_statistics.count(self.label_counts, labels, rows.weights, rows.devices.sum)}
+
     def standard_losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
         return losses.squared_error(labels, logits)
 
@@ -97,8 +188,9 @@ class RegressionHead(loss_functions.AbstractLossFnHead):
         return constants.mean_constant(labels, weights)
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
-        link = self.inverse_link_fn
-        return {"predictions": logits} if link is None else {"predictions": lambda: link(logits), "logits": logits}
+        if self.inverse_link_fn is None and self.label_mean is None and self.label_scale is None:
+            return {"predictions": logits}
+        return {"predictions": lambda: self._predict(logits), "logits": logits}
 
     def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
         return {"prediction/mean": Mean(self._predict(logits)), "label/mean": Mean(labels)}
@@ -107,7 +199,15 @@ class RegressionHead(loss_functions.AbstractLossFnHead):
         return {MOMENTS: lambda: metrics.Moments(labels, self._predict(logits))}
 
     def _predict(self, logits: jax.Array) -> jax.Array:
-        return logits if self.inverse_link_fn is None else self.inverse_link_fn(logits)
+        values, statistics = logits if self.inverse_link_fn is None else self.inverse_link_fn(logits), self._statistics
+        if statistics is None:
+            return values
+        mean, scale = (label_statistics.extend(x, logits) for x in statistics)
+        return mean + scale * values
 
     def signatures(self, predictions: Any) -> dict[str, spec.ExportOutput]:
         return spec.regression_signatures(predictions, "predictions")
+
+
+def _lies_in(x: Any, low: float, high: float) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and low <= x <= high
