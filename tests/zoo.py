@@ -696,6 +696,15 @@ ZOO = (
         slow=True,
     ),
     Entry(
+        "regression_log_cosh",
+        jh.RegressionHead(objective="log_cosh"),
+        floats(1),
+        lambda y, z, p: np.logaddexp(z - y, y - z) - np.log(2),
+        regression_metrics(lambda z: z),
+        illegal=np.nan,
+        slow=True,
+    ),
+    Entry(
         "binary",
         jh.BinaryClassHead(thresholds=(0.3,)),
         bits,

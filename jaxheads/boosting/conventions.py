@@ -2,11 +2,16 @@
 
 | head | gradient | Hessian, XGBoost | Hessian, LightGBM |
 | --- | --- | --- | --- |
-| `RegressionHead` | half: `z - y` | 1 | 1 |
+| `RegressionHead`, squared error | half: `z - y` | 1 | 1 |
+| with `objective="absolute_error"` or `"huber"` | that of the loss | 1 | 1 |
 | `BinaryClassHead`, `LogisticRegressionHead` | `p - y` | `p (1 - p)` | `p (1 - p)` |
 | `PoissonRegressionHead` | `exp(z) - y` | `exp(z + max_delta_step)` | `exp(z + max_delta_step)` |
 | `MultiClassHead(K)` | `p - 1[y = k]` | `2 p (1 - p)` | `K / (K - 1) p (1 - p)` |
 | `MultiLabelHead(K)` | times K: `p - y` | times K: `p (1 - p)` | times K: `p (1 - p)` |
+
+A `RegressionHead` with `label_mean` and `label_scale` has the standardized y in place of y. XGBoost has no Huber loss;
+the Hessian is LightGBM's there too, because that of the loss is 0 where errors are large. Both libraries set the leaves
+of their absolute errors anew after each tree, to medians, which no objective of a user's can do.
 
 Read off `regression_obj.h`, `multiclass_obj.cu` (XGBoost 3.2) and `regression_objective.hpp`,
 `binary_objective.hpp`, `multiclass_objective.hpp` (LightGBM 4.7).
@@ -82,7 +87,8 @@ def find_convention(head: Head, options: Options) -> Convention | None:
     if _has_other_loss(head):
         return None
     if isinstance(head, RegressionHead):
-        return Convention(0.5, jnp.ones_like)
+        scales = {"squared_error": 0.5, "absolute_error": 1.0, "huber": 1.0}
+        return Convention(scales[head.objective], jnp.ones_like) if head.objective in scales else None
     # 1 - sigmoid(z) would be 0 from z = 17 on.
     bernoulli = Convention(1.0, lambda logits: jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits))
     if isinstance(head, (BinaryClassHead, LogisticRegressionHead)):

@@ -11,14 +11,36 @@ LIMIT = 30.0
 
 def mean_constant(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Returns the weighted mean of each column, `[d]`: values are `[n, d]`, weights `[n, 1]` or `[n, d]`."""
+    weights = _weigh_columns(values, weights)
+    return (values * weights).sum(0) / weights.sum(0)
+
+
+def median_constant(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns the weighted median of each column likewise: the middle of the two values that are medians, if two are.
+
+    At most half of the weight lies below it, and at most half above. A weight of 2 is that of two rows.
+    """
+    return np.array([_find_median(*column) for column in zip(values.T, _weigh_columns(values, weights).T, strict=True)])
+
+
+def _find_median(values: np.ndarray, weights: np.ndarray) -> float:
+    order = np.argsort(values[weights > 0])
+    values, weights = values[weights > 0][order], weights[weights > 0][order]
+    half = weights.sum() / 2
+    close = half * 1e-6  # weights were rounded to float32
+    below, above = np.cumsum(weights), np.cumsum(weights[::-1])[::-1]
+    return float(values[(below >= half - close) & (above >= half - close)][[0, -1]].mean())
+
+
+def _weigh_columns(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns the weights of all values. Refuses a column in which nothing weighs anything."""
     weights = np.broadcast_to(weights, values.shape)
-    totals = weights.sum(0)
-    if not totals.all():
+    if (nothing := weights.sum(0) == 0).any():
         raise ValueError(
-            f"There is no best constant for the logits {np.flatnonzero(totals == 0).tolist()} of {len(totals)}: none "
-            "of their elements weighs anything. Give some a weight."
+            f"There is no best constant for the logits {np.flatnonzero(nothing).tolist()} of {len(nothing)}: none of "
+            "their elements weighs anything. Give some a weight."
         )
-    return (values * weights).sum(0) / totals
+    return weights
 
 
 def log_constant(x: np.ndarray) -> np.ndarray:

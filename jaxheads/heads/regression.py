@@ -1,4 +1,4 @@
-"""Regression by squared error, on labels of any scale."""
+"""Regression by squared error and its robust kin, on labels of any scale."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -14,20 +14,28 @@ from jaxheads.metrics import Mean, Observation
 from jaxheads.metrics.base import MOMENTS
 from jaxheads.numerics import brief
 
+OBJECTIVES = SQUARED_ERROR, ABSOLUTE_ERROR, LOG_COSH, HUBER = "squared_error", "absolute_error", "log_cosh", "huber"
 RUNNING = "running"
 # The range of float32.
-LEAST_SCALE, LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+LEAST, LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
 class RegressionHead(loss_functions.AbstractLossFnHead):
-    """Regression with squared error, or with a loss of your own.
+    """Regression with squared error, a robust loss, or a loss of your own.
 
     **Domain**: `labels` are finite numbers (int and bool are cast), `[D0, ..., DN, label_dimension]`, or `[D0, ...,
     DN]` where `label_dimension` is 1. `weights` and `where` may also have the shape of the logits.
 
     **Link**: `predictions = inverse_link_fn(logits)`; the identity by default. The loss never sees the link.
 
-    **loss** = `(z - y)^2` for each of the `label_dimension` logits (no half), or `loss_fn`.
+    **loss** = one loss for each of the `label_dimension` logits, `loss_fn` or an `objective` of `e = z - y`:
+
+    | objective | loss | its best constant |
+    | --- | --- | --- |
+    | `"squared_error"` (default) | `e^2` (no half) | the mean |
+    | `"absolute_error"` | `|e|` | the median |
+    | `"huber"` | `e^2 / 2` up to `|e| = huber_delta`, else `huber_delta (|e| - huber_delta / 2)` | no formula |
+    | `"log_cosh"` | `ln cosh(e)`, about `e^2 / 2` for small errors and `|e| - ln 2` for large ones | no formula |
 
     **Labels of any scale**: with `label_mean` m and `label_scale` s the loss takes `(y - m) / s` in place of y, and
     `predictions = m + s inverse_link_fn(z)`. So networks learn numbers about 0 and 1, and all that a user sees is in
@@ -54,17 +62,21 @@ class RegressionHead(loss_functions.AbstractLossFnHead):
         loss_fn: `loss_fn(labels, logits[, features])` returns one loss for each logit, `[..., label_dimension]`. Other
             arguments must be keyword-only with a default, or bound by `functools.partial`.
         inverse_link_fn: a function `logits -> predictions`.
+        objective: one of the table, without `loss_fn`.
+        huber_delta: the error from which on `"huber"` is linear; of standardized labels if they have a scale.
         label_mean, label_scale: a number, or one for each target, as `jh.label_statistics` gives them; or `"running"`,
             for both. By default 0 and 1.
         loss_reduction: a `Reduction` or its text.
         name: is appended to the metric keys.
 
     Raises:
-        ValueError: `label_dimension` below 1; a `loss_fn` with other arguments or another result shape; labels that are
-            NaN or infinite in an unmasked row; a `label_scale` that is not above 0, or numbers for another number of
-            targets.
+        ValueError: `label_dimension` below 1; a `loss_fn` with other arguments or another result shape; an unknown
+            objective, or one beside a `loss_fn`; a `huber_delta` that is not above 0, or of another objective; labels
+            that are NaN or infinite in an unmasked row; a `label_scale` that is not above 0, or numbers for another
+            number of targets.
 
-    Source: `tf.estimator.RegressionHead` (TensorFlow 2.15); `sklearn.compose.TransformedTargetRegressor` for labels of
+    Source: `tf.estimator.RegressionHead` (TensorFlow 2.15); `huber_loss` and `log_cosh` of optax 0.2.8, which halve the
+    square; `sklearn.compose.TransformedTargetRegressor` for labels of
     any scale.
 
     >>> import jax.numpy as jnp
@@ -89,6 +101,8 @@ class RegressionHead(loss_functions.AbstractLossFnHead):
     label_dimension: int = 1
     _: dataclasses.KW_ONLY
     inverse_link_fn: Callable[[jax.Array], jax.Array] | None = None
+    objective: str = "squared_error"
+    huber_delta: float = 1.0
     label_mean: float | Sequence[float] | str | None = None
     label_scale: float | Sequence[float] | str | None = None
     label_counts: Any = running(
@@ -102,7 +116,23 @@ class RegressionHead(loss_functions.AbstractLossFnHead):
             raise ValueError(
                 f"inverse_link_fn must be a function logits -> predictions. Given {self.inverse_link_fn!r}."
             )
+        self._check_objective()
         self._check_statistics()
+
+    def _check_objective(self) -> None:
+        if self.objective is None or not brief.is_one_of(self.objective, OBJECTIVES):
+            raise ValueError(f"objective must be one of {OBJECTIVES}. Given {brief.tell(self.objective)}.")
+        if self.loss_fn is not None and self.objective != SQUARED_ERROR:
+            raise ValueError(
+                f"A head has one loss. Given both a loss_fn and objective={self.objective!r}. Leave one out."
+            )
+        if not _lies_in(self.huber_delta, LEAST, LARGEST):
+            raise ValueError(f"huber_delta must be a number above 0. Given {brief.tell(self.huber_delta)}.")
+        if self.objective != HUBER and self.huber_delta != 1:
+            raise ValueError(
+                f'huber_delta is of objective="huber". Given huber_delta={self.huber_delta!r} and '
+                f"objective={self.objective!r}. Leave it out."
+            )
 
     def _check_statistics(self) -> None:
         given = {"label_mean": self.label_mean, "label_scale": self.label_scale}
@@ -114,7 +144,7 @@ class RegressionHead(loss_functions.AbstractLossFnHead):
                 )
             return
         for name, value in given.items():
-            low, what = (LEAST_SCALE, "a number above 0") if name == "label_scale" else (-LARGEST, "a finite number")
+            low, what = (LEAST, "a number above 0") if name == "label_scale" else (-LARGEST, "a finite number")
             values = value if isinstance(value, tuple) else (1.0 if value is None else value,)
             if len(values) not in (1, self.label_dimension) or not all(_lies_in(x, low, LARGEST) for x in values):
                 each = f", or {self.label_dimension} of them" if self.label_dimension > 1 else ""
@@ -182,10 +212,21 @@ class RegressionHead(loss_functions.AbstractLossFnHead):
         return {"label_counts": label_statistics.count(self.label_counts, labels, rows.weights, rows.devices.sum)}
 
     def standard_losses(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
-        return losses.squared_error(labels, logits)
+        if self.objective == HUBER:
+            return losses.huber(labels, logits, self.huber_delta)
+        formulas = {
+            SQUARED_ERROR: losses.squared_error,
+            ABSOLUTE_ERROR: losses.absolute_error,
+            LOG_COSH: losses.log_cosh,
+        }
+        return formulas[self.objective](labels, logits)
 
     def standard_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return constants.mean_constant(labels, weights)
+        if self.objective == SQUARED_ERROR:
+            return constants.mean_constant(labels, weights)
+        if self.objective == ABSOLUTE_ERROR:
+            return constants.median_constant(labels, weights)
+        return super().standard_constant(labels, weights)
 
     def outputs(self, logits: jax.Array) -> dict[str, Any]:
         if self.inverse_link_fn is None and self.label_mean is None and self.label_scale is None:

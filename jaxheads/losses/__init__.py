@@ -3,6 +3,7 @@
 optax is imported where it is used, so that `import jaxheads` does not pay for it.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -16,6 +17,37 @@ def squared_error(labels: jax.Array, logits: jax.Array) -> jax.Array:
     import optax
 
     return optax.squared_error(logits, labels)
+
+
+def absolute_error(labels: jax.Array, logits: jax.Array) -> jax.Array:
+    """Returns `|z - y|`. Its slope is 0 where both are equal; that of `jnp.abs` is 1. optax 0.2.8 has none."""
+    errors = logits - labels
+    return errors * jnp.sign(errors)
+
+
+def huber(labels: jax.Array, logits: jax.Array, delta: float) -> jax.Array:
+    """Returns `e^2 / 2` where `|e| = |z - y|` is at most delta, else `delta (|e| - delta / 2)`.
+
+    It is not optax's, whose slope is `(e - delta) + delta`: of an error of 1e-6 delta, one part in 20 is lost.
+    """
+    errors = logits - labels
+    inside = jnp.clip(errors, -delta, delta)
+    return inside * (errors - inside / 2)
+
+
+def log_cosh(labels: jax.Array, logits: jax.Array) -> jax.Array:
+    """Returns `ln cosh(z - y)`.
+
+    It is not optax's, which subtracts two logarithms: of an error of 1e-4 nothing is left there.
+    """
+    errors = logits - labels
+    sizes = jnp.abs(errors)
+    small = sizes < 1
+    near = jnp.where(small, errors, jnp.zeros_like(errors))
+    far = jnp.where(small, jnp.ones_like(sizes), sizes)
+    # cosh(x) = 1 + 2 sinh(x / 2)^2.
+    near = jnp.log1p(2 * jnp.square(jnp.sinh(near / 2)))
+    return jnp.where(small, near, far + (stable.log1p(jnp.exp(-2 * far)) - math.log(2.0)))
 
 
 def sigmoid_cross_entropy(labels: jax.Array, logits: jax.Array) -> jax.Array:
@@ -67,4 +99,4 @@ def poisson(labels: jax.Array, logits: jax.Array, full: bool) -> jax.Array:
     return losses + jnp.where(large, stirling, jnp.zeros_like(losses))
 
 
-__all__ = ["poisson", "sigmoid_cross_entropy", "squared_error"]
+__all__ = ["absolute_error", "huber", "log_cosh", "poisson", "sigmoid_cross_entropy", "squared_error"]
