@@ -26,13 +26,8 @@ def absolute_error(labels: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def huber(labels: jax.Array, logits: jax.Array, delta: float) -> jax.Array:
-    """Returns `e^2 / 2` where `|e| = |z - y|` is at most delta, else `delta (|e| - delta / 2)`.
-
-    It is not optax's, whose slope is `(e - delta) + delta`: of an error of 1e-6 delta, one part in 20 is lost.
-    """
-    errors = logits - labels
-    inside = jnp.clip(errors, -delta, delta)
-    return inside * (errors - inside / 2)
+    """Returns Huber's loss of the error `z - y`."""
+    return stable.huber(logits - labels, delta)
 
 
 def log_cosh(labels: jax.Array, logits: jax.Array) -> jax.Array:

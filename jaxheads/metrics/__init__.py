@@ -80,11 +80,16 @@ if _typing.TYPE_CHECKING:
     from jaxheads.metrics.ranks import RanksView as RanksView
     from jaxheads.metrics.ranks import TopKAccuracy as TopKAccuracy
     from jaxheads.metrics.regression import ExplainedVariance as ExplainedVariance
+    from jaxheads.metrics.regression import HuberError as HuberError
     from jaxheads.metrics.regression import MeanAbsoluteError as MeanAbsoluteError
+    from jaxheads.metrics.regression import MeanAbsolutePercentageError as MeanAbsolutePercentageError
     from jaxheads.metrics.regression import MeanSquaredError as MeanSquaredError
+    from jaxheads.metrics.regression import MeanSquaredLogError as MeanSquaredLogError
     from jaxheads.metrics.regression import PearsonCorrelation as PearsonCorrelation
     from jaxheads.metrics.regression import R2Score as R2Score
     from jaxheads.metrics.regression import RootMeanSquaredError as RootMeanSquaredError
+    from jaxheads.metrics.regression import RootMeanSquaredLogError as RootMeanSquaredLogError
+    from jaxheads.metrics.regression import WithinTolerance as WithinTolerance
     from jaxheads.metrics.sequences import ExactMatch as ExactMatch
     from jaxheads.metrics.thresholds import Accuracy as Accuracy
     from jaxheads.metrics.thresholds import BalancedAccuracy as BalancedAccuracy
@@ -117,11 +122,16 @@ _LAZY = {
         "ranks": ("Ranks", "RanksView", "TopKAccuracy"),
         "regression": (
             "ExplainedVariance",
+            "HuberError",
             "MeanAbsoluteError",
+            "MeanAbsolutePercentageError",
             "MeanSquaredError",
+            "MeanSquaredLogError",
             "PearsonCorrelation",
             "R2Score",
             "RootMeanSquaredError",
+            "RootMeanSquaredLogError",
+            "WithinTolerance",
         ),
         "sequences": ("ExactMatch",),
         "thresholds": (

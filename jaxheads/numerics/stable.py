@@ -32,6 +32,15 @@ def log1p(x: jax.Array) -> jax.Array:
     return 2 * s * series
 
 
+def huber(errors: jax.Array, delta: float) -> jax.Array:
+    """Returns `e^2 / 2` where `|e|` is at most delta, else `delta (|e| - delta / 2)`.
+
+    It is not optax's, whose slope is `(e - delta) + delta`: of an error of 1e-6 delta, one part in 20 is lost.
+    """
+    inside = jnp.clip(errors, -delta, delta)
+    return inside * (errors - inside / 2)
+
+
 def pick(values: jax.Array, ids: jax.Array) -> jax.Array:
     """Returns `values[..., ids]` from `values [..., n]` and in-range `ids [..., 1]`: `[..., 1]`.
 

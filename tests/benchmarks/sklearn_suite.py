@@ -599,6 +599,9 @@ ASKED: dict[str, Callable[[Call], Question]] = {
     "mean_squared_error": _regression(M.MeanSquaredError),
     "root_mean_squared_error": _regression(M.RootMeanSquaredError),
     "mean_absolute_error": _regression(M.MeanAbsoluteError),
+    "mean_squared_log_error": _regression(M.MeanSquaredLogError),
+    "root_mean_squared_log_error": _regression(M.RootMeanSquaredLogError),
+    "mean_absolute_percentage_error": _regression(M.MeanAbsolutePercentageError),
     "r2_score": _regression(M.R2Score),
     "explained_variance_score": _regression(M.ExplainedVariance),
 }
