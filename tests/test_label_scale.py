@@ -257,6 +257,34 @@ def test_training_counts_alike_on_devices_and_in_parts(how):
     np.testing.assert_allclose(spread, np.sqrt(fitted.var_), rtol=1e-4)
 
 
+def test_heads_inside_count_their_own_labels():
+    """Several equal heads, which the engine stacks, and one other; the steps of a sequence that exist."""
+    running: Any = {"label_mean": "running", "label_scale": "running"}
+    heads = [jh.RegressionHead(name=name, **running) for name in "abc"] + [jh.RegressionHead(2, name="d", **running)]
+    many, steps = jh.MultiHead(heads), jh.SequentialHeadWrapper(jh.RegressionHead(**running))
+    rng = np.random.default_rng(7)
+    labels = {name: rng.normal(i, 1 + i, (8, 1)).astype(np.float32) for i, name in enumerate("abc")}
+    labels["d"] = rng.normal(9, 2, (8, 2)).astype(np.float32)
+    y, mask = rng.normal(7, 3, (3, 4)).astype(np.float32), np.array([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+
+    @jax.jit
+    def run(labels, y):
+        first = many.update_state(many.init_state(), labels, np.zeros((8, 5), np.float32))
+        features = {"sequence_length_mask": mask}
+        second = steps.update_state(steps.init_state(), y, np.zeros((3, 4, 1), np.float32), features)
+        logits = np.repeat(np.array([[0], [1]], np.float32), 5, -1)
+        return many.predictions(logits, params=first), steps.predictions(logits[:, :1, None], params=second)
+
+    found, of_steps = jax.device_get(run(labels, y))
+    expected = {**labels, "steps": y[mask == 1][:, None]}
+    for name, (zero, one) in {
+        "steps": of_steps["predictions"][:, 0],
+        **{name: found[name]["predictions"] for name in labels},
+    }.items():
+        np.testing.assert_allclose(zero, expected[name].astype(float).mean(0), rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(one - zero, expected[name].astype(float).std(0), rtol=1e-4, err_msg=name)
+
+
 def test_bound_values_give_the_constant():
     labels, logits, weights, where = draw()
     state = update(first(), labels, logits, weights, where)

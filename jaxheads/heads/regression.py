@@ -47,8 +47,9 @@ class RegressionHead(loss_functions.AbstractLossFnHead):
     With `"running"`, m and s are the weighted mean and standard deviation of all earlier training labels, over all
     devices. The train step counts them: `head.init_state()` is in its state, and other calls take it as `params=`.
     Before any label, m is 0 and s is 1, so the first step trains on raw labels. To start with known values, count some
-    labels first: `head.update_state(head.init_state(), labels, logits)` with any logits. `label_statistics` is better
-    where all labels are at hand: the numbers do not move then.
+    labels first: `head_state = head.update_state(head.init_state(), labels, logits)`, with any logits, and put that in
+    the train state, `dataclasses.replace(state, head_state=head_state)`. `label_statistics` is better where all labels
+    are at hand: the numbers do not move then. Boosters take numbers alone.
 
     **Predictions**: `predictions [..., label_dimension]`; with an `inverse_link_fn`, `label_mean` or `label_scale` also
     `logits`.

@@ -100,7 +100,8 @@ class Bootstrap:
 
     Each replica counts each element as often as a Poisson variable of mean 1 says. Of many elements, the bootstrap
     draws each so often (Hanley and MacGibbon 2006; Chamandy et al. 2012). The draws come from the `key=` that every
-    update is given, a new one for every batch. `metrics.compute(confidence=0.95)` reads them.
+    update is given, a new one for every batch. `metrics.compute(confidence=0.95)` reads them, and `a.compare(b)` reads
+    the differences of two models that were given the same keys.
 
     Large batches on a CPU are drawn tile by tile. Sums that are made once for all tiles (a confusion matrix of many
     classes) have draws of their own: intervals are right for each metric, not for differences of two within a replica.
