@@ -614,14 +614,14 @@ def test_steps_that_are_skipped_are_counted_over_a_resume(tmp_path):
                 raise KeyboardInterrupt
             yield batch
 
-    given |= {"directory": tmp_path, "checkpoint_every": 4}
+    given.update(directory=tmp_path, checkpoint_every=4)
     with pytest.raises(KeyboardInterrupt):
         jh.fit(guarded(count_skipped=True), skipping, dying, **given)
     again = jh.fit(guarded(count_skipped=True), skipping, spoiled, **given)
     same(again.state, whole.state)
     assert again.history == whole.history
     with pytest.raises(ValueError, match=r"only now: \[\](.|\n)*same count_skipped and loss_scale"):
-        jh.fit(start(), skipping, spoiled, **given | {"epochs": 3})
+        jh.fit(start(), skipping, spoiled, **{**given, "epochs": 3})
 
 
 def test_a_run_goes_on_with_steps_that_may_be_skipped(tmp_path):
@@ -695,7 +695,7 @@ def test_functions_are_called_after_each_epoch_and_may_stop(tmp_path):
         rows.append(dict(row))
         row.clear()
 
-    def stop(row: Any, state: Any) -> bool:
+    def stop(row: Any, state: Any) -> Any:
         return np.bool_(state.step >= 16)
 
     given: dict[str, Any] = {"epochs": 3, "directory": tmp_path, "progress": False}

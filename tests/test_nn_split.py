@@ -5,6 +5,7 @@ from typing import Any
 import chex
 import flax.linen as linen
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -67,7 +68,7 @@ def test_a_model_is_trained_as_by_hand(kind):
     """Batch norm over the batch in training, its running statistics in evaluation; in float64."""
     parts = parts_of(kind)
     state, before = state_of(parts), values(parts.params)
-    step = jax.jit(jh.make_train_step(HEAD, parts.apply_fn, OPTIMIZER, with_metrics=False), donate_argnums=0)
+    step: Any = jax.jit(jh.make_train_step(HEAD, parts.apply_fn, OPTIMIZER, with_metrics=False), donate_argnums=0)
     state, out = step(state, BATCH)
     x = X.astype(np.float64)
     mean, var = x.mean(0), x.var(0)
@@ -129,7 +130,7 @@ def test_a_model_without_state_has_none():
     params, model_state, apply_fn = jh.nn.split(model)
     assert model_state is None
     given: dict[str, Any] = {"train": True, "model_state": None, "rngs": None}
-    np.testing.assert_allclose(apply_fn(params, X, **given), model(X), rtol=1e-6)
+    np.testing.assert_allclose(apply_fn(params, X, **given), model(jnp.asarray(X)), rtol=1e-6)
     params, model_state, apply_fn = jh.nn.split(linen.Dense(1), key=KEY, features=X)
     assert model_state is None
     expected = X @ np.asarray(params["kernel"]) + np.asarray(params["bias"])
@@ -208,7 +209,7 @@ def test_states_of_nnx_go_on_from_a_checkpoint_too(tmp_path):
     state = jh.TrainState.create(params=params, optimizer=OPTIMIZER, head=HEAD, key=KEY)
     jh.fit(state, step, **given)
     again = jh.fit(state, step, epochs=2, **given)
-    whole = jh.fit(state, step, epochs=2, **given | {"directory": None})
+    whole = jh.fit(state, step, epochs=2, **{**given, "directory": None})
     chex.assert_trees_all_equal(again.state.params, whole.state.params)
     wider = nnx.state(nnx.Linear(D, 2, rngs=nnx.Rngs(0)))
     other = jh.TrainState.create(params=wider, optimizer=OPTIMIZER, head=HEAD, key=KEY)

@@ -116,7 +116,7 @@ def test_norms_are_those_of_the_whole_batch(way, micro_batches):
         expected = loss, norm(*grads), norm(w, s), norm(*updates), 0.5 / (i + 1)
         found = out.loss, out.grad_norm, out.param_norm, out.update_norm, out.learning_rate
         np.testing.assert_allclose(found, expected, rtol=2e-5)
-    assert {x.dtype for x in found} == {np.dtype(np.float32)}
+        assert {x.dtype for x in found} == {np.dtype(np.float32)}
 
 
 def test_norms_of_parameters_that_are_spread_over_devices():
@@ -249,7 +249,7 @@ def test_the_states_of_model_and_head_stay_too():
 
     head, optimizer = CountingHead(), optax.sgd(0.1)
     made = jh.make_train_step(head, counting, optimizer, skip_nonfinite=True, with_metrics=False)
-    step = jax.jit(made, donate_argnums=0)
+    step: Any = jax.jit(made, donate_argnums=0)
     state = jh.TrainState.create(
         params={"w": np.ones((D, 1), np.float32)},
         optimizer=optimizer,
@@ -368,7 +368,8 @@ def test_a_dynamic_scale_falls_and_rises():
             else:
                 value, good, skipped = value / 16, 0, skipped + 1
                 chex.assert_trees_all_equal(before.params, state.params)
-            found.append(float(getattr(state.loss_scale, "value", getattr(state.loss_scale, "loss_scale", None))))
+            scale: Any = state.loss_scale
+            found.append(float(scale.value if hasattr(scale, "value") else scale.loss_scale))
             expected.append(value)
         assert found == expected
         assert skipped == state.skipped > 3
