@@ -698,7 +698,7 @@ def test_each_logit_may_have_its_weight():
         (lambda: M.MeanSquaredError("mean"), "multioutput must be one of"),
         (lambda: M.R2Score(shift=np.nan), "shift must be a number"),
         (lambda: M.R2Score(shift="mean"), "shift must be a number"),
-        (lambda: jh.RegressionHead().with_metrics(M.ConfusionMatrix()), "'confusion', which this head does not have"),
+        (lambda: jh.RegressionHead().with_metrics(M.ConfusionMatrix()), "head whose rows have one class each"),
         (lambda: jh.MultiClassHead(3).with_metrics(M.R2Score()), r"\['confusion', 'ranks', 'scores'\]"),
         (lambda: jh.MultiClassHead(3).with_metrics(M.Accuracy()), "'accuracy', which MultiClassHead has already"),
         (lambda: jh.BinaryClassHead().with_metrics(M.MeanIoU()), "'confusion', which this head does not have"),

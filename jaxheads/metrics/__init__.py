@@ -94,13 +94,18 @@ if _typing.TYPE_CHECKING:
     from jaxheads.metrics.thresholds import Accuracy as Accuracy
     from jaxheads.metrics.thresholds import BalancedAccuracy as BalancedAccuracy
     from jaxheads.metrics.thresholds import CohenKappa as CohenKappa
+    from jaxheads.metrics.thresholds import FalseNegatives as FalseNegatives
+    from jaxheads.metrics.thresholds import FalsePositives as FalsePositives
     from jaxheads.metrics.thresholds import FBeta as FBeta
     from jaxheads.metrics.thresholds import IoU as IoU
     from jaxheads.metrics.thresholds import MatthewsCorrcoef as MatthewsCorrcoef
+    from jaxheads.metrics.thresholds import NegativePredictiveValue as NegativePredictiveValue
     from jaxheads.metrics.thresholds import Precision as Precision
     from jaxheads.metrics.thresholds import Recall as Recall
     from jaxheads.metrics.thresholds import Specificity as Specificity
     from jaxheads.metrics.thresholds import Support as Support
+    from jaxheads.metrics.thresholds import TrueNegatives as TrueNegatives
+    from jaxheads.metrics.thresholds import TruePositives as TruePositives
 
 # The names that are imported when they are asked for: `import jaxheads` does not pay for the catalogue.
 _LAZY = {
@@ -139,12 +144,17 @@ _LAZY = {
             "BalancedAccuracy",
             "CohenKappa",
             "FBeta",
+            "FalseNegatives",
+            "FalsePositives",
             "IoU",
             "MatthewsCorrcoef",
+            "NegativePredictiveValue",
             "Precision",
             "Recall",
             "Specificity",
             "Support",
+            "TrueNegatives",
+            "TruePositives",
         ),
     }.items()
     for name in names

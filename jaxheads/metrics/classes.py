@@ -21,45 +21,88 @@ array([[2., 0., 0.],
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
-from jaxheads.metrics.base import AVERAGE_LOSS, CONFUSION, COUNTS, AbstractSourceMetric, Metric, Observation
-from jaxheads.metrics.confusion import ClassCounts, ClassesView, ConfusionView
+from jaxheads.metrics.base import (
+    AVERAGE_LOSS,
+    CONFUSION,
+    COUNTS,
+    SCORES,
+    AbstractSourceMetric,
+    Metric,
+    Observation,
+    at_threshold,
+)
+from jaxheads.metrics.confusion import ClassCounts, ClassesView
 from jaxheads.metrics.curves import Interval, ScoresView
 from jaxheads.metrics.grids import AbstractGrid
-from jaxheads.metrics.scored import AbstractScoreMetric, Average
-from jaxheads.numerics import brief
+from jaxheads.metrics.outcomes import Normalize, check_normalize
+from jaxheads.metrics.scored import AbstractScoreMetric, Average, check_share
 
 
 @dataclasses.dataclass(frozen=True)
-class ConfusionMatrix(AbstractSourceMetric):
+class ConfusionMatrix(Metric):
     """`confusion_matrix [n, n]`: weights by label (rows) and predicted class (columns).
 
     The predicted class is the first of the largest logits. A row with a NaN has no prediction and is in no column: it
     is missing in the sum of its row.
 
+    For a head of two classes and one logit it is `[[TN, FP], [FN, TP]]`, read from the score histogram that the head
+    keeps. It is exact at its threshold. A NaN makes it NaN. `metrics.confusion_matrix(names=True)` names the classes.
+
     Args:
         normalize: None, or the sum to divide by: `"true"`, of each row; `"pred"`, of each column; `"all"`, of all. A
             row, a column or a matrix without weight is undefined.
+        threshold: for two classes and one logit, a probability in (0, 1). Scores above it are predicted as the second
+            class; the key is `confusion_matrix/positive_threshold_T`. By default z > 0.
+
+    Raises:
+        ValueError: another value of `normalize`; a threshold outside (0, 1), or one for many classes; a head without
+            classes, or with several labels a row.
 
     Source: `sklearn.metrics.confusion_matrix`.
+
+    >>> import jaxheads as jh
+    >>> head = jh.BinaryClassHead().with_metrics(jh.metrics.ConfusionMatrix(threshold=0.3))
+    >>> values = head.measure(labels=[1, 1, 0, 0], logits=[[2.0], [-0.5], [-1.0], [0.5]]).compute()
+    >>> values["confusion_matrix/positive_threshold_0.3"]
+    array([[1., 1.],
+           [0., 2.]], dtype=float32)
     """
 
-    normalize: Literal["true", "pred", "all"] | None = None
-
-    source = CONFUSION
+    normalize: Normalize = None
+    threshold: float | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
-        if not brief.is_one_of(self.normalize, (None, "true", "pred", "all")):
-            raise ValueError(f'ConfusionMatrix: normalize must be "true", "pred", "all" or None: {self.normalize!r}.')
+        check_normalize("ConfusionMatrix", self.normalize)
+        if self.threshold is not None:
+            check_share(self, "threshold", self.threshold, below=1.0)
 
-    def values(self, view: ConfusionView) -> dict[str, Any]:
-        matrix, ones = view.matrix, view.xp.ones_like(view.matrix)
-        by = {"true": view.support[..., None], "pred": matrix.sum(-2)[..., None, :], "all": view.total[..., None, None]}
-        value = view.ratio(matrix, by[self.normalize] * ones) if self.normalize else matrix
-        return {"confusion_matrix": value}
+    def observe(
+        self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]
+    ) -> Mapping[str, Observation]:
+        if CONFUSION in sources:
+            if self.threshold is not None:
+                raise ValueError(
+                    f"{self!r} has a threshold. This head predicts one of many classes, by the largest logit. Leave "
+                    "the threshold out, or take jh.metrics.TruePositives(threshold, average=None) and its like."
+                )
+            return {CONFUSION: sources[CONFUSION]()}
+        scores: Any = sources[SCORES]() if SCORES in sources else None
+        if scores is None or scores.logits.shape[-1] > 1:
+            raise ValueError(
+                f"{self!r} needs a head whose rows have one class each, such as BinaryClassHead or MultiClassHead. "
+                "For several labels a row, take jh.metrics.TruePositives(average=None), FalsePositives, "
+                "FalseNegatives and TrueNegatives."
+            )
+        return {SCORES: scores if self.threshold is None else scores.with_threshold(self.threshold)}
+
+    def summarize(self, seen: Mapping[str, Any]) -> dict[str, Any]:
+        view = seen[CONFUSION] if CONFUSION in seen else seen[SCORES].decide(self.threshold)
+        key = "confusion_matrix" if self.threshold is None else at_threshold("confusion_matrix", self.threshold)
+        return {key: view.normalized(self.normalize)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxheads.metrics.base import CONFUSION, COUNTS, Observation, View
-from jaxheads.metrics.outcomes import Outcomes
+from jaxheads.metrics.outcomes import Normalize, Outcomes, divide_matrix
 from jaxheads.numerics import masking
 from jaxheads.numerics.histograms import histogram
 
@@ -253,6 +253,10 @@ class ConfusionView(ClassesView):
     def matrix(self) -> Any:
         """Weights by label (rows) and predicted class (columns), `[..., n, n]`."""
         return self.table[..., :-1]
+
+    def normalized(self, by: Normalize) -> Any:
+        """Returns the matrix, as it is, or as parts of the sums that `by` names."""
+        return divide_matrix(self, self.matrix, self.support, self.total, by)
 
     def kappa(self, weights: str | None) -> Any:
         """Returns `1 - sum(w_ij O_ij) / sum(w_ij E_ij)`; E is O for independent labels and predictions.

@@ -124,6 +124,10 @@ class ScoresView(View):
         """Returns the outcomes where positive means z > 0."""
         return self._count_at(self.layout.zero)
 
+    def decide(self, threshold: float | None) -> Outcomes:
+        """Returns the outcomes at one of the user's thresholds; None: where positive means z > 0."""
+        return self.at_zero() if threshold is None else self.at(threshold)
+
     def _count_at(self, edge: int) -> Outcomes:
         fp, tp = (sums[..., edge + 1] for sums in self._above)
         # Not 1 - x or total - x: in float32 that would lose small values.

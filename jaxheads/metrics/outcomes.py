@@ -1,9 +1,19 @@
 """The metrics that the four outcomes of a yes-or-no decision tell, from their weights."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from jaxheads.metrics.base import View
+from jaxheads.numerics import brief
+
+# The sum by which a confusion matrix is divided: of each row, of each column, of all; None: it is not divided.
+Normalize: TypeAlias = Literal["true", "pred", "all"] | None
+
+
+def check_normalize(what: str, normalize: Any) -> None:
+    """Refuses all but the ways to divide a confusion matrix."""
+    if not brief.is_one_of(normalize, (None, "true", "pred", "all")):
+        raise ValueError(f'{what}: normalize must be "true", "pred", "all" or None. Given {brief.tell(normalize)}.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +55,11 @@ class Outcomes(View):
     def specificity(self) -> Any:
         """`TN / (TN + FP)`, the true negative rate."""
         return self.ratio(self.true_negatives, self.negatives)
+
+    @property
+    def negative_predictive_value(self) -> Any:
+        """`TN / (TN + FN)`."""
+        return self.ratio(self.true_negatives, self.true_negatives + self.false_negatives)
 
     @property
     def fall_out(self) -> Any:
@@ -94,8 +109,23 @@ class Outcomes(View):
         spent = false_positive * self.false_positives + false_negative * self.false_negatives
         return self.ratio(spent, self.positives + self.negatives)
 
+    def normalized(self, by: Normalize) -> Any:
+        """Returns `[[TN, FP], [FN, TP]]` on two last axes, as it is, or as parts of the sums that `by` names."""
+        xp = self.xp
+        rows = (self.true_negatives, self.false_positives), (self.false_negatives, self.true_positives)
+        matrix = xp.stack([xp.stack(row, -1) for row in rows], -2)
+        return divide_matrix(self, matrix, matrix.sum(-1), matrix.sum((-2, -1)), by)
+
     def _divide_by_total(self) -> tuple[Any, Any, Any, Any]:
         """Returns the outcomes as parts of 1: products of weights may leave the range of float32."""
         total = self.positives + self.negatives
         four = (self.true_positives, self.false_positives, self.false_negatives, self.true_negatives)
         return tuple(self.zeroed().ratio(x, total) for x in four)  # pyright: ignore[reportReturnType]  # four
+
+
+def divide_matrix(view: View, matrix: Any, support: Any, total: Any, by: Normalize) -> Any:
+    """Returns a confusion matrix `[..., n, n]`, as it is, or divided by sums: `support [..., n]` of rows, `total`."""
+    if by is None:
+        return matrix
+    sums = {"true": support[..., None], "pred": matrix.sum(-2)[..., None, :], "all": total[..., None, None]}
+    return view.ratio(matrix, sums[by] * view.xp.ones_like(matrix))

@@ -136,9 +136,7 @@ class AbstractThresholdMetric(AbstractScoreMetric):
 
     def refine(self, observation: Any) -> Observation:
         scores: Any = super().refine(observation)
-        if self.threshold is None:
-            return scores
-        return dataclasses.replace(scores, thresholds=tuple(dict.fromkeys((*scores.thresholds, self.threshold))))
+        return scores if self.threshold is None else scores.with_threshold(self.threshold)
 
     def observe(
         self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]

@@ -69,6 +69,10 @@ class Scores(Observation):
             raise ValueError(f"Scores need one name for each of {n} entries of the last axis. Given {self.names!r}.")
         return self.names or tuple(f"class{i}" for i in range(n))
 
+    def with_threshold(self, threshold: float) -> "Scores":
+        """Returns the same scores with one more exact edge."""
+        return dataclasses.replace(self, thresholds=tuple(dict.fromkeys((*self.thresholds, threshold))))
+
     @property
     def _n_rows(self) -> int:
         """The number of rows. The first row is for all entries without a row of their own."""

@@ -14,6 +14,7 @@ from jax.core import Tracer
 
 from jaxheads.metrics.base import (
     AVERAGE_LOSS,
+    CONFUSION,
     COUNT,
     REGULARIZATION_LOSS,
     SCORES,
@@ -27,6 +28,7 @@ from jaxheads.metrics.base import (
 )
 from jaxheads.metrics.curves import Interval, ScoresView
 from jaxheads.metrics.groups import Bootstrap, Grouped, Slices
+from jaxheads.metrics.outcomes import Normalize, check_normalize
 from jaxheads.metrics.reading import (
     STAMP,
     add_quantiles,
@@ -69,6 +71,15 @@ class Reader(Protocol):
 LARGE = 2**22
 
 ResultT = TypeVar("ResultT")
+
+
+def _find_names(head: Any, path: Path) -> tuple[str, ...] | None:
+    """Returns the names of the classes of the head inside that keeps an observation."""
+    for name in path:
+        while "" in (inner := head.parts()):
+            head = inner[""]
+        head = inner.get(name, head)
+    return head.class_names()
 
 
 def read_nothing(head: Any, read: Callable[[dict[Path, Any]], ResultT]) -> ResultT:
@@ -698,6 +709,85 @@ class Metrics:
                 f"{exact}"
             )
         return views[path].reliability(bins) if kept is None else kept.reliability()
+
+    def confusion_matrix(
+        self,
+        normalize: Normalize = None,
+        names: bool = False,
+        *,
+        threshold: float | None = None,
+        key: str | None = None,
+        slice: int | str | None = None,
+    ) -> Any:
+        """Returns the confusion matrix `[n, n]`, on the host: weights by label (rows) and predicted class (columns).
+
+        A head of two classes and one logit has it without any metric of `with_metrics`: its score histogram tells
+        `[[TN, FP], [FN, TP]]`. A `MultiClassHead` must keep `jh.metrics.ConfusionMatrix()`.
+
+        Args:
+            normalize: None, or the sum to divide by: `"true"`, of each row; `"pred"`, of each column; `"all"`, of all.
+                An entry without such a sum is NaN.
+            names: whether to name rows and columns. The result is then a dict by predicted class of dicts by label,
+                which `pandas.DataFrame` takes as it is: a row for each label, a column for each predicted class.
+            threshold: for two classes and one logit: one of the head's thresholds, or that of one of its metrics.
+                Scores above it are predicted as the second class. By default z > 0, which is a threshold of 0.5.
+            key: the key of the observation, for a `MultiHead` of several heads of classes: `"NAME/scores"` or
+                `"NAME/confusion"`.
+            slice: number or name of a slice, for its data alone.
+
+        Raises:
+            ValueError: a state with leading axes or inside `jit`, no confusion matrix, a threshold that is not kept.
+
+        >>> import jaxheads as jh
+        >>> head = jh.BinaryClassHead(label_vocabulary=("ham", "spam"), thresholds=(0.3,))
+        >>> metrics = head.measure(labels=["spam", "spam", "ham", "ham"], logits=[[2.0], [-0.5], [-1.0], [0.5]])
+        >>> metrics.confusion_matrix("true", threshold=0.3)
+        array([[0.5, 0.5],
+               [0. , 1. ]], dtype=float32)
+        >>> metrics.confusion_matrix(names=True)  # by predicted class, then by label
+        {'ham': {'ham': 1.0, 'spam': 1.0}, 'spam': {'ham': 1.0, 'spam': 1.0}}
+        """
+        check_normalize("confusion_matrix()", normalize)
+        inputs.check_switch("names", names)
+        at = self._find_entry("confusion_matrix()", slice)
+        view, classes = self._find_decisions(key, at, threshold)
+        with np.errstate(all="ignore"):
+            matrix = np.asarray(view.normalized(normalize), np.float32)
+        if not names:
+            return matrix
+        by_prediction = zip(classes, matrix.T.tolist(), strict=True)
+        return {name: dict(zip(classes, column, strict=True)) for name, column in by_prediction}
+
+    def _find_decisions(self, key: str | None, at: tuple[int, int], threshold: float | None) -> tuple[Any, Any]:
+        """Returns the decisions for one of two or more classes that are meant, and the names of the classes."""
+        found: dict[str, tuple[Path, Any]] = {}
+        for path, view in self._read_views(np.nan, at)[0].items():
+            if path[-1] == CONFUSION or (isinstance(view, ScoresView) and len(view.names) == 1):
+                found[join_names(*path)] = path, view
+        if key is None and len(found) == 1:
+            key = next(iter(found))
+        if not isinstance(key, str) or key not in found:
+            raise ValueError(
+                "confusion_matrix() reads the histogram of one logit, or a table that "
+                f"head.with_metrics(jh.metrics.ConfusionMatrix()) keeps. Given key={key!r}, and a head with "
+                f"{brief.tell_names(found)}: {brief.cut(repr(self.head), 120)}."
+            )
+        path, view = found[key]
+        if not isinstance(view, ScoresView):
+            if threshold is not None:
+                raise ValueError(
+                    f"confusion_matrix() has a threshold for two classes and one logit. Given threshold={threshold!r} "
+                    "for decisions by the largest logit. Leave it out."
+                )
+            return view, view.names
+        known = view.layout.position
+        if threshold is not None and threshold != 0.5 and threshold not in known:
+            raise ValueError(
+                f"confusion_matrix() is exact at a threshold that is an edge of the bins: one of {[0.5, *known][:5]}. "
+                f"Given {threshold!r}. Build the head with thresholds=(...,), or with_metrics("
+                "jh.metrics.ConfusionMatrix(threshold=...))."
+            )
+        return view.decide(threshold if threshold in known else None), _find_names(self.head, path) or ("0", "1")
 
     def _find_entry(self, what: str, slice: int | str | None) -> tuple[int, int]:
         """Returns the place of a slice in the state. Refuses all but one concrete state, and too small a slice."""

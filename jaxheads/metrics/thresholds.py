@@ -55,6 +55,17 @@ class Specificity(AbstractThresholdMetric):
 
 
 @dataclasses.dataclass(frozen=True)
+class NegativePredictiveValue(AbstractThresholdMetric):
+    """`negative_predictive_value = TN / (TN + FN)`, the share of true negatives among predicted ones: NPV."""
+
+    stem = "negative_predictive_value"
+    higher_is_better = True
+
+    def decided(self, outcomes: Outcomes) -> Any:
+        return outcomes.negative_predictive_value
+
+
+@dataclasses.dataclass(frozen=True)
 class Accuracy(AbstractThresholdMetric):
     """`accuracy = (TP + TN) / (TP + TN + FP + FN)`. Source: Keras `BinaryAccuracy`."""
 
@@ -134,6 +145,75 @@ class Support(AbstractThresholdMetric):
 
     def decided(self, outcomes: Outcomes) -> Any:
         return outcomes.positives
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractCount(AbstractThresholdMetric):
+    """The weight of one of the four outcomes; 0 without data."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.average in ("macro", "weighted"):
+            raise ValueError(
+                f'{type(self).__name__}: average must be "micro" or None. Given {self.average!r}: a count has no mean '
+                "over classes."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TruePositives(AbstractCount):
+    """`true_positives`, the weight of the positives that are found. Source: Keras `TruePositives`.
+
+    The sum is over all entries, or with `average=None` of each class, under `true_positives/CLASS`. For one of many
+    classes without a threshold, each row is predicted as one class and not as the others, and counts so in the sum.
+    A soft label y counts with its two parts. The same holds for the other three outcomes.
+
+    >>> import jaxheads as jh
+    >>> M = jh.metrics
+    >>> head = jh.BinaryClassHead().with_metrics(M.TruePositives(), M.FalsePositives(0.3))
+    >>> values = head.measure(labels=[1, 1, 0], logits=[[2.0], [-0.5], [-0.25]], weights=[1.0, 1.0, 3.0]).compute()
+    >>> values["true_positives"], values["false_positives/positive_threshold_0.3"]
+    (1.0, 3.0)
+    """
+
+    stem = "true_positives"
+    higher_is_better = True
+
+    def decided(self, outcomes: Outcomes) -> Any:
+        return outcomes.true_positives
+
+
+@dataclasses.dataclass(frozen=True)
+class FalsePositives(AbstractCount):
+    """`false_positives`, the weight of the negatives that are predicted positive. Source: Keras `FalsePositives`."""
+
+    stem = "false_positives"
+    higher_is_better = False
+
+    def decided(self, outcomes: Outcomes) -> Any:
+        return outcomes.false_positives
+
+
+@dataclasses.dataclass(frozen=True)
+class FalseNegatives(AbstractCount):
+    """`false_negatives`, the weight of the positives that are missed. Source: Keras `FalseNegatives`."""
+
+    stem = "false_negatives"
+    higher_is_better = False
+
+    def decided(self, outcomes: Outcomes) -> Any:
+        return outcomes.false_negatives
+
+
+@dataclasses.dataclass(frozen=True)
+class TrueNegatives(AbstractCount):
+    """`true_negatives`, the weight of the negatives that are left alone. Source: Keras `TrueNegatives`."""
+
+    stem = "true_negatives"
+    higher_is_better = True
+
+    def decided(self, outcomes: Outcomes) -> Any:
+        return outcomes.true_negatives
 
 
 @dataclasses.dataclass(frozen=True)
