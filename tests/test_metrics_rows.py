@@ -111,7 +111,8 @@ def test_counts_of_labels_and_of_classes():
         if t == 0.5:
             npv = np.mean(each[:, 0] / (each[:, 0] + each[:, 2]))
             np.testing.assert_allclose(values["negative_predictive_value_macro"], npv, rtol=1e-6)
-    head = jh.MultiClassHead(C).with_metrics(M.ConfusionMatrix(), *(cls(average=None) for cls in COUNTS))
+    ones = (cls(average=None) for cls in COUNTS)
+    head = jh.MultiClassHead(C).with_metrics(M.ConfusionMatrix(), M.HammingLoss(), *ones)
     ids = labels.argmax(-1).astype(np.int32)
     metrics = head.measure(ids, poisoned(logits, where), weights=weights, where=where)
     ids = y.argmax(-1)
@@ -119,6 +120,8 @@ def test_counts_of_labels_and_of_classes():
     values = metrics.compute()
     for key, column in zip(KEYS, each.T, strict=True):
         np.testing.assert_allclose([values[f"{key}/class{k}"] for k in range(C)], column, rtol=1e-6)
+    loss = sk.hamming_loss(ids, z.argmax(-1), sample_weight=w)
+    np.testing.assert_allclose(values["hamming_loss"], loss, rtol=1e-6)
     named = pd.DataFrame(metrics.confusion_matrix("pred", names=True))
     expected = sk.confusion_matrix(ids, z.argmax(-1), labels=range(C), sample_weight=w, normalize="pred")
     np.testing.assert_allclose(named.to_numpy(), expected, rtol=1e-6)
@@ -155,3 +158,112 @@ def test_what_has_no_confusion_is_refused(make, match):
     with pytest.raises(ValueError, match=match) as error:
         make()
     assert len(str(error.value)) <= 400
+
+
+# Rows of several labels
+
+SCORES = {
+    "precision": (M.Precision, {}, sk.precision_score, {}),
+    "recall": (M.Recall, {}, sk.recall_score, {}),
+    "f1": (M.FBeta, {}, sk.f1_score, {}),
+    "fbeta_2": (M.FBeta, {"beta": 2}, sk.fbeta_score, {"beta": 2}),
+    "iou": (M.IoU, {}, sk.jaccard_score, {}),
+}
+THRESHOLDS = ((None, ""), (0.3, "/positive_threshold_0.3"))
+
+
+@functools.cache
+def of_rows(bins: Any) -> Any:
+    ones = [cls(threshold=t, average="samples", **own) for cls, own, _, _ in SCORES.values() for t, _ in THRESHOLDS]
+    more = [cls(t) for cls in (M.HammingLoss, M.ExactMatch) for t, _ in THRESHOLDS]
+    return jh.MultiLabelHead(C, bins=bins).with_metrics(*ones, *more)
+
+
+@functools.cache
+def sparse(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Rows among which some have no labels, some no predictions, some neither."""
+    labels, logits, weights, where = drawn(seed, C)
+    some, none = np.random.default_rng(seed).random((2, N, 1)) < 0.2
+    return labels * ~some, (logits - 8 * none).astype(np.float32), weights, where
+
+
+def jaccard(y: np.ndarray, decided: np.ndarray, average: str, sample_weight: Any, zero_division: float) -> float:
+    """scikit-learn's takes 0 and 1 for `zero_division` only: rows without a value are left out by hand."""
+    union = (y + decided > 0).sum(1)
+    each = np.divide((y * decided).sum(1), union, where=union > 0, out=np.full(len(y), zero_division))
+    there = ~np.isnan(each)
+    return float(np.average(each[there], weights=sample_weight[there]))
+
+
+@pytest.mark.parametrize("bins", [jh.GrowingGrid(), jh.ThresholdGrid(12)], ids=repr)
+def test_means_over_rows_are_those_of_scikit_learn(bins):
+    labels, logits, weights, where = sparse(5)
+    metrics = merged(of_rows(bins), labels, poisoned(logits, where), weights, where)
+    y, z, w = live_rows(labels, logits, weights, where)
+    found = {undefined: metrics.compute(undefined, warn=False) for undefined in (np.nan, 0.0)}
+    for t, ending in THRESHOLDS:
+        decided = (1 / (1 + np.exp(-z)) > (t or 0.5)).astype(int)
+        assert {0} < {*y.sum(1)}
+        assert {0} < {*decided.sum(1)}
+        for undefined, values in found.items():
+            given = {"average": "samples", "sample_weight": w, "zero_division": undefined}
+            for key, (_, _, score, own) in SCORES.items():
+                expected = (jaccard if key == "iou" else score)(y, decided, **given, **own)
+                np.testing.assert_allclose(values[f"{key}_samples{ending}"], expected, rtol=2e-6, err_msg=key)
+        iou = sk.jaccard_score(y, decided, average="samples", sample_weight=w, zero_division=0)
+        np.testing.assert_allclose(found[0.0][f"iou_samples{ending}"], iou, rtol=2e-6)
+        loss = sk.hamming_loss(y, decided, sample_weight=w)
+        np.testing.assert_allclose(found[0.0][f"hamming_loss{ending}"], loss, rtol=2e-6)
+        match = sk.accuracy_score(y, decided, sample_weight=w)
+        np.testing.assert_allclose(found[0.0][f"exact_match{ending}"], match, rtol=2e-6)
+
+
+def test_entries_of_rows_have_masks_and_weights():
+    """A masked entry is not there; one of weight 2 counts twice in its row. The mean weight is that of the row."""
+    labels, logits, _, _ = sparse(6)
+    rng = np.random.default_rng(6)
+    where, weights = rng.random((N, C)) < 0.7, rng.choice([0, 1, 2, 0.5], (N, C)).astype(np.float32)
+    head = of_rows(jh.GrowingGrid())
+    values = head.measure(labels, poisoned(logits, where), weights=weights, where=where).compute()
+    live = where * weights.astype(np.float64)
+    hit, found, there = ((live * x).sum(1) for x in (labels * (logits > 0), logits > 0, labels))
+    of_row = live.sum(1) / np.maximum(where.sum(1), 1)
+    for key, top, base in (
+        ("precision", hit, found),
+        ("recall", hit, there),
+        ("f1", 2 * hit, found + there),
+        ("iou", hit, found + there - hit),
+    ):
+        own = base > 0
+        expected = np.average(top[own] / base[own], weights=of_row[own])
+        np.testing.assert_allclose(values[f"{key}_samples"], expected, rtol=2e-6, err_msg=key)
+
+
+def test_a_nan_shows_and_a_row_without_entries_is_not_there():
+    labels, logits, weights, where = sparse(7)
+    head = of_rows(jh.GrowingGrid())
+    broken = logits.copy()
+    broken[np.flatnonzero((where & (weights > 0)).ravel())[0], 0] = np.nan
+    values = head.measure(labels, broken, weights=weights, where=where).compute()
+    assert np.isnan([values[f"{key}_samples"] for key in SCORES]).all()
+    empty = head.measure(labels, broken, weights=weights, where=np.zeros_like(where))
+    for undefined in (np.nan, 0.0, -7.0):
+        values = empty.compute(undefined)
+        np.testing.assert_array_equal([values[f"{key}_samples"] for key in SCORES], undefined)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: jh.BinaryClassHead().with_metrics(M.FBeta(average="samples")), "mean over rows of several labels"),
+        (lambda: jh.MultiClassHead(3).with_metrics(M.Recall(average="samples")), "mean over rows of several labels"),
+        (lambda: jh.RegressionHead().with_metrics(M.IoU(average="samples")), "Given a head with.*moments"),
+        (lambda: M.Specificity(average="samples"), "average must be one of"),
+        (lambda: M.ExactMatch(0.0), r"threshold must be a number in \(0, 1\)"),
+        (lambda: jh.MultiClassHead(3).with_metrics(M.ExactMatch(0.3)), "leave it out"),
+    ],
+)
+def test_what_has_no_rows_of_labels_is_refused(make, match):
+    with pytest.raises(ValueError, match=match) as error:
+        make()
+    assert len(str(error.value).split("\n-----")[0]) <= 400

@@ -97,6 +97,7 @@ if _typing.TYPE_CHECKING:
     from jaxheads.metrics.thresholds import FalseNegatives as FalseNegatives
     from jaxheads.metrics.thresholds import FalsePositives as FalsePositives
     from jaxheads.metrics.thresholds import FBeta as FBeta
+    from jaxheads.metrics.thresholds import HammingLoss as HammingLoss
     from jaxheads.metrics.thresholds import IoU as IoU
     from jaxheads.metrics.thresholds import MatthewsCorrcoef as MatthewsCorrcoef
     from jaxheads.metrics.thresholds import NegativePredictiveValue as NegativePredictiveValue
@@ -146,6 +147,7 @@ _LAZY = {
             "FBeta",
             "FalseNegatives",
             "FalsePositives",
+            "HammingLoss",
             "IoU",
             "MatthewsCorrcoef",
             "NegativePredictiveValue",

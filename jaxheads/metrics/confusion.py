@@ -295,6 +295,11 @@ class MultiClassOutcomes(Outcomes):
         return self.ratio(self.true_positives, self.classes.total)
 
     @property
+    def hamming_loss(self) -> Any:
+        """The share of rows whose label is not predicted."""
+        return self.ratio(self.false_negatives, self.classes.total)
+
+    @property
     def balanced_accuracy(self) -> Any:
         """The mean recall of the classes that have labels."""
         return self.classes.balanced_accuracy()

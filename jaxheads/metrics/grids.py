@@ -51,6 +51,10 @@ class AbstractGrid(abc.ABC):
     def buckets(self, layout: Layout, logits: jax.Array) -> jax.Array:
         """Returns the bucket of each logit: how many edges it exceeds."""
 
+    def exceeds(self, logits: jax.Array, threshold: float) -> jax.Array:
+        """Tells which logits lie above a user threshold, as its edge in the layout decides."""
+        return logits > np.float32(stable.log_odds(threshold))
+
     @abc.abstractmethod
     def finer(self, low: float, high: float) -> str:
         """Returns the grid to use where scores between two logits share too few bins, as text."""
@@ -217,6 +221,9 @@ class ThresholdGrid(AbstractGrid):
     def buckets(self, layout: Layout, logits: jax.Array) -> jax.Array:
         # z > 0 may hold where float32 p is exactly 0.5, so it is an edge of its own just below p > 0.5.
         return layout.edges.locate(jax.nn.sigmoid(logits)) + (logits > 0).astype(np.int32)
+
+    def exceeds(self, logits: jax.Array, threshold: float) -> jax.Array:
+        return jax.nn.sigmoid(logits) > np.float32(threshold)
 
     def finer(self, low: float, high: float) -> str:
         return LogitGrid().finer(low, high)

@@ -42,6 +42,12 @@ class Outcomes(View):
         return self.ratio(right, right + self.false_positives + self.false_negatives)
 
     @property
+    def hamming_loss(self) -> Any:
+        """`(FP + FN) / (TP + TN + FP + FN)`."""
+        wrong = self.false_positives + self.false_negatives
+        return self.ratio(wrong, wrong + self.true_positives + self.true_negatives)
+
+    @property
     def precision(self) -> Any:
         """`TP / (TP + FP)`."""
         return self.ratio(self.true_positives, self.true_positives + self.false_positives)

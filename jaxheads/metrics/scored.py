@@ -24,7 +24,8 @@ from jaxheads.metrics.outcomes import Outcomes
 from jaxheads.metrics.scores import Scores
 from jaxheads.numerics import brief, stable
 
-Average: TypeAlias = Literal["micro", "macro", "weighted"] | None
+Average: TypeAlias = Literal["micro", "macro", "weighted", "samples"] | None
+# All but "samples", which few metrics have: those of `jaxheads.metrics.rows`.
 AVERAGES = ("micro", "macro", "weighted", None)
 
 
@@ -43,10 +44,11 @@ class AbstractScoreMetric(AbstractSourceMetric):
 
     source = SCORES
     stem: ClassVar[str] = ""
+    averages: ClassVar[tuple[str | None, ...]] = AVERAGES
 
     def __post_init__(self):
-        if not brief.is_one_of(self.average, AVERAGES):
-            raise ValueError(f"{type(self).__name__}: average must be one of {AVERAGES}. Given {self.average!r}.")
+        if not brief.is_one_of(self.average, self.averages):
+            raise ValueError(f"{type(self).__name__}: average must be one of {self.averages}. Given {self.average!r}.")
         if self.name is not None and (not isinstance(self.name, str) or not self.name):
             raise ValueError(f"{type(self).__name__}: name must be a string or None. Given {self.name!r}.")
 
@@ -82,7 +84,7 @@ class AbstractScoreMetric(AbstractSourceMetric):
     @property
     def _full_key(self) -> str:
         """The key without a class."""
-        suffix = f"_{self.average}" if self.average in ("macro", "weighted") else ""
+        suffix = f"_{self.average}" if self.average in ("macro", "weighted", "samples") else ""
         return self.name or f"{self.key}{suffix}{self.ending}"
 
     def direction(self, key: str) -> bool | None:

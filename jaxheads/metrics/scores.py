@@ -69,6 +69,10 @@ class Scores(Observation):
             raise ValueError(f"Scores need one name for each of {n} entries of the last axis. Given {self.names!r}.")
         return self.names or tuple(f"class{i}" for i in range(n))
 
+    def decide(self, threshold: float | None) -> jax.Array:
+        """Tells which scores count as positive, as the histogram does: those above a threshold, by default z > 0."""
+        return self.logits > 0 if threshold is None else self._bins.exceeds(self.logits, threshold)
+
     def with_threshold(self, threshold: float) -> "Scores":
         """Returns the same scores with one more exact edge."""
         return dataclasses.replace(self, thresholds=tuple(dict.fromkeys((*self.thresholds, threshold))))

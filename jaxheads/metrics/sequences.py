@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxheads.metrics.base import CONFUSION, SCORES, Metric, Observation
+from jaxheads.metrics.base import CONFUSION, SCORES, Metric, Observation, at_threshold
 from jaxheads.metrics.mean import Mean
+from jaxheads.metrics.scored import check_share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +19,15 @@ class ExactMatch(Metric):
     A sequence is one entry of the first axis, with all steps along the next axes that exist and have a weight. Its
     weight is the mean weight of these steps. A step is right if the predicted class is the label, or if every entry of
     a row of scores is on the same side of z = 0 as its label (a soft label is rounded). Without axes between the first
-    and the last, the metric is the accuracy of whole rows. The steps of a sequence must be on one device. The metric is
-    refused beside a `bootstrap`, which draws steps one by one.
+    and the last, the metric is the accuracy of whole rows: the subset accuracy of a `MultiLabelHead`. The steps of a
+    sequence must be on one device. The metric is refused beside a `bootstrap`, which draws steps one by one.
+
+    Args:
+        threshold: for rows of scores, a probability in (0, 1) in place of z = 0; the key is then
+            `exact_match/positive_threshold_T`.
+
+    Raises:
+        ValueError: a head without decisions; a threshold outside (0, 1), or one for the largest of many logits.
 
     Source: `sklearn.metrics.accuracy_score` of multilabel rows, which is the same metric for rows.
 
@@ -32,8 +40,18 @@ class ExactMatch(Metric):
     0.5
     """
 
+    threshold: float | None = None
+
     higher_is_better = True
     unit = "sequence"
+
+    def __post_init__(self):
+        if self.threshold is not None:
+            check_share(self, "threshold", self.threshold, below=1.0)
+
+    @property
+    def _key(self) -> str:
+        return "exact_match" if self.threshold is None else at_threshold("exact_match", self.threshold)
 
     def observe(  # pyright: ignore[reportIncompatibleMethodOverride]  # with `rows`, which metrics may ask for
         self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]], rows: Any
@@ -46,20 +64,24 @@ class ExactMatch(Metric):
         # The share of each step in its sequence.
         number = jnp.sum(steps.astype(jnp.float32), axis=axes, keepdims=True)
         share = steps.astype(jnp.float32) / jnp.maximum(number, jnp.ones_like(number))
-        return {"exact_match": Mean(share * (~wrong).astype(jnp.float32), share)}
+        return {self._key: Mean(share * (~wrong).astype(jnp.float32), share)}
 
     def _find_right(self, sources: Mapping[str, Callable[[], Observation]]) -> jax.Array:
         """Returns which entries are right, `[..., 1]` or `[..., d]`."""
         if CONFUSION in sources:
+            if self.threshold is not None:
+                raise ValueError(
+                    f"{self!r} has a threshold. This head predicts the class of the largest logit: leave it out."
+                )
             made: Any = sources[CONFUSION]()
             return made.right
         if SCORES in sources:
             made = sources[SCORES]()
-            right = (made.logits > 0) == (jnp.asarray(made.labels, jnp.float32) > 0.5)
+            right = made.decide(self.threshold) == (jnp.asarray(made.labels, jnp.float32) > 0.5)
             return right & ~jnp.isnan(made.logits)
         raise ValueError(
             f"{self!r} reads the decisions of a head of classes. Given a head with {sorted(sources) or 'no sources'}."
         )
 
     def summarize(self, seen: Mapping[str, Any]) -> dict[str, Any]:
-        return {"exact_match": seen["exact_match"].mean}
+        return {self._key: seen[self._key].mean}

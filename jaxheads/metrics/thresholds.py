@@ -2,7 +2,9 @@
 
 Each takes `threshold` (a probability in (0, 1); scores above it are positive; by default z > 0), `average` and `name`.
 Its docstring tells its key; a given threshold adds `/positive_threshold_T` to it. `jaxheads.metrics` tells what
-`average` adds, and the rules for 0/0 and for absent classes.
+`average` adds, and the rules for 0/0 and for absent classes. `Precision`, `Recall`, `FBeta` and `IoU` of a
+`MultiLabelHead` also take `average="samples"`, the mean of one value a row under `KEY_samples`: `jaxheads.metrics.rows`
+tells its rules.
 
 >>> import jax.numpy as jnp
 >>> import jaxheads as jh
@@ -17,12 +19,13 @@ import dataclasses
 from typing import Any, Literal
 
 from jaxheads.metrics.outcomes import Outcomes
+from jaxheads.metrics.rows import AbstractRowsMetric
 from jaxheads.metrics.scored import AbstractThresholdMetric, Average, check_positive
 from jaxheads.numerics import brief
 
 
 @dataclasses.dataclass(frozen=True)
-class Precision(AbstractThresholdMetric):
+class Precision(AbstractRowsMetric):
     """`precision = TP / (TP + FP)`, the share of true positives among predicted ones. Source: `precision_score`."""
 
     stem = "precision"
@@ -33,7 +36,7 @@ class Precision(AbstractThresholdMetric):
 
 
 @dataclasses.dataclass(frozen=True)
-class Recall(AbstractThresholdMetric):
+class Recall(AbstractRowsMetric):
     """`recall = TP / (TP + FN)`, the share of positives that are found. Source: `recall_score`."""
 
     stem = "recall"
@@ -77,6 +80,21 @@ class Accuracy(AbstractThresholdMetric):
 
 
 @dataclasses.dataclass(frozen=True)
+class HammingLoss(AbstractThresholdMetric):
+    """`hamming_loss = (FP + FN) / (TP + TN + FP + FN)`, the share of labels that are decided wrong: 1 - `accuracy`.
+
+    For a `MultiLabelHead` it is over all entries of all rows; entries that are masked do not count. For one of many
+    classes without a threshold it is the share of rows that are predicted wrong. Source: `hamming_loss`.
+    """
+
+    stem = "hamming_loss"
+    higher_is_better = False
+
+    def decided(self, outcomes: Outcomes) -> Any:
+        return outcomes.hamming_loss
+
+
+@dataclasses.dataclass(frozen=True)
 class BalancedAccuracy(AbstractThresholdMetric):
     """`balanced_accuracy`, the mean of recall and specificity. Source: `balanced_accuracy_score`.
 
@@ -92,7 +110,7 @@ class BalancedAccuracy(AbstractThresholdMetric):
 
 
 @dataclasses.dataclass(frozen=True)
-class FBeta(AbstractThresholdMetric):
+class FBeta(AbstractRowsMetric):
     """`f1`, or `fbeta_B = (1 + B^2) TP / ((1 + B^2) TP + FP + B^2 FN)`. Source: `fbeta_score`.
 
     Args:
@@ -122,7 +140,7 @@ def f_key(beta: float) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class IoU(AbstractThresholdMetric):
+class IoU(AbstractRowsMetric):
     """`iou = TP / (TP + FP + FN)`, intersection over union, or Jaccard's index.
 
     For pixels, `average=None` gives each class by itself, and `MeanIoU` the mean. Source: Keras `IoU`, `jaccard_score`.
