@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import sklearn.metrics
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxheads as jh
 
@@ -267,3 +269,107 @@ def test_what_has_no_rows_of_labels_is_refused(make, match):
     with pytest.raises(ValueError, match=match) as error:
         make()
     assert len(str(error.value).split("\n-----")[0]) <= 400
+
+
+# The best of each row
+
+
+@functools.cache
+def best_of_rows() -> Any:
+    ones = [cls(k) for cls in (M.RecallAtK, M.PrecisionAtK) for k in (1, 3, C)]
+    # Beside a mean over rows of every kind, for the laws of devices, slices and replicas.
+    return jh.MultiLabelHead(C).with_metrics(*ones, M.FBeta(average="samples"), M.ExactMatch(0.3))
+
+
+def best_by_hand(labels: Any, logits: Any, there: Any, of_row: Any, k: int) -> tuple[float, float]:
+    """Recall and precision of the k best of each row, row by row: a stable sort of the entries that are there."""
+    recalls, precisions, each, every = [], [], [], []
+    for y, z, own, w in zip(labels, logits, there, of_row, strict=True):
+        hits = y[own][np.argsort(-z[own], kind="stable")[:k]].sum()
+        if y[own].sum():
+            recalls.append(hits / y[own].sum())
+            each.append(w)
+        precisions.append(hits / k)
+        every.append(w)
+    return float(np.average(recalls, weights=each)), float(np.average(precisions, weights=every))
+
+
+@pytest.mark.parametrize("entries", [False, True], ids=["rows", "entries"])
+def test_the_best_of_rows(entries):
+    labels, logits, weights, where = sparse(8)
+    labels = np.where(labels > 0, np.random.default_rng(8).choice([0.25, 1], labels.shape), 0).astype(np.float32)
+    if entries:
+        rng = np.random.default_rng(9)
+        where, weights = rng.random((N, C)) < 0.7, rng.choice([0, 1, 2.5], (N, C)).astype(np.float32)
+    logits = np.where(logits > 1, logits, np.where(logits < -1, -np.inf, logits)).astype(np.float32)
+    values = merged(best_of_rows(), labels, poisoned(logits, where), weights, where).compute()
+    where, live = np.broadcast_to(where, logits.shape), np.broadcast_to(where * weights, logits.shape)
+    own = live.any(-1)
+    of_row = live.sum(1) / np.maximum(where.sum(1), 1)
+    for k in (1, 3, C):
+        y, z = (x[own].astype(np.float64) for x in (labels, logits))
+        expected = best_by_hand(y, z, live[own] > 0, of_row[own], k)
+        found = values[f"recall_at_{k}"], values[f"precision_at_{k}"]
+        np.testing.assert_allclose(found, expected, rtol=2e-6)
+
+
+def test_the_best_of_a_row_with_a_nan_and_of_a_row_without_labels():
+    head = best_of_rows()
+    logits = f32([[np.nan, 1, 2, 3, 4], [5, 4, 3, 2, 1]])
+    values = head.measure(f32([[0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]), logits).compute(-7.0, warn=False)
+    assert (values["recall_at_1"], values["precision_at_3"]) == (-3.5, 0)
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit", "manual"])
+def test_rows_do_not_know_of_devices(kind):
+    labels, logits, weights, where = sparse(8)
+    where, weights = np.repeat(where, C, 1), np.repeat(weights, C, 1)
+    head = best_of_rows()
+    whole = head.measure(labels, logits, weights=weights, where=where).compute()
+    data = (labels, logits, weights, where)
+    axes = {"auto": AxisType.Auto, "explicit": AxisType.Explicit, "manual": AxisType.Auto}[kind]
+    mesh = jax.make_mesh((4,), ("rows",), (axes,), devices=jax.devices()[:4])
+
+    def measure(labels: Any, logits: Any, weights: Any, where: Any) -> jh.Metrics:
+        return head.measure(labels, logits, weights=weights, where=where)
+
+    if kind == "manual":
+        spec = P("rows")
+        spread = jax.shard_map(
+            lambda *data: measure(*data).psum("rows"), mesh=mesh, in_specs=(spec,) * 4, out_specs=P()
+        )
+        found = jax.jit(spread)(*data)
+    else:
+        found = jax.jit(measure)(*(jax.device_put(x, NamedSharding(mesh, P("rows"))) for x in data))
+    for key, value in found.compute().items():
+        np.testing.assert_allclose(value, whole[key], rtol=2e-6, atol=1e-6, err_msg=key)
+
+
+def test_rows_in_slices_and_replicas():
+    labels, logits, weights, where = sparse(8)
+    metrics = [m for m in best_of_rows().extra_metrics if m.unit == "element"]
+    head = jh.MultiLabelHead(C, slices=jh.Slices("g", 2), bootstrap=jh.Bootstrap(20)).with_metrics(*metrics)
+    groups = np.arange(N) % 2
+    found = head.measure(labels, logits, {"g": groups}, weights=weights, where=where, key=jax.random.key(0))
+    values, sliced = found.compute(confidence=0.9), found.by_slice()
+    for k in range(2):
+        own = where & (groups == k)[:, None]
+        expected = best_of_rows().measure(labels, logits, weights=weights, where=own).compute()
+        for key in ("recall_at_3", "precision_at_1", "f1_samples"):
+            np.testing.assert_allclose(sliced[key][k], expected[key], rtol=2e-6)
+    assert values["recall_at_3/ci_lower"] < values["recall_at_3"] < values["recall_at_3/ci_upper"]
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: M.RecallAtK(0), "positive integer k"),
+        (lambda: M.PrecisionAtK(2.5), "positive integer k"),
+        (lambda: jh.MultiLabelHead(3).with_metrics(M.RecallAtK(4)), "more than there are: 3 classes"),
+        (lambda: jh.MultiClassHead(3).with_metrics(M.RecallAtK(2)), "TopKAccuracy"),
+        (lambda: jh.BinaryClassHead().with_metrics(M.PrecisionAtK(1)), "mean over rows of several labels"),
+    ],
+)
+def test_what_has_no_best_of_rows_is_refused(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()

@@ -90,6 +90,8 @@ if _typing.TYPE_CHECKING:
     from jaxheads.metrics.regression import RootMeanSquaredError as RootMeanSquaredError
     from jaxheads.metrics.regression import RootMeanSquaredLogError as RootMeanSquaredLogError
     from jaxheads.metrics.regression import WithinTolerance as WithinTolerance
+    from jaxheads.metrics.rows import PrecisionAtK as PrecisionAtK
+    from jaxheads.metrics.rows import RecallAtK as RecallAtK
     from jaxheads.metrics.sequences import ExactMatch as ExactMatch
     from jaxheads.metrics.thresholds import Accuracy as Accuracy
     from jaxheads.metrics.thresholds import BalancedAccuracy as BalancedAccuracy
@@ -139,6 +141,7 @@ _LAZY = {
             "RootMeanSquaredLogError",
             "WithinTolerance",
         ),
+        "rows": ("PrecisionAtK", "RecallAtK"),
         "sequences": ("ExactMatch",),
         "thresholds": (
             "Accuracy",
