@@ -119,6 +119,17 @@ def calibration_error(rows: Rows, bins: int) -> float:
     return float(np.abs(np.bincount(step, rows.w * (p - rows.y))).sum() / rows.w.sum())
 
 
+def normed(rows: Rows, norm: str, bins: int = 15) -> float:
+    """The root of the mean square, or the largest, of the distances in the steps: step by step."""
+    p = 1 / (1 + np.exp(-rows.z))
+    step = np.searchsorted(np.arange(1, bins) / bins, p, side="left")
+    own = [step == k for k in np.unique(step)]
+    gaps = [abs(np.average(p[x], weights=rows.w[x]) - np.average(rows.y[x], weights=rows.w[x])) for x in own]
+    if norm == "max":
+        return float(max(gaps))
+    return float(np.sqrt(np.average(np.square(gaps), weights=[rows.w[x].sum() for x in own])))
+
+
 def by_sklearn(function: Callable[..., Any], **arguments: Any) -> Callable[..., float]:
     return lambda rows, z: float(function(rows.y, z, sample_weight=rows.w, **arguments))
 
@@ -152,6 +163,8 @@ EXACT: list[tuple[Any, dict[str, Any], str, Callable[[Rows], float]]] = [
     (M.BaseRate, {}, "base_rate", lambda r: float(np.average(r.y, weights=r.w))),
     (M.ExpectedCalibrationError, {}, "expected_calibration_error", lambda r: calibration_error(r, 15)),
     (M.ExpectedCalibrationError, {"bins": 7, "name": "ece_7"}, "ece_7", lambda r: calibration_error(r, 7)),
+    (M.ExpectedCalibrationError, {"norm": "l2"}, "expected_calibration_error_l2", lambda r: normed(r, "l2")),
+    (M.ExpectedCalibrationError, {"norm": "max"}, "expected_calibration_error_max", lambda r: normed(r, "max")),
 ]
 
 # What bins leave an interval of.
@@ -170,7 +183,9 @@ BINNED: list[tuple[Any, dict[str, Any], str, Callable[[Rows], float]]] = [
     ),
 ]
 for x in (0.2, 0.9, 1.0):
+    partial = functools.partial(sklearn.roc_auc_score, max_fpr=x)
     BINNED += [
+        (M.RocAuc, {"max_fpr": x}, f"auc_max_fpr_{x:g}", lambda r, score=partial: by_sklearn(score)(r, r.z)),
         (M.PrecisionAtRecall, {"recall": x}, f"precision_at_recall_{x:g}", lambda r, x=x: precision_at_recall(r, x)),
         (
             M.RecallAtPrecision,
@@ -800,6 +815,8 @@ def test_metrics_of_heads_inside_heads():
         (lambda: M.BestThreshold(cost_false_positive=1, cost_false_negative=-1), "cost_false_negative must be"),
         (lambda: M.BestThreshold(beta=2, cost_false_positive=1, cost_false_negative=1), "beta is of the F score"),
         (lambda: M.ExpectedCalibrationError(1), "at least 2"),
+        (lambda: M.ExpectedCalibrationError(norm=cast("Any", None)), 'norm must be "l1"'),
+        (lambda: M.RocAuc(max_fpr=0), r"max_fpr must be a number in \(0, 1\]"),
         (lambda: M.ExpectedCalibrationError(cast("Any", 2.5)), "at least 2"),
     ],
 )

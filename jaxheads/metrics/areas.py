@@ -18,21 +18,47 @@ from typing import Any
 from jaxheads.metrics.base import Observation
 from jaxheads.metrics.curves import Interval, ScoresView
 from jaxheads.metrics.outcomes import Outcomes
-from jaxheads.metrics.scored import AbstractScoreMetric
+from jaxheads.metrics.scored import AbstractScoreMetric, check_share
 
 
 @dataclasses.dataclass(frozen=True)
 class RocAuc(AbstractScoreMetric):
     """`auc`, the area under the ROC curve: how often a positive has a higher score than a negative.
 
+    With `max_fpr=m` it is `auc_max_fpr_M`, of the area A of the part where the false positive rate is at most m. As in
+    scikit-learn it is not A itself but its standard form by McClish (1989), `(1 + (A - m^2 / 2) / (m - m^2 / 2)) / 2`:
+    0.5 for scores that tell nothing, 1 for the best. For m = 1 it is the whole area.
+
     Undefined without positives or without negatives. Source: `roc_auc_score`.
+
+    Args:
+        max_fpr: in (0, 1]; by default there is no limit.
+
+    Raises:
+        ValueError: a `max_fpr` outside (0, 1].
+
+    >>> import jaxheads as jh
+    >>> head = jh.BinaryClassHead().with_metrics(jh.metrics.RocAuc(max_fpr=0.5))
+    >>> values = head.measure(labels=[1, 1, 0, 0], logits=[[2.0], [-0.5], [-1.0], [0.5]]).compute()
+    >>> print(f"{values['auc_max_fpr_0.5']:.4f}")  # A = 0.5 * 0.5
+    0.6667
     """
 
-    stem = "auc"
+    max_fpr: float | None = dataclasses.field(default=None, kw_only=True)
+
     higher_is_better = True
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_fpr is not None:
+            check_share(self, "max_fpr", self.max_fpr)
+
+    @property
+    def key(self) -> str:
+        return "auc" if self.max_fpr is None else f"auc_max_fpr_{self.max_fpr:g}"
+
     def read(self, view: ScoresView) -> Interval:
-        return view.roc_auc()
+        return view.roc_auc() if self.max_fpr is None else view.partial_roc_auc(self.max_fpr)
 
 
 @dataclasses.dataclass(frozen=True)

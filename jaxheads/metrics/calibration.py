@@ -15,14 +15,14 @@ counts as weight y positive and 1 - y negative, here too.
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxheads.metrics.base import CONFUSION, WHOLE, Observation, View, calibration_key
 from jaxheads.metrics.scored import AbstractScoreMetric
-from jaxheads.numerics import inputs, masking
+from jaxheads.numerics import brief, inputs, masking
 from jaxheads.numerics.edges import edges_of
 from jaxheads.numerics.histograms import histogram
 
@@ -151,10 +151,18 @@ class CalibrationView(View):
         """The weight of the positives."""
         return self.observed.sum(-1)
 
-    @property
-    def error(self) -> Any:
-        """The mean distance between mean probability and frequency, weighted by the weight of each step."""
-        return self.ratio(self.xp.abs(self.predicted - self.observed).sum(-1), self.total)
+    def error(self, norm: str) -> Any:
+        """Returns the distance between mean probability and frequency over the steps, by their weight.
+
+        `"l1"` is its mean, `"l2"` the root of its mean square, `"max"` the largest.
+        """
+        xp, plain = self.xp, self.zeroed()
+        gaps = xp.abs(self.predicted - self.observed)
+        if norm == "l1":
+            return self.ratio(gaps.sum(-1), self.total)
+        distance = plain.ratio(gaps, self.weight)
+        value = distance.max(-1) if norm == "max" else xp.sqrt(plain.ratio((gaps * distance).sum(-1), self.total))
+        return xp.where(self.total == 0, xp.full_like(value, self.undefined), value)
 
     def curve(self) -> tuple[Any, Any, Any]:
         """Returns `predicted, observed, weight` of each step: mean probability, frequency; undefined if it is empty."""
@@ -292,23 +300,41 @@ class ExpectedCalibrationError(AbstractSumsMetric):
     Undefined without data. Source: Naeini et al. (2015); scikit-learn's `calibration_curve` has the same steps.
     `metrics.reliability(bins)` gives its curve.
 
+    With d, the distance between mean probability and frequency in a step, this is the mean of d, each step by its
+    weight: `norm="l1"`. `norm="l2"` is `expected_calibration_error_l2`, the root of the mean of d^2 (Kumar et al. 2019;
+    no bias is subtracted). `norm="max"` is `expected_calibration_error_max`, the largest d of any step with data,
+    however little: the maximum calibration error, MCE.
+
     It is a sum of distances: chance alone lifts it above 0, most where a step or a slice holds little, and in every
     bootstrap replica once more. So read its intervals as upper ones (Kumar et al. 2019).
 
     Args:
         bins: the number of steps, at least 2.
+        norm: `"l1"`, `"l2"` or `"max"`. All norms share their sums.
+
+    Raises:
+        ValueError: fewer than 2 bins, another norm.
     """
 
     bins: int = 15
+    norm: Literal["l1", "l2", "max"] = dataclasses.field(default="l1", kw_only=True)
 
     stem = "expected_calibration_error"
     higher_is_better = False
 
     def __post_init__(self):
         super().__post_init__()
+        if self.norm is None or not brief.is_one_of(self.norm, ("l1", "l2", "max")):
+            raise ValueError(
+                f'ExpectedCalibrationError: norm must be "l1", "l2" or "max". Given {brief.tell(self.norm)}.'
+            )
         if not inputs.is_integer(self.bins, 2):
             raise ValueError(f"ExpectedCalibrationError: bins must be an integer of at least 2. Given {self.bins!r}.")
         object.__setattr__(self, "bins", int(self.bins))
+
+    @property
+    def key(self) -> str:
+        return self.stem if self.norm == "l1" else f"{self.stem}_{self.norm}"
 
     @property
     def kept(self) -> str:
@@ -322,7 +348,7 @@ class ExpectedCalibrationError(AbstractSumsMetric):
         return CalibrationBins(decided.right.astype(jnp.float32), largest, self.bins, ("all",))
 
     def read(self, view: CalibrationView) -> Any:
-        return view.error
+        return view.error(self.norm)
 
 
 def _take_labels(scores: Any) -> jax.Array:

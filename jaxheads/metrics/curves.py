@@ -186,6 +186,25 @@ class ScoresView(View):
         lower, upper = (step * (tp / positives)).sum(-1), (step * ((tp + more_tp) / positives)).sum(-1)
         return self.interval(defined, (lower + upper) / 2, lower, upper)
 
+    def partial_roc_auc(self, max_fpr: float) -> Interval:
+        """Returns the area under the ROC curve up to a false positive rate, in the standard form of McClish (1989).
+
+        Inside a bin the curve is a straight line, as for equal scores. The bounds are the paths that take all positives
+        of the bin first, or all negatives.
+        """
+        xp = self.xp
+        fp, tp, more_fp, more_tp = self._take_bins()
+        defined = (self.positives > 0) & (self.negatives > 0)
+        one = xp.ones_like(self.positives)
+        positives, negatives = (xp.where(defined, x, one)[..., None] for x in (self.positives, self.negatives))
+        start, step, base, rise = fp / negatives, more_fp / negatives, tp / positives, more_tp / positives
+        # A bin that lies inside as a whole keeps its own width: the difference of two sums would lose it in float32.
+        width = xp.where(start + step <= max_fpr, step, xp.maximum(max_fpr - start, xp.zeros_like(start)))
+        part = self.zeroed().ratio(width, step)
+        least, most = max_fpr * max_fpr / 2, max_fpr
+        areas = ((width * height).sum(-1) for height in (base + part * rise / 2, base, base + rise))
+        return self.interval(defined, *((1 + (area - least) / (most - least)) / 2 for area in areas))
+
     def pr_auc(self) -> Interval:
         """Returns the area under the precision-recall curve, interpolated as by Davis and Goadrich (2006) and Keras.
 
