@@ -79,6 +79,7 @@ EVERY_CLASS_METRIC = (
     M.MeanIoU(),
     M.BalancedAccuracy(),
     *(M.TopKAccuracy(k) for k in (2, 3, 5)),
+    *(M.TopKAccuracy(k, average=average) for k in (2, 3) for average in (None, "macro")),
     *(M.OneVsRestAuc(average=average) for average in AVERAGES),
     M.AveragePrecision(average="macro"),
     M.Precision(threshold=0.3, average="macro"),
@@ -138,7 +139,12 @@ def expected_of_classes(labels, logits, weights) -> dict[str, Any]:
     out |= {f"support/{name}": v for name, v in zip(NAMES, support, strict=True)}
     for k in (2, 3, 5):
         best = np.argsort(-z, axis=-1, kind="stable")[:, :k]
-        out[f"top_{k}_accuracy"] = np.average((best == y[:, None]).any(-1), weights=w)
+        hit = (best == y[:, None]).any(-1)
+        out[f"top_{k}_accuracy"] = np.average(hit, weights=w)
+        if k < 5:
+            each = [np.average(hit[y == c], weights=w[y == c]) if (y == c).any() else np.nan for c in every]
+            out |= {f"top_{k}_accuracy/{name}": value for name, value in zip(NAMES, each, strict=True)}
+            out[f"top_{k}_accuracy_macro"] = np.nanmean(each)
     p = softmax(z, -1)
     present = [k for k in every if support[k] > 0]
     areas = np.array([sk.roc_auc_score(y == k, p[:, k], sample_weight=w) for k in present])
@@ -690,6 +696,7 @@ def test_each_logit_may_have_its_weight():
     [
         (lambda: M.TopKAccuracy(0), "positive integer k"),
         (lambda: M.TopKAccuracy(True), "positive integer k"),
+        (lambda: M.TopKAccuracy(2, average="weighted"), 'average must be "micro", "macro" or None'),
         (lambda: jh.MultiClassHead(3).with_metrics(M.TopKAccuracy(4)), "more than there are: 3 classes"),
         (lambda: M.ConfusionMatrix("rows"), "normalize must be"),
         (lambda: M.CohenKappa(weights="cubic"), "weights must be"),

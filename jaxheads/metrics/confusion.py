@@ -19,26 +19,10 @@ from jaxheads.numerics.histograms import histogram
 MOST_CLASSES = 4096
 
 
-@dataclasses.dataclass(frozen=True)
-class Decisions(Observation):
-    """Decisions for one of many classes, to be counted.
+class Counted(Observation):
+    """Rows with one label each, or with shares of several, to be counted by class."""
 
-    Args:
-        labels: class ids, int32 `[..., 1]`; or `[..., d]`, where an element has d labels.
-        predicted: class ids of the same shape; n where nothing is predicted.
-        names: the names of the n classes, as the keys of metrics show them.
-        shares: how often each of d labels counts, `[..., d]`; None for once.
-    """
-
-    labels: Any
-    predicted: Any
-    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-    shares: Any = None
-
-    @property
-    def right(self) -> jax.Array:
-        """Whether the label is predicted, bool `[..., 1]`."""
-        return self.labels == self.predicted
+    shares: Any
 
     @property
     def is_late(self) -> bool:
@@ -64,6 +48,28 @@ class Decisions(Observation):
     @abc.abstractmethod
     def count(self, weights: jax.Array, groups: Any, n: int) -> jax.Array:
         """Returns the sums of each of `n` groups, `[n, size]`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decisions(Counted):
+    """Decisions for one of many classes.
+
+    Args:
+        labels: class ids, int32 `[..., 1]`; or `[..., d]`, where a row has d labels.
+        predicted: class ids of the same shape; n where nothing is predicted.
+        names: the names of the n classes, as the keys of metrics show them.
+        shares: how often each of d labels counts, `[..., d]`; None for once.
+    """
+
+    labels: Any
+    predicted: Any
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    shares: Any = None
+
+    @property
+    def right(self) -> jax.Array:
+        """Whether the label is predicted, bool `[..., 1]`."""
+        return self.labels == self.predicted
 
 
 @jax.tree_util.register_dataclass
