@@ -141,6 +141,12 @@ class CalibrationView(View):
         """Returns the view of all classes at once: every value has them on a last axis."""
         return self.each
 
+    def of_class(self, column: int) -> "CalibrationView":
+        """Returns the view of one class."""
+        each: Any = self.each
+        own = (x[..., column, :] for x in (each.weight, each.predicted, each.observed))
+        return CalibrationView(self.xp, self.undefined, (self.names[column],), *own)
+
     @property
     def total(self) -> Any:
         """The weight of all entries."""

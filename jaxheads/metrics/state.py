@@ -656,45 +656,82 @@ class Metrics:
         return {key: xp.where(xp.isnan(x := find_middle(value)), x, counted[key]) for key, value in values.items()}
 
     def curve(
-        self, kind: str, key: str | None = None, *, slice: int | str | None = None
+        self,
+        kind: str,
+        key: str | None = None,
+        *,
+        slice: int | str | None = None,
+        class_name: int | str | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns the points of a curve, on the host.
+        """Returns the points of a curve, on the host: of all entries of the rows, or of one class against the others.
 
         Args:
             kind: `"roc"` for `fpr, tpr, thresholds`; `"pr"` for `precision, recall, thresholds`. Thresholds are
                 probabilities.
             key: the key of the scores, for a head that keeps several histograms.
             slice: number or name of a slice, for the curve of its data alone.
+            class_name: number or name of a class, for its curve alone. The head must keep a histogram of the class, as
+                it does beside a metric of each class, `jh.metrics.RocAuc(average=None)`.
+
+        Raises:
+            ValueError: another kind; no such histogram, slice or class; a state with leading axes or inside `jit`.
 
         Warns:
-            GridWarning: as `compute`, of all data, and of a slice of at least 100 elements.
+            GridWarning: as `compute`, of all data, and of a slice of at least 100 elements; also of the class.
+
+        >>> import jaxheads as jh
+        >>> head = jh.MultiLabelHead(2, label_vocabulary=("sea", "sun"))
+        >>> head = head.with_metrics(jh.metrics.RocAuc(average="macro"))
+        >>> metrics = head.measure(labels=[[1, 0], [0, 1], [0, 0]], logits=[[1.0, 0.5], [-1.0, 2.0], [2.5, -1.5]])
+        >>> fpr, tpr, thresholds = metrics.curve("roc", class_name="sun")
+        >>> bool(tpr[fpr == 0].max() == 1)  # the one row with "sun" has the highest score
+        True
         """
         if not brief.is_one_of(kind, ("roc", "pr")):
             raise ValueError(f'curve() knows "roc" and "pr". Given {brief.tell(kind)}.')
         at = self._find_entry("curve()", slice)
         view = self._read_histograms(at)[self._find_scores("curve()", key, at)]
+        if class_name is not None:
+            view = self._find_histogram("curve()", view, class_name)
         entries = [(0, 0)]
         if slice is not None and self._count_elements(at)[None] >= _MANY:
             entries.append(at)
         with np.errstate(all="ignore"):
             values = [self._read_values(np.nan, entry)[0] for entry in entries]
+            if class_name is not None and at in entries:
+                areas = {"auc": view.roc_auc(), "auc_precision_recall": view.pr_auc()}
+                values.append({(join_names(area, str(class_name)), None): x for area, x in areas.items()})
         self._warn_of_bins(*values)
         return view.roc_curve() if kind == "roc" else view.pr_curve()
 
     def reliability(
-        self, bins: int = 10, key: str | None = None, *, slice: int | str | None = None
+        self,
+        bins: int = 10,
+        key: str | None = None,
+        *,
+        slice: int | str | None = None,
+        class_name: int | str | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns `predicted, observed, weight`: mean predicted probability against observed frequency.
 
         They are in `bins` equal steps; steps without data are left out. For a `MultiClassHead` it is the probability of
         the predicted class against the frequency of a right prediction. It is exact if the head keeps
         `jh.metrics.ExpectedCalibrationError(bins)` with as many bins, which a `MultiClassHead` must; else probabilities
-        are those of the histogram's bins (their middles). The other arguments are those of `curve`.
+        are those of the histogram's bins (their middles).
+
+        With a `class_name` it is the probability of this class against its frequency, also for a `MultiClassHead`. It
+        is exact if the head keeps `jh.metrics.ExpectedCalibrationError(bins, average=None)`; else the head must keep a
+        histogram of the class. The other arguments are those of `curve`.
+
+        Raises:
+            ValueError: no number of bins; no such histogram, slice or class; a state with leading axes or inside `jit`.
         """
         if not inputs.is_integer(bins, 1, 10**6):
             raise ValueError(f"reliability() needs a number of bins, from 1 to a million. Given {bins!r}.")
         at = self._find_entry("reliability()", slice)
         views = self._read_views(np.nan, at)[0]
+        if class_name is not None:
+            return self._find_reliability(bins, key, class_name, views, at)
         whole = [view for path, view in views.items() if path[-1] == calibration_key(bins, whole=True)]
         if key is None and len(whole) == 1:
             return whole[0].reliability()
@@ -815,6 +852,44 @@ class Metrics:
                 f"{what} reads one concrete state, outside jit. Given {self!r}. Merge several states in one "
                 "with metrics.sum(), or take one, metrics[0]."
             )
+
+    def _find_reliability(
+        self, bins: int, key: str | None, class_name: int | str, views: Mapping[Path, Any], at: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the calibration of one class, from bins of its own if these are kept, else from its histogram."""
+        exact = [path for path in views if path[-1] == calibration_key(bins)]
+        scores = [path for path, view in views.items() if isinstance(view, ScoresView)]
+        if key is None and len({path[:-1] for path in (*exact, *scores)}) == 1 and exact:
+            kept = views[exact[0]]
+        else:
+            path = self._find_scores("reliability()", key, at)
+            kept = views.get((*path[:-1], calibration_key(bins))) if path[-1] == SCORES else None
+            if kept is None:
+                return self._find_histogram("reliability()", views[path], class_name).reliability(bins)
+        return kept.of_class(self._find_class("reliability()", kept.names, class_name)).reliability()
+
+    def _find_histogram(self, what: str, view: ScoresView, class_name: int | str) -> ScoresView:
+        """Returns the histogram of one class."""
+        column = self._find_class(what, view.names, class_name)
+        if column not in view.columns:
+            raise ValueError(
+                f"{what} reads a histogram of class {brief.tell(class_name)}. The head keeps one of all classes "
+                "together. Keep one of each: head.with_metrics(jh.metrics.RocAuc(average=None)). Given "
+                f"{brief.cut(repr(self.head), 120)}."
+            )
+        return view.columns[column]
+
+    def _find_class(self, what: str, names: tuple[str, ...], class_name: int | str) -> int:
+        """Returns the number of a class that is given by number or name."""
+        if len(names) < 2:
+            raise ValueError(f"{what} has a class_name, and the head has scores of one class. Leave it out.")
+        index = names.index(class_name) if isinstance(class_name, str) and class_name in names else class_name
+        if not inputs.is_integer(index, 0, len(names) - 1):
+            raise ValueError(
+                f"{what}: class_name must be from 0 to {len(names) - 1}, or one of {brief.tell(list(names))}. Given "
+                f"{brief.tell(class_name)}."
+            )
+        return int(index)
 
     def _find_scores(self, what: str, key: str | None, at: tuple[int, int]) -> Path:
         """Returns the path of the one score histogram that is meant."""
