@@ -11,6 +11,8 @@ histogram. The same rules hold for all of them:
   classes of the head, `labels=range(n)`. `"micro"`, the
   default, takes all entries for examples of one class; None gives each class its `KEY/CLASS`. Means have keys of their
   own: `auc_macro`, `precision_weighted/positive_threshold_0.3`.
+* **Rows of several labels.** `average="samples"`, `RecallAtK` and `PrecisionAtK` are means of one value a row; their
+  rules are told in `jaxheads.metrics.rows`.
 * **Ties.** Positive means a score above the threshold, not one that equals it. The user's thresholds and z = 0 are
   edges of the bins, so decisions there are exact. Elsewhere scores in one bin are taken for equal, and a pair of equal
   scores counts half. The interval `KEY/lower`, `KEY/upper` of `compute(bounds=True)` spans all orders of such scores,

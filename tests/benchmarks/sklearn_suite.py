@@ -346,7 +346,7 @@ def _to_log(probabilities: np.ndarray) -> np.ndarray:
 
 def _refuse_samples(call: Call) -> None:
     if call.given.get("average") == "samples":
-        raise NotInCatalogueError('average="samples", a mean of one value a row')
+        raise NotInCatalogueError('average="samples" of scores, or of one label a row')
 
 
 def _refuse_counts(call: Call) -> None:
@@ -367,13 +367,15 @@ def _entries(
 
 def _ask_decisions(call: Call, make: Callable[[Any, int], list[Part]]) -> Question:
     """Precision and its kin, of two classes, of many, or of many labels, and of those in `labels=`."""
-    _refuse_samples(call)
     given, average = call.given, call.given["average"]
     undefined = 0.0 if given["zero_division"] == "warn" else given["zero_division"]
     truth, predicted = given["y_true"], given["y_pred"]
     if _is_multilabel(truth, predicted):
         columns = np.arange(truth.shape[1]) if given["labels"] is None else np.asarray(given["labels"])
+        if average == "samples" and len(columns) < 2:
+            raise NotInCatalogueError('average="samples" of one label a row')
         return _entries(call, make, truth[:, columns] != 0, _signs(predicted[:, columns] != 0), average, undefined)
+    _refuse_samples(call)
     truth, predicted = _flat(truth), _flat(predicted)
     if average == "binary":
         yes, decided = ((x == given["pos_label"])[:, None] for x in (truth, predicted))
@@ -420,7 +422,15 @@ def _ask_plain(
     return _ask(("classes", n, None), [part()], truth, _signs(_one_hot(predicted, n)), call, undefined, where)
 
 
-def _ask_accuracy(call: Call, complement: bool = False, entries: bool = False) -> Question:
+def _ask_hamming(call: Call) -> Question:
+    truth, predicted = call.given["y_true"], call.given["y_pred"]
+    part = functools.partial(_part, M.HammingLoss, "micro", 1, call.value)
+    if not _is_multilabel(truth, predicted):
+        return _ask_plain(call, part)
+    return _ask(("labels", truth.shape[1], None), [part()], truth != 0, _signs(predicted != 0), call)
+
+
+def _ask_accuracy(call: Call, complement: bool = False) -> Question:
     if "normalize" in call.given:
         _refuse_counts(call)
     truth, predicted = call.given["y_true"], call.given["y_pred"]
@@ -429,7 +439,7 @@ def _ask_accuracy(call: Call, complement: bool = False, entries: bool = False) -
         return _ask_plain(call, part)
     match = Part(M.ExactMatch(), ("exact_match",), call.value, complement)
     head = ("labels", truth.shape[1], None)
-    return _ask(head, [part() if entries else match], truth != 0, _signs(predicted != 0), call)
+    return _ask(head, [match], truth != 0, _signs(predicted != 0), call)
 
 
 def _ask_balanced(call: Call) -> Question:
@@ -453,6 +463,10 @@ def _ask_confusion(call: Call) -> Question:
     n, normalize = len(classes), call.given["normalize"]
     truth, predicted = (_encode(x, classes) for x in (truth, predicted))
     where = (truth >= 0) & (predicted >= 0)
+    if n == 2:
+        part = Part(_make(M.ConfusionMatrix, normalize=normalize), ("confusion_matrix",), call.value)
+        key = ("binary", 1, f"normalize={normalize}")
+        return _ask(key, [part], truth == 1, _signs(predicted == 1), call, 0.0, where)
     # A head of many classes has three at least: those that are missing stay empty.
     wide = max(n, 3)
     part = Part(_make(M.ConfusionMatrix, normalize=normalize), ("confusion_matrix",), _pad_matrix(call.value))
@@ -465,11 +479,10 @@ def _ask_confusion(call: Call) -> Question:
 def _ask_roc(call: Call) -> Question:
     _refuse_samples(call)
     given, average = call.given, call.given["average"]
-    if given["max_fpr"] not in (None, 1):
-        raise NotInCatalogueError("max_fpr, a part of the curve")
+    limit = {} if given["max_fpr"] is None else {"max_fpr": float(given["max_fpr"])}
     truth, scores = given["y_true"], np.asarray(given["y_score"])
     if type_of_target(truth) == "multilabel-indicator":
-        make = lambda average, n: [_part(M.RocAuc, average, n, call.value)]  # noqa: E731
+        make = lambda average, n: [_part(M.RocAuc, average, n, call.value, **limit)]  # noqa: E731
         return _entries(call, make, truth != 0, _to_log_odds(scores), average, np.nan)
     truth = _flat(truth)
     if scores.ndim == 2 and scores.shape[1] > 2:
@@ -479,7 +492,7 @@ def _ask_roc(call: Call) -> Question:
         part = _part(M.OneVsRestAuc, average, len(classes), call.value)
         return _ask(("classes", len(classes), None), [part], _encode(truth, classes), _to_log(scores), call)
     positive = truth == np.unique(truth)[-1] if len(np.unique(truth)) > 1 else truth == 1
-    part = _part(M.RocAuc, "micro", 1, call.value)
+    part = _part(M.RocAuc, "micro", 1, call.value, **limit)
     return _ask(("binary", 1, None), [part], positive, _to_log_odds(_flat(scores)), call)
 
 
@@ -586,7 +599,7 @@ ASKED: dict[str, Callable[[Call], Question]] = {
     "precision_recall_fscore_support": _ask_prfs,
     "accuracy_score": _ask_accuracy,
     "zero_one_loss": lambda call: _ask_accuracy(call, complement=True),
-    "hamming_loss": lambda call: _ask_accuracy(call, complement=True, entries=True),
+    "hamming_loss": _ask_hamming,
     "balanced_accuracy_score": _ask_balanced,
     "matthews_corrcoef": _ask_mcc,
     "cohen_kappa_score": _ask_kappa,
@@ -749,8 +762,8 @@ KNOWN = (
 
 
 def _pad_matrix(matrix: np.ndarray) -> np.ndarray:
-    """A confusion matrix with the empty classes that make three."""
-    more = max(3 - len(matrix), 0)
+    """A confusion matrix with the empty classes that make three; that of two classes as it is."""
+    more = 0 if len(matrix) == 2 else max(3 - len(matrix), 0)
     return np.pad(np.asarray(matrix, float), ((0, more), (0, more)))
 
 
