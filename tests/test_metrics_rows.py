@@ -320,15 +320,17 @@ def test_the_best_of_a_row_with_a_nan_and_of_a_row_without_labels():
     assert (values["recall_at_1"], values["precision_at_3"]) == (-3.5, 0)
 
 
-@pytest.mark.parametrize("kind", ["auto", "explicit", "manual"])
+@pytest.mark.parametrize("kind", ["auto", "explicit", "classes", "manual"])
 def test_rows_do_not_know_of_devices(kind):
     labels, logits, weights, where = sparse(8)
     where, weights = np.repeat(where, C, 1), np.repeat(weights, C, 1)
     head = best_of_rows()
     whole = head.measure(labels, logits, weights=weights, where=where).compute()
     data = (labels, logits, weights, where)
-    axes = {"auto": AxisType.Auto, "explicit": AxisType.Explicit, "manual": AxisType.Auto}[kind]
-    mesh = jax.make_mesh((4,), ("rows",), (axes,), devices=jax.devices()[:4])
+    axes = AxisType.Explicit if kind in ("explicit", "classes") else AxisType.Auto
+    # With 5 devices each may hold one of the classes.
+    shape = (1, C) if kind == "classes" else (4, 1)
+    mesh = jax.make_mesh(shape, ("rows", "columns"), (axes, axes), devices=jax.devices()[: np.prod(shape)])
 
     def measure(labels: Any, logits: Any, weights: Any, where: Any) -> jh.Metrics:
         return head.measure(labels, logits, weights=weights, where=where)
@@ -340,7 +342,7 @@ def test_rows_do_not_know_of_devices(kind):
         )
         found = jax.jit(spread)(*data)
     else:
-        found = jax.jit(measure)(*(jax.device_put(x, NamedSharding(mesh, P("rows"))) for x in data))
+        found = jax.jit(measure)(*(jax.device_put(x, NamedSharding(mesh, P("rows", "columns"))) for x in data))
     for key, value in found.compute().items():
         np.testing.assert_allclose(value, whole[key], rtol=2e-6, atol=1e-6, err_msg=key)
 

@@ -25,7 +25,7 @@ from jaxheads.metrics.mean import Sums, SumsView
 from jaxheads.metrics.outcomes import Outcomes
 from jaxheads.metrics.scored import AVERAGES, AbstractThresholdMetric
 from jaxheads.metrics.scores import Scores
-from jaxheads.numerics import brief, inputs, masking
+from jaxheads.numerics import brief, inputs, masking, meshes
 
 # What stands for 0/0 in compiled code. No metric of rows is negative, and a NaN would trip `jax_debug_nans`.
 NOTHING = -1.0
@@ -122,9 +122,11 @@ class AbstractAtK(Metric):
         scores = take_rows(self, sources)
         if self.k > (n := scores.logits.shape[-1]):
             raise ValueError(f"{self!r} asks for more than there are: {n} classes.")
-        y, weights = as_entries(scores, rows.weights)
-        y = masking.keep(masking.is_not_zero(weights), y, 0)
-        found = masking.keep(_are_best(scores.logits, masking.is_not_zero(weights), self.k), y, 0)
+        # The best of a row are not found by parts of it.
+        logits, y, weights = map(meshes.whole_rows, (scores.logits, *as_entries(scores, rows.weights)))
+        there = masking.is_not_zero(weights)
+        y = masking.keep(there, y, 0)
+        found = masking.keep(_are_best(logits, there, self.k), y, 0)
         return {self._key: mean_of_rows(self.of_rows(*(jnp.sum(x, -1, keepdims=True) for x in (found, y))))}
 
     @abc.abstractmethod

@@ -44,6 +44,14 @@ def replicated(x: jax.Array) -> jax.Array:
     return x if mesh is None else jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*[None] * x.ndim)))
 
 
+def whole_rows(x: jax.Array) -> jax.Array:
+    """Returns `x [..., d]`, with the last axis whole on every device where types say that it is not."""
+    mesh, spec = explicit_mesh(x), jax.typeof(x).sharding.spec
+    if mesh is None or len(spec) < x.ndim or spec[-1] is None:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec[:-1], None)))
+
+
 def count_devices(x: jax.Array) -> int:
     """Returns over how many devices the first axis of `x` may be cut, as far as its type tells.
 
