@@ -479,7 +479,7 @@ def _ask_confusion(call: Call) -> Question:
 def _ask_roc(call: Call) -> Question:
     _refuse_samples(call)
     given, average = call.given, call.given["average"]
-    limit = {} if given["max_fpr"] is None else {"max_fpr": float(given["max_fpr"])}
+    limit: dict[str, Any] = {} if given["max_fpr"] is None else {"max_fpr": float(given["max_fpr"])}
     truth, scores = given["y_true"], np.asarray(given["y_score"])
     if type_of_target(truth) == "multilabel-indicator":
         make = lambda average, n: [_part(M.RocAuc, average, n, call.value, **limit)]  # noqa: E731
