@@ -446,3 +446,28 @@ def test_options_read_no_more_memory(name):
         return cost["bytes accessed"]
 
     assert count_bytes(jh.MultiClassHead(64, **options)) <= 1.05 * count_bytes(jh.MultiClassHead(64))
+
+
+def test_classes_may_lie_on_several_devices():
+    """Logits that an Explicit mesh spreads over rows and classes, labels that it spreads over rows."""
+    axes = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 2), ("rows", "classes"), axis_types=axes, devices=jax.devices()[:4])
+    added = [jh.metrics.ConfusionMatrix(), jh.metrics.TopKAccuracy(2), jh.metrics.TopKAccuracy(2, average="macro")]
+    options: Any = {"label_smoothing": 0.1, "class_weights": WEIGHTS, "logit_adjustment": PRIORS, "z_loss": 0.1}
+    for kind, labels in (("ids", IDS), ("distributions", SHARES)):
+        head = jh.MultiClassHead(N, label_kind=kind, extra_metrics=added, **options)
+        expected = head.measure(labels, Z).compute(warn=False)
+
+        def step(labels, z, head=head):
+            return jax.value_and_grad(lambda z: head.loss(labels, z))(z), head.measure(labels, z)
+
+        with jax.set_mesh(mesh):
+            spread = jax.sharding.PartitionSpec("rows", "classes")
+            z = jax.device_put(Z, jax.sharding.NamedSharding(mesh, spread))
+            y = jax.device_put(labels, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows", None)))
+            (loss, gradient), metrics = jax.jit(step)(y, z)
+        np.testing.assert_allclose(loss, expected["average_loss"], rtol=1e-6)
+        assert jax.typeof(gradient).sharding.spec == spread
+        found = metrics.compute(warn=False)
+        for key, value in expected.items():
+            np.testing.assert_allclose(found[key], value, rtol=1e-6, atol=1e-6, err_msg=key)

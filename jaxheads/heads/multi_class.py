@@ -156,9 +156,9 @@ class MultiClassHead(class_options.AbstractClassHead):
         return masking.column_totals(masking.weighted(self._as_shares(labels, logits), weights))
 
     def _as_shares(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
-        """Returns labels as shares `[..., n]`, one-hot where they are ids."""
+        """Returns labels as shares `[..., n]`, laid out as the logits are, one-hot where they are ids."""
         if self.label_kind == DISTRIBUTIONS:
-            return labels
+            return labels * masking.ones_like(logits)
         return (meshes.columns(logits, labels.dtype) == labels).astype(jnp.float32)
 
     def standard_constant(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -178,7 +178,7 @@ class MultiClassHead(class_options.AbstractClassHead):
 
     def observe(self, labels: jax.Array, logits: jax.Array) -> dict[str, Observation]:
         if self.label_kind == DISTRIBUTIONS:
-            return {"accuracy": Mean(stable.pick(labels, stable.first_argmax(logits)))}
+            return {"accuracy": Mean(stable.pick(self._as_shares(labels, logits), stable.first_argmax(logits)))}
         return {"accuracy": Mean(stable.is_argmax(logits, labels))}
 
     def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
@@ -186,9 +186,7 @@ class MultiClassHead(class_options.AbstractClassHead):
         names = tuple(self.label_vocabulary or ()) or tuple(f"class{k}" for k in range(n))
 
         def scores() -> Scores:
-            shares = labels
-            if self.label_kind == IDS:
-                shares = meshes.columns(logits, labels.dtype) == labels
+            shares = self._as_shares(labels, logits)
             return Scores(shares, stable.log_odds_of_each(logits), None, names=names, exclusive=True)
 
         def confusion() -> metrics.ConfusionTable:
@@ -196,12 +194,13 @@ class MultiClassHead(class_options.AbstractClassHead):
             if self.label_kind == IDS:
                 return metrics.ConfusionTable(labels, predicted, names)
             each = meshes.columns(logits, jnp.int32)
-            return metrics.ConfusionTable(each, predicted + 0 * each, names, labels)
+            return metrics.ConfusionTable(each, predicted + 0 * each, names, self._as_shares(labels, logits))
 
         def ranks() -> metrics.Ranks:
             if self.label_kind == IDS:
                 return metrics.Ranks(stable.rank(logits, labels), n)
-            return metrics.Ranks(stable.rank_each(logits), n, shares=labels)
+            whole = meshes.whole_rows(logits)
+            return metrics.Ranks(stable.rank_each(whole), n, shares=self._as_shares(labels, whole))
 
         return {CONFUSION: confusion, RANKS: ranks, SCORES: scores}
 

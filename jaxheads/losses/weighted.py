@@ -103,7 +103,8 @@ def softmax_losses(labels: jax.Array, logits: jax.Array, options: Options) -> ja
         losses = losses if of_classes is None else losses * _look_up(of_classes, ids, logits)
     else:
         if ids is None:
-            shares, total_share = labels * (1 - smoothing) + smoothing / n, None
+            # By multiplication: on a mesh labels may lie as the rows do, and logits be spread over classes too.
+            shares, total_share = (labels * (1 - smoothing) + smoothing / n) * masking.ones_like(logits), None
         else:
             is_label = meshes.columns(logits, ids.dtype) == ids
             shares = jnp.where(is_label, np.float32(1 - smoothing + smoothing / n), np.float32(smoothing / n))

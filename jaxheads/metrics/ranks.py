@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxheads.metrics.base import CONFUSION, RANKS, AbstractSourceMetric, Observation, View, join_names
 from jaxheads.metrics.confusion import Counted
-from jaxheads.numerics import brief, inputs, masking
+from jaxheads.numerics import brief, inputs, masking, meshes
 from jaxheads.numerics.histograms import histogram
 
 # The key of the ranks by label class.
@@ -166,7 +166,11 @@ class TopKAccuracy(AbstractSourceMetric):
         if CONFUSION not in sources:
             raise ValueError(f"{self!r} needs the label of each row, from {CONFUSION!r}. Given {sorted(sources)}.")
         decided: Any = sources[CONFUSION]()
-        return {CLASS_RANKS: ClassRanks(decided.labels, ranks.ranks, decided.names, ranks.ks, ranks.shares)}
+        return {
+            CLASS_RANKS: ClassRanks(
+                meshes.whole_rows(decided.labels), ranks.ranks, decided.names, ranks.ks, ranks.shares
+            )
+        }
 
     def summarize(self, seen: Mapping[str, Any]) -> Mapping[str, Any]:
         return self.values(seen[RANKS if self.average == "micro" else CLASS_RANKS])
