@@ -471,3 +471,53 @@ def test_classes_may_lie_on_several_devices():
         found = metrics.compute(warn=False)
         for key, value in expected.items():
             np.testing.assert_allclose(found[key], value, rtol=1e-6, atol=1e-6, err_msg=key)
+
+
+def test_metrics_of_decisions_follow_the_head():
+    z = RNG.normal(size=(60, 1)).astype(np.float32)
+    y = (RNG.random((60, 1)) < 0.4).astype(np.int32)
+    added = [
+        *(jh.metrics.FBeta(), jh.metrics.HammingLoss(), jh.metrics.ExactMatch(), jh.metrics.ConfusionMatrix()),
+        *(jh.metrics.TruePositives(), jh.metrics.MatthewsCorrcoef(), jh.metrics.Recall(threshold=0.5)),
+    ]
+    metrics = jh.BinaryClassHead(decision_threshold=0.3, extra_metrics=added).measure(y, z)
+    found = metrics.compute(warn=False)
+    decided = 1 / (1 + np.exp(-z.astype(np.float64))) > 0.3
+    assert found["f1"] == pytest.approx(sklearn.metrics.f1_score(y, decided), rel=1e-6)
+    assert found["hamming_loss"] == pytest.approx(1 - found["accuracy"], rel=1e-6)
+    assert found["exact_match"] == pytest.approx(found["accuracy"], rel=1e-6)
+    assert found["true_positives"] == (y * decided).sum()
+    assert found["matthews_corrcoef"] == pytest.approx(sklearn.metrics.matthews_corrcoef(y, decided), rel=1e-5)
+    assert found["recall/positive_threshold_0.5"] == pytest.approx(sklearn.metrics.recall_score(y, z > 0), rel=1e-6)
+    expected = sklearn.metrics.confusion_matrix(y, decided)
+    np.testing.assert_array_equal(found["confusion_matrix"], expected)
+    np.testing.assert_array_equal(metrics.confusion_matrix(), expected)
+    np.testing.assert_array_equal(metrics.confusion_matrix(threshold=0.5), sklearn.metrics.confusion_matrix(y, z > 0))
+
+
+@pytest.mark.parametrize("bins", [jh.GrowingGrid(), jh.ThresholdGrid(50)], ids=["growing", "thresholds"])
+def test_metrics_of_several_labels_follow_thresholds_of_their_own(bins):
+    thresholds = (0.3, 0.5, 0.6, 0.8)
+    z, y = RNG.normal(size=(40, N)).astype(np.float32), RNG.integers(0, 2, (40, N)).astype(np.float32)
+    added = [
+        *(jh.metrics.ExactMatch(), jh.metrics.Precision(average="samples"), jh.metrics.FBeta(average=None)),
+        *(jh.metrics.HammingLoss(average="macro"), jh.metrics.Recall(average="weighted")),
+    ]
+    head = jh.MultiLabelHead(N, decision_threshold=thresholds, extra_metrics=added, bins=bins)
+    found = head.measure(y, z).compute(undefined=0.0, warn=False)
+    decided = 1 / (1 + np.exp(-z.astype(np.float64))) > thresholds
+    assert found["exact_match"] == pytest.approx((y == decided).all(-1).mean(), rel=1e-6)
+    samples = sklearn.metrics.precision_score(y, decided, average="samples", zero_division=0)
+    assert found["precision_samples"] == pytest.approx(samples, rel=1e-6)
+    each = sklearn.metrics.f1_score(y, decided, average=None)
+    np.testing.assert_allclose([found[f"f1/class{k}"] for k in range(N)], each, rtol=1e-6)
+    assert found["hamming_loss_macro"] == pytest.approx((y != decided).mean(), rel=1e-6)
+    weighted = sklearn.metrics.recall_score(y, decided, average="weighted")
+    assert found["recall_weighted"] == pytest.approx(weighted, rel=1e-6)
+    with pytest.raises(ValueError, match="at its own threshold"):
+        head.with_metrics(jh.metrics.FBeta())
+    one = jh.MultiLabelHead(N, decision_threshold=0.3, extra_metrics=[jh.metrics.FBeta()], bins=bins).measure(y, z)
+    decided = 1 / (1 + np.exp(-z.astype(np.float64))) > 0.3
+    assert one.compute(warn=False)["f1"] == pytest.approx(
+        sklearn.metrics.f1_score(y.ravel(), decided.ravel()), rel=1e-6
+    )

@@ -50,7 +50,8 @@ class BinaryClassHead(class_options.AbstractClassHead):
         name: is appended to the metric keys.
         bins: `GrowingGrid()` (default), `LogitGrid(low, high, n)`, or `ThresholdGrid(200)` for TensorFlow's numbers.
         decision_threshold: the probability above which the class is 1; `head.at_threshold(t)` gives the head with
-            another one, such as that of `jh.metrics.BestThreshold`.
+            another one, such as that of `jh.metrics.BestThreshold`. Metrics of decisions without a threshold of their
+            own follow it.
         label_smoothing: the part e of labels that is spread over both classes: `(1 - e) y + e / 2`, as in Keras.
         class_weights: the factors `(b, a)` of the losses of negatives and of positives, or a dict by class (name or id)
             in which a class that is left out weighs 1. They are a part of the loss, no multiplicities: metrics and
@@ -184,11 +185,11 @@ class BinaryClassHead(class_options.AbstractClassHead):
     def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
         decision = () if self.decision_threshold is None else (self.decision_threshold,)
         thresholds = tuple(dict.fromkeys((*(self.thresholds or ()), *decision)))
-        return {SCORES: lambda: Scores(labels, logits, self.bins, thresholds)}
+        return {SCORES: lambda: Scores(labels, logits, self.bins, thresholds, decision=self.decision_threshold)}
 
     def summarize(self, seen: Mapping[str, Any]) -> dict[str, Any]:
         scores = seen[SCORES]
-        decided = scores.at_zero() if self.decision_threshold is None else scores.at(self.decision_threshold)
+        decided = scores.decide(None)
         larger = scores.xp.maximum(scores.positives, scores.negatives)
         return {
             "accuracy": decided.accuracy,

@@ -59,7 +59,8 @@ class MultiLabelHead(class_options.AbstractClassHead):
         bins: `GrowingGrid()` (default), `LogitGrid(low, high, n)`, or `ThresholdGrid(200)` for TensorFlow's numbers.
         reduce_classes: `"mean"` or `"sum"`, over the classes of a row.
         decision_threshold: the probability above which a class is predicted, one number or one for each class;
-            without one it is z > 0 wherever a decision is needed. `head.at_threshold(t)` gives the head with another.
+            without one it is z > 0 wherever a decision is needed. Metrics of decisions without a threshold of their own
+            follow it; with one for each class they need `average=`. `head.at_threshold(t)` gives the head with another.
         label_smoothing: the part e of labels that is spread over both values: `(1 - e) y + e / 2`, as in Keras.
         class_weights: the factor of the loss of each class, or a dict by class (name or id) in which a class that is
             left out weighs 1. A part of the loss, no multiplicities: metrics do not see them, and the mean over classes
@@ -280,8 +281,11 @@ class MultiLabelHead(class_options.AbstractClassHead):
         return {**seen, PROBABILITY_MEAN: ColumnMeans(jax.nn.sigmoid(logits), classes)} if classes else seen
 
     def _make_scores(self, labels: jax.Array, logits: jax.Array, classes: tuple[int, ...]) -> Scores:
-        thresholds, names = tuple(dict.fromkeys(self.thresholds or ())), tuple(self.label_vocabulary or ())
-        return Scores(labels, logits, self.bins, thresholds, classes, names)
+        decision: Any = self.decision_threshold
+        single = (decision,) if isinstance(decision, (int, float)) else ()
+        thresholds = tuple(dict.fromkeys((*(self.thresholds or ()), *single)))
+        names = tuple(self.label_vocabulary or ())
+        return Scores(labels, logits, self.bins, thresholds, classes, names, decision=decision)
 
     def sources(self, labels: jax.Array, logits: jax.Array) -> dict[str, Callable[[], Observation]]:
         return {SCORES: lambda: self._make_scores(labels, logits, ())}

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxheads.losses.weighted import as_factor
 from jaxheads.metrics import Mean, ScoresView
 from jaxheads.metrics.base import at_threshold
 from jaxheads.metrics.grids import AbstractGrid
@@ -57,9 +56,8 @@ def decide(logits: Any, threshold: Any) -> jax.Array:
     """
     if threshold is None:
         return jnp.asarray(logits > 0, jnp.int32)
-    each = threshold if isinstance(threshold, tuple) else (threshold,)
     # The histogram of scores has its edges at the same float32 numbers.
-    return jnp.asarray(logits > as_factor([stable.log_odds(t) for t in each], logits), jnp.int32)
+    return jnp.asarray(logits > stable.as_edges(threshold, logits, stable.log_odds), jnp.int32)
 
 
 # The metrics of decisions about single entries, which have their own means.

@@ -97,7 +97,7 @@ class ConfusionMatrix(Metric):
                 "For several labels a row, take jh.metrics.TruePositives(average=None), FalsePositives, "
                 "FalseNegatives and TrueNegatives."
             )
-        return {SCORES: scores if self.threshold is None else scores.with_threshold(self.threshold)}
+        return {SCORES: scores.with_threshold(self.threshold)}
 
     def summarize(self, seen: Mapping[str, Any]) -> dict[str, Any]:
         view = seen[CONFUSION] if CONFUSION in seen else seen[SCORES].decide(self.threshold)

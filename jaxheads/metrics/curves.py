@@ -38,6 +38,8 @@ class ScoresView(View):
         own: those histograms, in that order, on the axis before the last.
         tied: in which buckets all positives have the same score; None if no metric needs it.
         exclusive: whether the entries are classes that exclude each other.
+        decision: the probability above which the head decides for a class, or one for each class; None for z > 0.
+        apart: whether the axis before the buckets has the classes, all of them in their order.
     """
 
     grid: AbstractGrid
@@ -49,11 +51,16 @@ class ScoresView(View):
     own: "ScoresView | None" = None
     tied: Any = None
     exclusive: bool = False
+    decision: float | tuple[float, ...] | None = None
+    apart: bool = False
 
     @functools.cached_property
     def columns(self) -> "Mapping[int, ScoresView]":
         """The view of each class that has a histogram of its own, by its index."""
-        return {column: self._rows(row) for row, column in enumerate(self.order)}
+        each = {column: self._rows(row) for row, column in enumerate(self.order)}
+        if not isinstance(decision := self.decision, tuple):
+            return each
+        return {column: dataclasses.replace(view, decision=decision[column]) for column, view in each.items()}
 
     def by_class(self) -> "ScoresView":
         """Returns the view of all classes at once, in their order: every value has them on a last axis."""
@@ -62,7 +69,7 @@ class ScoresView(View):
     @functools.cached_property
     def _classes(self) -> "ScoresView":
         place = {column: row for row, column in enumerate(self.order)}
-        return self._rows([place[column] for column in range(len(self.names))])
+        return dataclasses.replace(self._rows([place[column] for column in range(len(self.names))]), apart=True)
 
     def _rows(self, which: int | list[int]) -> "ScoresView":
         own = cast("ScoresView", self.own)
@@ -125,8 +132,28 @@ class ScoresView(View):
         return self._count_at(self.layout.zero)
 
     def decide(self, threshold: float | None) -> Outcomes:
-        """Returns the outcomes at one of the user's thresholds; None: where positive means z > 0."""
-        return self.at_zero() if threshold is None else self.at(threshold)
+        """Returns the outcomes at one of the user's thresholds; None: as the head decides."""
+        decision = self.decision if threshold is None else threshold
+        if decision is None:
+            return self.at_zero()
+        return self._count_each(decision) if isinstance(decision, tuple) else self.at(decision)
+
+    def _count_each(self, decision: tuple[float, ...]) -> Outcomes:
+        """Returns the outcomes of each class at its own threshold."""
+        if not self.apart:
+            raise ValueError(
+                "The head decides for each class at its own threshold, which the one histogram of all classes does not "
+                'tell. Give the metric average=None, "macro" or "weighted", or threshold=.'
+            )
+        edges = np.asarray([self.layout.position[t] + 1 for t in decision], np.int32)
+        edges = edges.reshape((1,) * (self.positive.ndim - 2) + (-1, 1))
+
+        def take(sums: Any) -> Any:
+            index = self.xp.broadcast_to(edges, (*sums.shape[:-1], 1))
+            return self.xp.take_along_axis(sums, index, -1)[..., 0]
+
+        (fp, tp), (tn, fn) = (tuple(map(take, pair)) for pair in (self._above, self._below))
+        return Outcomes(self.xp, self.undefined, tp, fp, fn, tn)
 
     def _count_at(self, edge: int) -> Outcomes:
         fp, tp = (sums[..., edge + 1] for sums in self._above)

@@ -51,9 +51,9 @@ class AbstractGrid(abc.ABC):
     def buckets(self, layout: Layout, logits: jax.Array) -> jax.Array:
         """Returns the bucket of each logit: how many edges it exceeds."""
 
-    def exceeds(self, logits: jax.Array, threshold: float) -> jax.Array:
-        """Tells which logits lie above a user threshold, as its edge in the layout decides."""
-        return logits > np.float32(stable.log_odds(threshold))
+    def exceeds(self, logits: jax.Array, threshold: float | tuple[float, ...]) -> jax.Array:
+        """Tells which logits lie above a user threshold, or each above its own, as edges in the layout decide."""
+        return logits > stable.as_edges(threshold, logits, stable.log_odds)
 
     @abc.abstractmethod
     def finer(self, low: float, high: float) -> str:
@@ -222,8 +222,8 @@ class ThresholdGrid(AbstractGrid):
         # z > 0 may hold where float32 p is exactly 0.5, so it is an edge of its own just below p > 0.5.
         return layout.edges.locate(jax.nn.sigmoid(logits)) + (logits > 0).astype(np.int32)
 
-    def exceeds(self, logits: jax.Array, threshold: float) -> jax.Array:
-        return jax.nn.sigmoid(logits) > np.float32(threshold)
+    def exceeds(self, logits: jax.Array, threshold: float | tuple[float, ...]) -> jax.Array:
+        return jax.nn.sigmoid(logits) > stable.as_edges(threshold, logits, float)
 
     def finer(self, low: float, high: float) -> str:
         return LogitGrid().finer(low, high)

@@ -116,8 +116,8 @@ class AbstractThresholdMetric(AbstractScoreMetric):
     """A metric of yes-or-no decisions; exact at its threshold, which becomes an edge of the histogram.
 
     Args:
-        threshold: a probability in (0, 1); scores above it are positive. By default z > 0, and for one of many classes
-            the first of the largest logits.
+        threshold: a probability in (0, 1); scores above it are positive. By default as the head decides: above its
+            `decision_threshold`, else z > 0; for one of many classes the first of the largest logits.
     """
 
     threshold: float | None = None
@@ -138,7 +138,7 @@ class AbstractThresholdMetric(AbstractScoreMetric):
 
     def refine(self, observation: Any) -> Observation:
         scores: Any = super().refine(observation)
-        return scores if self.threshold is None else scores.with_threshold(self.threshold)
+        return scores.with_threshold(self.threshold)
 
     def observe(
         self, labels: Any, logits: jax.Array, sources: Mapping[str, Callable[[], Observation]]
@@ -157,8 +157,8 @@ class AbstractThresholdMetric(AbstractScoreMetric):
         """Tells whether the decision is the predicted one of many classes: so it is without a threshold."""
         return self.threshold is None and CONFUSION in sources
 
-    def read(self, view: ScoresView) -> Any:
-        return self.decided(view.at_zero() if self.threshold is None else view.at(self.threshold))
+    def read(self, view: Any) -> Any:
+        return self.decided(view.decide(self.threshold) if isinstance(view, ScoresView) else view.at_zero())
 
     @abc.abstractmethod
     def decided(self, outcomes: Outcomes) -> Any:

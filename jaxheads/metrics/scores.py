@@ -32,6 +32,8 @@ class Scores(Observation):
             into a direction, by its bits, and directions are added up: only equal ones do not weaken each other. Two
             scores pass for one if their directions are within a tenth of a degree. The chance of that is 1 in 1,700.
         exclusive: whether the entries of the last axis are classes that exclude each other.
+        decision: the probability above which the head decides for a class, or one for each class; None for z > 0. A
+            single one must be among the thresholds.
     """
 
     labels: Any
@@ -42,6 +44,7 @@ class Scores(Observation):
     names: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     ties: bool = dataclasses.field(default=False, metadata={"static": True})
     exclusive: bool = dataclasses.field(default=False, metadata={"static": True})
+    decision: float | tuple[float, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def layout(self) -> Layout:
@@ -70,12 +73,15 @@ class Scores(Observation):
         return self.names or tuple(f"class{i}" for i in range(n))
 
     def decide(self, threshold: float | None) -> jax.Array:
-        """Tells which scores count as positive, as the histogram does: those above a threshold, by default z > 0."""
-        return self.logits > 0 if threshold is None else self._bins.exceeds(self.logits, threshold)
+        """Tells which scores count as positive, as the histogram does: those above a threshold; None: as the head."""
+        decision = self.decision if threshold is None else threshold
+        return self.logits > 0 if decision is None else self._bins.exceeds(self.logits, decision)
 
-    def with_threshold(self, threshold: float) -> "Scores":
-        """Returns the same scores with one more exact edge."""
-        return dataclasses.replace(self, thresholds=tuple(dict.fromkeys((*self.thresholds, threshold))))
+    def with_threshold(self, threshold: float | None) -> "Scores":
+        """Returns the same scores with one more exact edge; None: with the edges at which the head decides."""
+        decision = self.decision if threshold is None else threshold
+        added = decision if isinstance(decision, tuple) else () if decision is None else (decision,)
+        return dataclasses.replace(self, thresholds=tuple(dict.fromkeys((*self.thresholds, *added))))
 
     @property
     def _n_rows(self) -> int:
@@ -154,7 +160,8 @@ class Scores(Observation):
             names, exclusive = self.class_names, self.exclusive
             tied = _are_tied(positive, cosines=directed[0], sines=directed[1], xp=xp) if directed else None
             return ScoresView(
-                xp, undefined, self._bins, self.layout, negative, positive, names, order, own, tied, exclusive
+                *(xp, undefined, self._bins, self.layout, negative, positive, names, order, own, tied, exclusive),
+                decision=self.decision,
             )
 
         if not self.columns:

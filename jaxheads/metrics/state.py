@@ -824,7 +824,8 @@ class Metrics:
                 f"Given {threshold!r}. Build the head with thresholds=(...,), or with_metrics("
                 "jh.metrics.ConfusionMatrix(threshold=...))."
             )
-        return view.decide(threshold if threshold in known else None), _find_names(self.head, path) or ("0", "1")
+        decided = view.at_zero() if threshold == 0.5 and threshold not in known else view.decide(threshold)
+        return decided, _find_names(self.head, path) or ("0", "1")
 
     def _find_entry(self, what: str, slice: int | str | None) -> tuple[int, int]:
         """Returns the place of a slice in the state. Refuses all but one concrete state, and too small a slice."""

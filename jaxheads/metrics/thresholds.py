@@ -1,6 +1,7 @@
 """Metrics of yes-or-no decisions at a threshold: exact, whatever the bins.
 
-Each takes `threshold` (a probability in (0, 1); scores above it are positive; by default z > 0), `average` and `name`.
+Each takes `threshold` (a probability in (0, 1); scores above it are positive; by default as the head decides: above its
+`decision_threshold`, else z > 0), `average` and `name`.
 Its docstring tells its key; a given threshold adds `/positive_threshold_T` to it. `jaxheads.metrics` tells what
 `average` adds, and the rules for 0/0 and for absent classes. `Precision`, `Recall`, `FBeta` and `IoU` of a
 `MultiLabelHead` also take `average="samples"`, the mean of one value a row under `KEY_samples`: `jaxheads.metrics.rows`

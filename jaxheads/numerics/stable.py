@@ -1,6 +1,8 @@
 """Formulas that keep their value where the plain ones overflow."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,12 @@ from jaxheads.numerics import masking, meshes
 def log_odds(probability: float) -> float:
     """Returns `ln(p / (1 - p))` in float64, on the host."""
     return math.log(probability) - math.log1p(-probability)
+
+
+def as_edges(thresholds: float | tuple[float, ...], logits: Any, edge: Callable[[float], float]) -> np.ndarray:
+    """Returns the edge of a threshold, or of one for each entry of the last axis, as float32 that fits the logits."""
+    each = thresholds if isinstance(thresholds, tuple) else (thresholds,)
+    return np.asarray([edge(t) for t in each], np.float32).reshape((1,) * (logits.ndim - 1) + (-1,))
 
 
 def two_class_probabilities(logits: jax.Array) -> jax.Array:
