@@ -149,6 +149,44 @@ def test_a_focal_loss_has_finite_slopes(z, gamma):
     assert np.isfinite(slopes).all()
 
 
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_a_focal_loss_has_finite_slopes_at_infinite_logits(gamma):
+    """Where the loss is finite, as that of a class that cannot be: a padded vocabulary."""
+    binary, several = jh.BinaryClassHead(focal_gamma=gamma), jh.MultiLabelHead(2, focal_gamma=gamma)
+    z = np.array([[-np.inf], [np.inf], [1.0]], np.float32)
+    y = np.array([[0], [1], [1]])
+    gradient = jax.grad(lambda z: binary.loss(y, z))(z)
+    expected = jax.grad(lambda z: binary.loss(y[2:], z))(z[2:])
+    np.testing.assert_allclose(gradient, np.concatenate([[[0], [0]], expected / 3]), rtol=1e-6)
+    gradient = jax.grad(lambda z: several.loss(np.concatenate([y, y], -1), z))(np.concatenate([z, z], -1))
+    assert np.isfinite(gradient).all()
+    shares, z = np.array([[0.5, 0.5, 0.0]], np.float32), np.array([[1.0, 2.0, -np.inf]], np.float32)
+    padded = jh.MultiClassHead(3, label_kind="distributions", focal_gamma=gamma)
+    whole = jh.MultiClassHead(2, label_kind="distributions", focal_gamma=gamma)
+    gradient = jax.grad(lambda z: padded.loss(shares, z))(z)
+    expected = jax.grad(lambda z: whole.loss(shares[:, :2], z))(z[:, :2])
+    np.testing.assert_allclose(gradient, np.pad(expected, [(0, 0), (0, 1)]), rtol=1e-6)
+    far = np.array([[90.0], [-90.0], [3.0]], np.float32)
+    _, hessian = jh.boosting.derivatives(binary, np.array([1, 0, 1]), far)
+    assert np.isfinite(hessian).all()
+
+
+@pytest.mark.parametrize("library", ["xgboost", "lightgbm"])
+def test_options_that_change_nothing_give_the_same_trees(library):
+    plain = jh.boosting.derivatives(jh.MultiClassHead(N), IDS, Z, library=library)
+    neutral: Any = ({"class_weights": (1,) * N}, {"logit_adjustment": (1 / N,) * N}, {"label_smoothing": 1e-9})
+    for options in neutral:
+        found = jh.boosting.derivatives(jh.MultiClassHead(N, **options), IDS, Z, library=library)
+        np.testing.assert_allclose(found, plain, rtol=2e-5, atol=2e-6)
+    found = jh.boosting.derivatives(jh.MultiClassHead(N, label_kind="distributions"), ONE_HOT, Z, library=library)
+    np.testing.assert_allclose(found, plain, rtol=2e-5, atol=2e-6)
+    plain = jh.boosting.derivatives(jh.MultiLabelHead(N), HOT, Z, library=library)
+    neutral = ({"pos_weight": 1.0}, {"reduce_classes": "sum"}, {"reduce_classes": "sum", "pos_weight": 1.0})
+    for options in neutral:
+        found = jh.boosting.derivatives(jh.MultiLabelHead(N, **options), HOT, Z, library=library)
+        np.testing.assert_allclose(found, plain, rtol=2e-5, atol=2e-6)
+
+
 # Other packages.
 
 
@@ -186,6 +224,9 @@ def test_balanced_weights_are_scikit_learns():
     np.testing.assert_allclose(jh.balanced_class_weights(labels, 3, weights, where), expected, rtol=1e-12)
     with pytest.raises(ValueError, match="no row of \\['d'\\]"):
         jh.balanced_class_weights(names[labels], ["a", "b", "c", "d"])
+    with pytest.raises(ValueError, match="reads as one-hot or multi-hot"):
+        jh.balanced_class_weights([[1, 0], [1, 1]], 2)
+    assert jh.balanced_class_weights([True, False, True, True], 2) == (2.0, 2 / 3)
     with pytest.raises(ValueError, match="vocabulary must be"):
         jh.balanced_class_weights(labels, 1.5)  # pyright: ignore[reportArgumentType]
     head = jh.MultiClassHead(3, class_weights=jh.balanced_class_weights(labels, 3))
@@ -198,14 +239,17 @@ def test_balanced_weights_are_scikit_learns():
 
 
 def test_a_translation_with_smoothing_and_padding():
-    """lm1b and wmt: smoothing 0.1 over 7 words, a mean over the tokens that are not padding (id 0)."""
+    """lm1b and wmt: 0.1 spread over the other 6 of 7 words, less the entropy; a mean over tokens, padding apart."""
     tokens, z = RNG.integers(0, 7, (3, 5)), RNG.normal(size=(3, 5, 7)).astype(np.float32)
     there = tokens > 0
-    log = log_softmax(z.astype(np.float64))
-    q = 0.9 * np.eye(7)[tokens] + 0.1 / 7
-    expected = (-(q * log).sum(-1) * there).sum() / there.sum()
-    head = jh.MultiClassHead(7, label_smoothing=0.1)
-    np.testing.assert_allclose(head.loss(tokens, z, where=there), expected, rtol=1e-6)
+    q = np.where(np.eye(7)[tokens] > 0, 0.9, 0.1 / 6)
+    entropy = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1 / 6))
+    expected = ((-(q * log_softmax(z.astype(np.float64))).sum(-1) - entropy) * there).sum() / there.sum()
+    head = jh.MultiClassHead(7, label_smoothing=0.1 * 7 / 6)
+    loss, gradient = jax.value_and_grad(lambda z: head.loss(tokens, z, where=there))(z)
+    np.testing.assert_allclose(float(loss) - entropy, expected, rtol=1e-6)
+    slopes = (np.exp(log_softmax(z.astype(np.float64))) - q) * there[..., None] / there.sum()
+    np.testing.assert_allclose(gradient, slopes, rtol=1e-5, atol=1e-8)
 
 
 def test_a_language_model_with_a_z_loss():
@@ -245,6 +289,7 @@ def test_one_hot_distributions_have_the_metrics_of_ids():
     added = [
         *(jh.metrics.ConfusionMatrix(), jh.metrics.TopKAccuracy(2), jh.metrics.Precision(average="macro")),
         *(jh.metrics.CohenKappa(), jh.metrics.OneVsRestAuc(), jh.metrics.LogLoss(), jh.metrics.BrierScore()),
+        *(jh.metrics.ExpectedCalibrationError(), jh.metrics.ExpectedCalibrationError(norm="max")),
     ]
     of_ids = jh.MultiClassHead(N, extra_metrics=added)
     of_shares = jh.MultiClassHead(N, extra_metrics=added, label_kind="distributions")
@@ -333,6 +378,14 @@ def test_thresholds_of_several_labels():
     assert "class_ids" not in jh.MultiLabelHead(N).predictions(Z)
 
 
+def test_a_boosted_head_of_distributions_predicts_names():
+    x, names = RNG.normal(size=(90, 2)), np.array(["a", "b", "c"])[RNG.integers(0, 3, 90)]
+    head = jh.MultiClassHead(3, label_kind="distributions", label_vocabulary=("a", "b", "c"))
+    model = jh.boosting.BoostedHead(head, n_estimators=2, max_depth=2).fit(x, names)
+    assert set(model.predict(x)) <= {"a", "b", "c"}
+    assert model.score(x, names) == pytest.approx(np.mean(model.predict(x) == names))
+
+
 def test_a_boosted_head_decides_by_the_threshold():
     x = RNG.normal(size=(300, 2))
     y = (x[:, 0] + RNG.normal(size=300) > 1).astype(int)
@@ -407,6 +460,8 @@ def test_running_shares_are_those_of_weighted_rows():
         (lambda: jh.MultiClassHead(3, logit_adjustment=(0.5, 0.2, 0.2)), "0.9 in all"),
         (lambda: jh.MultiClassHead(3, logit_adjustment=(0.5, 0.5, 0.0)), "logarithm"),
         (lambda: jh.MultiClassHead(3, logit_adjustment={0: 1.0}), "a number for each of the 3 classes"),
+        (lambda: jh.MultiClassHead(2, label_vocabulary=("a", "b"), class_weights={0: 2, "a": 3}), "a class twice"),
+        (lambda: jh.BinaryClassHead(logit_adjustment=-1e6), "share of positives"),
         (lambda: jh.MultiClassHead(3, logit_adjustment="batch"), "a sequence of 3 numbers"),
         (lambda: jh.MultiClassHead(3, focal_alpha=0.25), "needs focal_gamma"),
         (lambda: jh.MultiClassHead(3, focal_gamma=-1.0), "focal_gamma must be"),
@@ -507,9 +562,9 @@ def test_metrics_of_several_labels_follow_thresholds_of_their_own(bins):
     found = head.measure(y, z).compute(undefined=0.0, warn=False)
     decided = 1 / (1 + np.exp(-z.astype(np.float64))) > thresholds
     assert found["exact_match"] == pytest.approx((y == decided).all(-1).mean(), rel=1e-6)
-    samples = sklearn.metrics.precision_score(y, decided, average="samples", zero_division=0)
+    samples = np.mean([(a & (b > 0)).sum() / max(a.sum(), 1) for a, b in zip(decided, y, strict=True)])
     assert found["precision_samples"] == pytest.approx(samples, rel=1e-6)
-    each = sklearn.metrics.f1_score(y, decided, average=None)
+    each = [sklearn.metrics.f1_score(*pair) for pair in zip(y.T, decided.T, strict=True)]
     np.testing.assert_allclose([found[f"f1/class{k}"] for k in range(N)], each, rtol=1e-6)
     assert found["hamming_loss_macro"] == pytest.approx((y != decided).mean(), rel=1e-6)
     weighted = sklearn.metrics.recall_score(y, decided, average="weighted")

@@ -13,6 +13,9 @@ A `RegressionHead` with `label_mean` and `label_scale` has the standardized y in
 the Hessian is LightGBM's there too, because that of the loss is 0 where errors are large. Both libraries set the leaves
 of their absolute errors anew after each tree, to medians, which no objective of a user's can do.
 
+With options of the loss (class weights and others) the gradient is that of the loss at the same scale, and the Hessian
+the exact one times the factor of the table.
+
 Read off `regression_obj.h`, `multiclass_obj.cu` (XGBoost 3.2) and `regression_objective.hpp`,
 `binary_objective.hpp`, `multiclass_objective.hpp` (LightGBM 4.7).
 """
@@ -75,26 +78,32 @@ class Convention(NamedTuple):
 
     Attributes:
         scale: the factor of the gradient.
-        curvature: gives the library's Hessian `[..., d]` of elements of weight 1, from their logits.
+        curvature: gives the library's Hessian `[..., d]` of elements of weight 1, from their logits; None for the exact
+            one times `factor`.
+        factor: of the exact Hessian.
     """
 
     scale: float
-    curvature: Callable[[jax.Array], jax.Array]
+    curvature: Callable[[jax.Array], jax.Array] | None
+    factor: float = 1.0
 
 
 def find_convention(head: Head, options: Options) -> Convention | None:
     """Returns the library's convention for this head's loss; None where the library has no such objective."""
-    if _has_other_loss(head):
+    if _has_loss_fn(head):
         return None
     if isinstance(head, RegressionHead):
         scales = {"squared_error": 0.5, "absolute_error": 1.0, "huber": 1.0}
         return Convention(scales[head.objective], jnp.ones_like) if head.objective in scales else None
     # 1 - sigmoid(z) would be 0 from z = 17 on.
     bernoulli = Convention(1.0, lambda logits: jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits))
+    # With options the curvature is the exact one, scaled as without: options that change nothing give the same trees.
+    has_options = isinstance(head, AbstractClassHead) and head.has_options
     if isinstance(head, (BinaryClassHead, LogisticRegressionHead)):
-        return bernoulli
+        return Convention(1.0, None) if has_options else bernoulli
     if isinstance(head, MultiLabelHead):
-        return bernoulli._replace(scale=float(head.n_classes))
+        scale = float(head.n_classes) if head.reduce_classes == "mean" else 1.0
+        return Convention(scale, None, scale) if has_options else bernoulli._replace(scale=scale)
     if isinstance(head, PoissonRegressionHead):
         return Convention(1.0, lambda logits: jnp.exp(logits + options.max_delta_step))
     if isinstance(head, MultiClassHead):
@@ -104,7 +113,7 @@ def find_convention(head: Head, options: Options) -> Convention | None:
             p = jax.nn.softmax(logits, axis=-1)
             return factor * (p * (1 - p))
 
-        return Convention(1.0, curve)
+        return Convention(1.0, None, factor) if has_options or head.label_kind != "ids" else Convention(1.0, curve)
     return None
 
 
@@ -116,12 +125,3 @@ def is_separable(head: Head) -> bool:
 
 def _has_loss_fn(head: Head) -> bool:
     return isinstance(head, AbstractLossFnHead) and head.loss_fn is not None
-
-
-def _has_other_loss(head: Head) -> bool:
-    """Tells whether the loss is not that of the head's class by default."""
-    if isinstance(head, MultiClassHead) and head.label_kind != "ids":
-        return True
-    if isinstance(head, MultiLabelHead) and head.reduce_classes != "mean":
-        return True
-    return _has_loss_fn(head) or (isinstance(head, AbstractClassHead) and head.has_options)

@@ -142,7 +142,7 @@ def _differentiate_leaf(head: Head, batch: Batch, factor: jax.Array, options: Op
     gradient = jax.grad(total)
     g, library = gradient(logits), find_convention(head, options) if hessian == "auto" else None
     elements = clean(head, batch)
-    if library is not None:
+    if library is not None and library.curvature is not None:
         h = _weigh(elements, library.curvature(elements.logits))
     elif callable(hessian):
         h = _weigh(elements, _broadcast(hessian(elements.labels, elements.logits), logits.shape))
@@ -150,6 +150,7 @@ def _differentiate_leaf(head: Head, batch: Batch, factor: jax.Array, options: Op
         h = _weigh(elements, jnp.ones_like(logits))
     else:
         h = _differentiate_twice(gradient, logits, is_separable(head))
+        h = h if library is None else library.factor * h
         if hessian == "gauss_newton" and isinstance(head, RegressionHead) and head.loss_fn is not None:
             h = h - _differentiate_link(head, logits, g)
     live = jnp.broadcast_to(elements.weights != 0, h.shape)

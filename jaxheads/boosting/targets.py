@@ -206,7 +206,8 @@ def predict(head: Head, logits: np.ndarray, classes: Classes | None) -> Any:
     values = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
     if key != "class_ids":
         return values
-    names = classes.names if classes is not None else np.asarray(head.vocabulary) if head.vocabulary else None
+    names = None if classes is None else classes.names
+    names = np.asarray(head.vocabulary) if names is None and head.vocabulary else names
     return values if names is None else names[values]
 
 

@@ -45,6 +45,13 @@ def balanced_class_weights(
             f"vocabulary must be a list of at least two class names, or their number. Given {brief.tell(vocabulary)}."
         )
     names.check(known, n, "function")
+    given = np.asarray(inputs.as_array(labels, "labels", names=known is not None))
+    if given.ndim > 1 and given.shape[-1] == n and given.dtype.kind in "biuf" and np.isin(given, (0, 1)).all():
+        raise ValueError(
+            f"labels must be class ids or names. Given an array {list(given.shape)} of 0 and 1, which reads as one-hot "
+            "or multi-hot rows. Pass labels.argmax(-1); of ids that are meant so, labels.ravel()."
+        )
+    labels = given.astype(np.int32) if given.dtype == np.bool_ else labels
     ids = np.asarray(
         rules.encode(rules.LabelSpec(1, "int", 0, n - 1), labels, where, known, lambda x: x), np.int64
     ).reshape(-1)
@@ -62,7 +69,7 @@ def balanced_class_weights(
     if missing := [k for k in range(n) if totals[k] == 0]:
         shown = missing if known is None else [known[k] for k in missing]
         raise ValueError(
-            f"A class without rows has no balanced weight. Given no row of {brief.tell(shown)}. Leave the class out, "
-            "or write the weights by hand: class_weights={class: weight}, in which classes left out weigh 1."
+            f"A class without rows has no balanced weight. Given no row of {brief.tell(shown)}. Write the "
+            "weights by hand: class_weights={class: weight}, in which classes that are left out weigh 1."
         )
     return tuple((totals.sum() / (n * totals)).tolist())

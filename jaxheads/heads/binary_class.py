@@ -33,12 +33,12 @@ class BinaryClassHead(class_options.AbstractClassHead):
     **Predictions**: `logits [..., 1]`, `logistic [..., 1]`, `probabilities [..., 2]`, `class_ids [..., 1]` (int32; 1
     where p > `decision_threshold`, which without one is z > 0: a logit of 0 is of class 0), `all_class_ids [D0, 2]`;
     `decode_predictions` adds `classes` and `all_classes`.
-    **Metrics**: `average_loss`, `accuracy`, `precision`, `recall` (of `class_ids`), `prediction/mean`, `label/mean`,
-    `accuracy_baseline` (the accuracy of always guessing the more frequent class), `auc`, `auc_precision_recall`
-    (interpolated as in Keras), for each threshold t `accuracy|precision|recall/positive_threshold_t` (positive: p > t),
-    and `regularization_loss` if a regularization is given. All are float32. The areas come from a histogram with
-    `bins`: `compute(bounds=True)` gives the interval that binning leaves. `with_metrics(jh.metrics...)` adds metrics
-    that read the source `"scores"`.
+    **Metrics**: `average_loss`, `accuracy`, `precision`, `recall` (of `class_ids`; with a `ThresholdGrid` they compare
+    float32 probabilities), `prediction/mean`, `label/mean`, `accuracy_baseline` (the accuracy of always guessing the
+    more frequent class), `auc`, `auc_precision_recall` (interpolated as in Keras), for each threshold t
+    `accuracy|precision|recall/positive_threshold_t` (positive: p > t), and `regularization_loss` if a regularization is
+    given. All are float32. The areas come from a histogram with `bins`: `compute(bounds=True)` gives the interval that
+    binning leaves. `with_metrics(jh.metrics...)` adds metrics that read the source `"scores"`.
 
     Args:
         weight_column: a key of `features`, or a function `features -> weights`.

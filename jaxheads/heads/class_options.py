@@ -23,8 +23,8 @@ TOLERANCE = 1e-3
 class AbstractClassHead(loss_functions.AbstractLossFnHead):
     """A head of classes, with the options of its own loss. Each is off by default, and none goes with a `loss_fn`.
 
-    Options are a part of the loss, `average_loss` included. They are no multiplicities: no denominator and no other
-    metric sees them. `predictions` never see them.
+    Options are a part of the loss, so `average_loss` and what is read from it, `Perplexity`, have them. They are no
+    multiplicities: no denominator and no other metric sees them. `predictions` never see them.
 
     Args:
         label_smoothing: the part e of each label that is spread evenly over the classes: `(1 - e) y + e / n`, where a
@@ -48,6 +48,10 @@ class AbstractClassHead(loss_functions.AbstractLossFnHead):
     class_counts: Any = running(lambda head: head.start_counts())
 
     def __post_init__(self):
+        for name in (*self.option_names, "decision_threshold"):
+            given = getattr(self, name, None)
+            if isinstance(given, (np.ndarray, jax.Array)) and given.ndim == 0:
+                object.__setattr__(self, name, given.item())
         for name in self.by_class:
             object.__setattr__(self, name, self._list_by_class(name, getattr(self, name)))
         super().__post_init__()
@@ -69,6 +73,8 @@ class AbstractClassHead(loss_functions.AbstractLossFnHead):
         if not isinstance(given, Mapping):
             return given
         keys = self.class_keys
+        if len({keys[key] if isinstance(key, int) and 0 <= key < len(keys) else key for key in given}) < len(given):
+            raise ValueError(f"{name} names a class twice, by its name and its id. Given {brief.tell(given)}.")
         ids = {**{i: i for i in range(len(keys))}, **{key: i for i, key in enumerate(keys)}}
         if strangers := [key for key in given if key not in ids]:
             raise ValueError(
@@ -188,5 +194,6 @@ def as_shares(name: str, values: Any, n: int) -> tuple[float, ...]:
 
 def as_share(name: str, value: Any) -> float:
     """Returns the share of positives, from the share or its logarithm."""
-    check_number(name, value, "a share of positives between 0 and 1, or its logarithm", lambda x: x < 1 and x != 0)
+    expected = "a share of positives between 0 and 1, or its logarithm"
+    check_number(name, value, expected, lambda x: 0 < (math.exp(x) if x < 0 else x) < 1)
     return math.exp(value) if value < 0 else value

@@ -46,11 +46,13 @@ class MultiClassHead(class_options.AbstractClassHead):
         label_vocabulary: the names of the classes.
         loss_reduction: a `Reduction` or its text.
         loss_fn: `loss_fn(labels, logits[, features])` returns one loss for each element, `[..., 1]`; its labels are
-            int32 `[..., 1]`. Other arguments must be keyword-only with a default, or bound by `functools.partial`.
+            int32 `[..., 1]`, or float32 `[..., n]` if they are distributions. Other arguments must be keyword-only with
+            a default, or bound by `functools.partial`.
         name: is appended to the metric keys.
         label_kind: `"ids"`, or `"distributions"`.
-        label_smoothing: the part e of labels that is spread over all classes: `q = (1 - e) y + e / n`, as in optax. The
-            entropy of q is not subtracted, as T5X does.
+        label_smoothing: the part e of labels that is spread over all classes: `q = (1 - e) y + e / n`, as in optax. T5X
+            and flax' examples spread e over the other n - 1 classes, and subtract the entropy of q, a constant: their
+            gradient is that of `label_smoothing=e * n / (n - 1)` here.
         class_weights: the factor of the loss of each class, or a dict by class (name or id) in which a class that is
             left out weighs 1; `jh.balanced_class_weights` makes them. They multiply each class's part of a smoothed or
             mixed label, as in PyTorch (in Keras the row, by its largest label). A part of the loss, no multiplicities:

@@ -66,17 +66,18 @@ def _sigmoid_cross_entropy(labels: jax.Array, logits: jax.Array) -> jax.Array:
 def _sigmoid_cross_entropy_jvp(primals: Any, tangents: Any) -> Any:
     (labels, logits), (d_labels, d_logits) = primals, tangents
     parts = []
-    if not _is_zero(d_logits):
+    if not is_zero(d_logits):
         # As a difference, sigmoid(z) - y would lose its small value where the model is sure and right.
         slope = (1 - labels) * jax.nn.sigmoid(logits) - labels * jax.nn.sigmoid(-logits)
         parts.append(slope * d_logits)
     # Labels that do not move add nothing at an infinite logit either, so their zeros are not multiplied by it.
-    if not _is_zero(d_labels):
+    if not is_zero(d_labels):
         parts.append(-logits * d_labels)
     return _sigmoid_cross_entropy(labels, logits), sum(parts[1:], parts[0])
 
 
-def _is_zero(tangent: Any) -> bool:
+def is_zero(tangent: Any) -> bool:
+    """Tells whether a tangent is known to be 0."""
     return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.losses import sigmoid_cross_entropy
+from jaxheads.losses import is_zero, sigmoid_cross_entropy
 from jaxheads.numerics import masking, meshes, stable
 
 # The smallest base of a power. A power of 0 has an infinite slope where the exponent is below 1.
@@ -52,23 +52,32 @@ def sigmoid_losses(labels: jax.Array, logits: jax.Array, options: Options) -> ja
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _focal_cross_entropy(gamma: float, positive: jax.Array, negative: jax.Array, logits: jax.Array) -> jax.Array:
     """Returns `positive (1 - p)^gamma softplus(-z) + negative p^gamma softplus(z)`."""
-    missed, mistaken = _split_loss(logits)
-    found = _multiply_power(missed, gamma, -logits), _multiply_power(mistaken, gamma, logits)
-    return masking.weighted(found[0], positive) + masking.weighted(found[1], negative)
+    of_positive, of_negative = _split_focal(gamma, logits)
+    return masking.weighted(of_positive, positive) + masking.weighted(of_negative, negative)
 
 
-@_focal_cross_entropy.defjvp
 def _focal_cross_entropy_jvp(gamma: float, primals: Any, tangents: Any) -> Any:
     (positive, negative, logits), (d_positive, d_negative, d_logits) = primals, tangents
-    slopes = jax.nn.sigmoid(-logits), jax.nn.sigmoid(logits)
-    missed, mistaken = _split_loss(logits)
-    if gamma:
-        # In closed form: derivatives of each step would be kept and read in turn.
-        slopes = slopes[0] + gamma * missed * slopes[1], slopes[1] + gamma * mistaken * slopes[0]
-    slope = negative * _multiply_power(slopes[1], gamma, logits) - positive * _multiply_power(slopes[0], gamma, -logits)
-    by_weights = _multiply_power(missed, gamma, -logits) * d_positive
-    by_weights += _multiply_power(mistaken, gamma, logits) * d_negative
-    return _focal_cross_entropy(gamma, positive, negative, logits), slope * d_logits + by_weights
+    parts = []
+    if not is_zero(d_logits):
+        missed, mistaken = _split_loss(logits)
+        slopes = jax.nn.sigmoid(-logits), jax.nn.sigmoid(logits)
+        if gamma:
+            # In closed form: derivatives of each step would be kept and read in turn. At an infinite logit the limit of
+            # the product is 0.
+            products = (_unless_infinite(missed) * slopes[1], _unless_infinite(mistaken) * slopes[0])
+            slopes = slopes[0] + gamma * products[0], slopes[1] + gamma * products[1]
+        rising = negative * _multiply_power(slopes[1], gamma, logits, missed)
+        falling = positive * _multiply_power(slopes[0], gamma, -logits, mistaken)
+        parts.append((rising - falling) * d_logits)
+    # Factors that do not move add nothing at an infinite logit either, so their zeros are not multiplied by it.
+    if not (is_zero(d_positive) and is_zero(d_negative)):
+        moved = (jnp.zeros_like(logits) if is_zero(x) else x for x in (d_positive, d_negative))
+        parts += [masking.weighted(*pair) for pair in zip(_split_focal(gamma, logits), moved, strict=True)]
+    return _focal_cross_entropy(gamma, positive, negative, logits), sum(parts[1:], parts[0])
+
+
+_focal_cross_entropy.defjvp(_focal_cross_entropy_jvp, symbolic_zeros=True)
 
 
 def _split_loss(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -77,9 +86,24 @@ def _split_loss(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return log + jnp.maximum(-logits, 0), log + jnp.maximum(logits, 0)
 
 
-def _multiply_power(x: jax.Array, gamma: float, logits: jax.Array) -> jax.Array:
-    """Returns `x sigmoid(z)^gamma`."""
-    return x * jax.nn.sigmoid(logits) ** gamma if gamma else x
+def _split_focal(gamma: float, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the focal loss of a positive, and of a negative."""
+    missed, mistaken = _split_loss(logits)
+    return _multiply_power(missed, gamma, -logits, mistaken), _multiply_power(mistaken, gamma, logits, missed)
+
+
+def _multiply_power(x: jax.Array, gamma: float, logits: jax.Array, minus_log: jax.Array) -> jax.Array:
+    """Returns `x sigmoid(z)^gamma`, where `minus_log` is `-ln sigmoid(z)`.
+
+    Below 1 the power has an infinite slope where the sigmoid underflows; its logarithm has none. Else powers are quick.
+    """
+    if not gamma:
+        return x
+    return x * (jnp.exp(-gamma * minus_log) if gamma < 1 else jax.nn.sigmoid(logits) ** gamma)
+
+
+def _unless_infinite(x: jax.Array) -> jax.Array:
+    return masking.keep(jnp.isfinite(x) | jnp.isnan(x), x, 0)
 
 
 def softmax_losses(labels: jax.Array, logits: jax.Array, options: Options) -> jax.Array:
@@ -158,7 +182,24 @@ def as_factor(values: Any, logits: Any) -> Any:
 
 
 def _focus(losses: jax.Array, gamma: float | None) -> jax.Array:
-    """Returns `(1 - p)^g l` of losses `l = -ln p`; with the slope of its limit where l is 0."""
-    if gamma is None:
-        return losses
-    return jnp.maximum(-jnp.expm1(-losses), _TINY) ** gamma * losses
+    """Returns `(1 - p)^g l` of losses `l = -ln p`."""
+    return losses if gamma is None else _focus_by(gamma, losses)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _focus_by(gamma: float, losses: jax.Array) -> jax.Array:
+    return _raise_rest(losses, gamma) * losses
+
+
+@_focus_by.defjvp
+def _focus_by_jvp(gamma: float, primals: Any, tangents: Any) -> Any:
+    (losses,), (moved,) = primals, tangents
+    # At an infinite loss `p l` has the limit 0.
+    product = jnp.exp(-losses) * _unless_infinite(losses)
+    slope = _raise_rest(losses, gamma) + gamma * _raise_rest(losses, gamma - 1) * product
+    return _focus_by(gamma, losses), slope * moved
+
+
+def _raise_rest(losses: jax.Array, power: float) -> jax.Array:
+    """Returns `(1 - p)^power` of `-ln p`. Its base is kept off 0, where the slope may be infinite."""
+    return jnp.maximum(-jnp.expm1(-losses), _TINY) ** power

@@ -351,7 +351,7 @@ class ExpectedCalibrationError(AbstractSumsMetric):
 
     def whole(self, scores: Any, decided: Any) -> Observation:
         largest = scores.logits.max(-1, keepdims=True)
-        return CalibrationBins(decided.right.astype(jnp.float32), largest, self.bins, ("all",))
+        return CalibrationBins(decided.share_right, largest, self.bins, ("all",))
 
     def read(self, view: CalibrationView) -> Any:
         return view.error(self.norm)

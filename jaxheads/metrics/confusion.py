@@ -68,8 +68,14 @@ class Decisions(Counted):
 
     @property
     def right(self) -> jax.Array:
-        """Whether the label is predicted, bool `[..., 1]`."""
+        """Whether each label is predicted, bool of the shape of the labels."""
         return self.labels == self.predicted
+
+    @property
+    def share_right(self) -> jax.Array:
+        """The share of the labels of a row that is predicted, float32 `[..., 1]`."""
+        right = self.right.astype(jnp.float32)
+        return right if self.shares is None else jnp.sum(masking.weighted(self.shares, right), -1, keepdims=True)
 
 
 @jax.tree_util.register_dataclass

@@ -74,6 +74,8 @@ class ExactMatch(Metric):
                     f"{self!r} has a threshold. This head predicts the class of the largest logit: leave it out."
                 )
             made: Any = sources[CONFUSION]()
+            if made.shares is not None:
+                raise ValueError(f"{self!r} asks for one label a row. Given a head whose labels are distributions.")
             return made.right
         if SCORES in sources:
             made = sources[SCORES]()

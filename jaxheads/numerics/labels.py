@@ -302,10 +302,13 @@ def _check_label_size(
     spec: LabelSpec, shape: tuple[int, ...], lead: tuple[int, ...], what: str, given: tuple[int, ...] | None = None
 ) -> None:
     if shape[-1:] != (spec.size,):
+        one_hot = "if the labels are one-hot, pass class ids, labels.argmax(-1)"
+        if spec.total is not None:
+            one_hot = "if the labels are class ids, pass rows of shares, head.encode_labels(labels)"
         raise ValueError(
             f"Mismatched label shape. Expected {what} dimension={spec.size}.  Received {shape[-1] if shape else None} "
-            f"in shape {shape if given is None else given}. Suggested Fix: if the labels are one-hot, pass class ids, "
-            "labels.argmax(-1); otherwise check the head's n_classes or label_dimension, or reshape to "
+            f"in shape {shape if given is None else given}. Suggested Fix: {one_hot}; "
+            "otherwise check the head's n_classes or label_dimension, or reshape to "
             f"{(*lead, spec.size)}."
         )
 
