@@ -576,3 +576,26 @@ def test_metrics_of_several_labels_follow_thresholds_of_their_own(bins):
     assert one.compute(warn=False)["f1"] == pytest.approx(
         sklearn.metrics.f1_score(y.ravel(), decided.ravel()), rel=1e-6
     )
+
+
+def test_running_shares_and_a_mask_where_classes_lie_on_several_devices():
+    axes = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 2), ("rows", "classes"), axis_types=axes, devices=jax.devices()[:4])
+    where = np.arange(ROWS) != 3
+    for head, labels, spec in (
+        (jh.MultiClassHead(N, logit_adjustment="running"), IDS, ("rows", None)),
+        (jh.MultiLabelHead(N, logit_adjustment="running"), HOT, ("rows", "classes")),
+    ):
+        state = head.init_state()
+        expected = head.loss(labels, Z, where=where, params=state)
+
+        def step(labels, z, where, head=head, state=state):
+            return head.loss(labels, z, where=where, params=state), head.update_state(state, labels, z, where=where)
+
+        with jax.set_mesh(mesh):
+            places = (spec, ("rows", "classes"), ("rows",))
+            sharded = [jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*place)) for place in places]
+            loss, after = jax.jit(step)(*map(jax.device_put, (labels, Z, where), sharded))
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
+        by_one = head.update_state(state, labels, Z, where=where)
+        np.testing.assert_allclose(after["class_counts"], by_one["class_counts"])

@@ -87,7 +87,8 @@ def copy_first(mask: jax.Array, x: jax.Array, fill: float, lead: int, entries: b
     if entries or mask.ndim != x.ndim or mask.shape[:lead] != shape[:lead]:
         mask = jnp.broadcast_to(mask, shape)
     x, mask = (jnp.reshape(part, (blocks, -1, *part.shape[1:])) for part in (x, mask))
-    whole_mask = jnp.broadcast_to(mask, x.shape)
+    # Laid out as the values are: a choice insists on that.
+    whole_mask = mask & true_like(x)
     found, there = jax.lax.stop_gradient(keep(whole_mask, x, fill)), mask
     levels = [(x, whole_mask)]
     for axes in (range(1, lead + 1), *([range(lead + 1, x.ndim)] if entries else [])):
@@ -95,7 +96,7 @@ def copy_first(mask: jax.Array, x: jax.Array, fill: float, lead: int, entries: b
             # A mask of whole rows has one column. The search for the first takes the time, so it runs on that column.
             index = meshes.index(there, axis, np.int32)
             first = there & (index == jnp.argmax(there, axis, keepdims=True).astype(np.int32))
-            first = jnp.broadcast_to(first, found.shape)
+            first = first & true_like(found)
             add = jnp.any if found.dtype == np.bool_ else jnp.sum
             found = add(keep(first, found, 0), axis, keepdims=True).astype(found.dtype)
             there = jnp.any(there, axis, keepdims=True)
