@@ -351,3 +351,16 @@ def test_bad_values_are_told(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert len(str(caught.value)) <= 400
+
+
+def test_labels_that_float32_cannot_tell_apart_are_refused():
+    seconds = 1.7e9 + np.random.default_rng(0).uniform(0, 3000, 50)
+    with pytest.raises(ValueError, match="Subtract the mean from the labels on the host"):
+        jh.label_statistics(seconds)
+    with pytest.raises(ValueError, match="Subtract the mean from the labels on the host"):
+        jh.RegressionHead(label_mean=1.7e9, label_scale=900.0)
+    with pytest.raises(ValueError, match="too large to be squared"):
+        jh.label_statistics([1e200, 2e200])
+    years = np.array([2015.0, 2016.0, 2018.0])
+    np.testing.assert_allclose(jh.label_statistics(years), (years.mean(), years.std()), rtol=1e-12)
+    assert jh.label_statistics([0.1 + 0.2, 0.3]).scale == 1.0

@@ -155,3 +155,9 @@ def test_identity_and_directions():
 def test_bad_values_are_told(call, message):
     with pytest.raises(ValueError, match=message):
         call(M)
+
+
+def test_a_prediction_that_is_nan_is_within_nothing():
+    head = jh.RegressionHead().with_metrics(M.WithinTolerance(1.0))
+    assert np.isnan(head.measure([1.0, 2.0], [[np.nan], [2.0]]).compute(warn=False)["within_tolerance_1"])
+    assert head.measure([1.0, 2.0], [[4.0], [2.0]]).compute(warn=False)["within_tolerance_1"] == 0.5

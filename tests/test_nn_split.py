@@ -215,3 +215,16 @@ def test_states_of_nnx_go_on_from_a_checkpoint_too(tmp_path):
     other = jh.TrainState.create(params=wider, optimizer=OPTIMIZER, head=HEAD, key=KEY)
     with pytest.raises(ValueError, match=r"another network: params/bias is float32\[1\] there, and float32\[2\] now"):
         jh.fit(other, step, epochs=3, **given)
+
+
+def test_names_decide_not_places():
+    """A checkpoint gives the numbers of a list back as texts, which have another order: "10" is before "2"."""
+    model = nnx.Sequential(*[nnx.Linear(D, D, rngs=nnx.Rngs(i)) for i in range(12)])
+    params, model_state, apply_fn = jh.nn.split(model)
+    given: dict[str, Any] = {"train": False, "model_state": model_state, "rngs": None}
+    restored = {"layers": {str(i): layer for i, layer in params["layers"].items()}}
+    np.testing.assert_array_equal(apply_fn(restored, X, **given), apply_fn(params, X, **given))
+    lacking = {"layers": {i: layer for i, layer in params["layers"].items() if i != 3}}
+    for other in ({"zzz": params["layers"]}, lacking, None):
+        with pytest.raises(ValueError, match="must have the names"):
+            apply_fn(other, X, **given)

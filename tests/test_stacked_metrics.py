@@ -100,8 +100,8 @@ def test_states_of_pmap():
         (lambda m: m[None][1], r"metrics\[1\] is not there.*\(1,\)"),
         (lambda m: m[None][-2], r"metrics\[-2\] is not there"),
         (lambda m: m[None][0, 0], r"Given \[\[0, 0\]\]|Given \[\(0, 0\)\]"),
-        (lambda m: m[None][True], "by integers or slices"),
-        (lambda m: m[None][np.array([0])], "by integers or slices"),
+        (lambda m: m[None][True], "arrays of integers or slices"),
+        (lambda m: m[None][np.array([0.0])], "arrays of integers or slices"),
         (lambda m: m.sum(0), "Given axis=0 of one state"),
         (lambda m: m[None].sum(1), r"Given axis=1 of states \(1,\)"),
         (lambda m: m[None].sum(cast(Any, "d")), "Given axis='d'"),
@@ -120,3 +120,16 @@ def test_one_state_is_not_a_list():
     for call in (len, iter):
         with pytest.raises(TypeError, match=r"metrics.compute\(\)"):
             call(HEAD.metrics())
+
+
+def test_arrays_choose_several():
+    stacked = measure(LABELS, LOGITS, WEIGHTS)
+    best = jax.numpy.argmin(stacked.sum(1).state[:, 0, 0])
+    for index in (best, np.array(int(best)), np.int32(best)):
+        assert_loss(stacked[index].sum(), expected(int(best)))
+    assert_loss(stacked[[0, 2]].sum(), expected([0, 2]))
+    assert_loss(stacked[np.array([1, 5])].sum(), expected([1, 5]))
+    assert_loss(jax.jit(lambda metrics, i: metrics[i])(stacked, 3).sum(), expected(3))
+    for index in (np.float32(1), True, [], [9], ...):
+        with pytest.raises(ValueError, match="metrics\\["):
+            stacked[index]

@@ -423,3 +423,25 @@ def test_options_that_are_none_are_refused(make, match):
 def test_a_state_of_another_step_is_refused(state, given, match):
     with pytest.raises(ValueError, match=match):
         jax.eval_shape(jh.make_train_step(HEAD, network, INJECTED, **given), first_state(**state), batch_of())
+
+
+def test_parameters_and_model_state_that_overflow_are_skipped_too():
+    def apply(params, features, model_state):
+        return features @ params["w"], {"square": model_state["square"] * 1e30, "key": jax.random.key(3)}
+
+    step = jax.jit(jh.make_train_step(jh.RegressionHead(), apply, optax.sgd(1e38), skip_nonfinite=True))
+    batch = {"features": np.full((2, 1), 10.0, np.float32), "labels": np.ones(2, np.float32)}
+    for first, labels in ((1.0, 1.0), (1e20, 0.0)):
+        model_state = {"square": jnp.float32(first), "key": jax.random.key(2)}
+        state = jh.TrainState.create(
+            params={"w": np.zeros((1, 1), np.float32)},
+            model_state=model_state,
+            optimizer=optax.sgd(1e38),
+            head=jh.RegressionHead(),
+            key=jax.random.key(0),
+        )
+        after, out = step(state, {**batch, "labels": np.full(2, labels, np.float32)})
+        assert out.skipped
+        assert np.isfinite(out.loss)
+        np.testing.assert_array_equal(after.params["w"], 0)
+        np.testing.assert_array_equal(after.model_state["square"], np.float32(first))

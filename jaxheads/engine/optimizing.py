@@ -90,7 +90,8 @@ def is_finite(tree: Any, axis_name: Any = None) -> jax.Array:
     """Tells whether all numbers of a pytree are finite, on all devices."""
     finite = jnp.bool_(True)
     for leaf in jax.tree.leaves(tree):
-        finite = finite & jnp.all(jnp.isfinite(leaf))
+        if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact):  # no counters, no random keys
+            finite = finite & jnp.all(jnp.isfinite(leaf))
     if axis_name is None:
         return finite
     return jax.lax.pmin(meshes.varying(finite.astype(jnp.int32), axis_name), axis_name) > 0

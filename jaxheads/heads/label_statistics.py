@@ -37,7 +37,7 @@ def label_statistics(labels: Any, weights: Any = None, where: Any = None) -> Lab
 
     Raises:
         ValueError: a traced array; other shapes; a label that is not finite; a negative weight; a target without any
-            label that weighs something.
+            label that weighs something; labels that float32 cannot tell apart, such as seconds since 1970.
 
     Source: `sklearn.preprocessing.StandardScaler`.
 
@@ -72,9 +72,19 @@ def label_statistics(labels: Any, weights: Any = None, where: Any = None) -> Lab
     total = w.sum(axes)
     if not total.all():
         raise ValueError(f"Each target needs a label that weighs something. Given weights that add up to {total}.")
-    mean = (w * y).sum(axes) / total
-    spread = np.sqrt((w * np.square(y - mean)).sum(axes) / total)
-    scale = np.where(spread > LEAST_SPREAD * np.abs(mean), spread, 1.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = (w * y).sum(axes) / total
+        spread = np.sqrt((w * np.square(y - mean)).sum(axes) / total)
+    if not np.isfinite([mean, spread]).all():
+        raise ValueError(f"labels are too large to be squared. Given a mean of {mean.max():g}. Divide them first.")
+    varies = spread > 1e-13 * np.abs(mean)
+    if (near := varies & (spread < LEAST_SPREAD * np.abs(mean))).any():
+        raise ValueError(
+            "labels become float32 in a head, which cannot tell labels apart that lie so close together. Given a mean "
+            f"of {mean[near][0]:.10g} and a standard deviation of {spread[near][0]:g}. Subtract the mean from the labels "
+            "on the host, in float64, and add it to the predictions."
+        )
+    scale = np.where(varies, spread, 1.0)
     one = y.shape[-1] == 1
     return LabelStatistics(*(x.item() if one else tuple(x.tolist()) for x in (mean, scale)))
 

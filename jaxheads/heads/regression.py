@@ -66,7 +66,9 @@ class RegressionHead(loss_functions.AbstractLossFnHead):
         objective: one of the table, without `loss_fn`.
         huber_delta: the error from which on `"huber"` is linear; of standardized labels if they have a scale.
         label_mean, label_scale: a number, or one for each target, as `jh.label_statistics` gives them; or `"running"`,
-            for both. By default 0 and 1.
+            for both. By default 0 and 1. With `"running"`, give an optimizer that keeps squared gradients, such as
+            Adam, counts of some labels before the first step (as above), for raw labels would stay in its state; and
+            let `fit` monitor a metric in units, for `average_loss` is in a unit that moves.
         loss_reduction: a `Reduction` or its text.
         name: is appended to the metric keys.
 
@@ -153,6 +155,12 @@ class RegressionHead(loss_functions.AbstractLossFnHead):
                     f'{name} must be {what}{each}; or "running". Given {brief.tell(value)}. '
                     "jh.label_statistics(labels) gives both."
                 )
+        if (statistics := self._statistics) is not None and (statistics[1] < 1e-6 * np.abs(statistics[0])).any():
+            raise ValueError(
+                f"label_scale={brief.tell(self.label_scale)} is less than a millionth of label_mean="
+                f"{brief.tell(self.label_mean)}: labels become float32, which cannot tell such labels apart. Subtract "
+                "the mean from the labels on the host, in float64, and add it to the predictions."
+            )
 
     @property
     def _counts_labels(self) -> bool:

@@ -245,8 +245,9 @@ class WithinTolerance(AbstractErrorMetric):
         return f"within_{'relative_' if self.relative else ''}tolerance_{self.tolerance:g}"
 
     def measure(self, labels: jax.Array, predictions: jax.Array) -> jax.Array:
-        limit = np.float32(self.tolerance)
-        return jnp.abs(labels - predictions) <= (limit * jnp.abs(labels) if self.relative else limit)
+        limit, error = np.float32(self.tolerance), jnp.abs(labels - predictions)
+        within = error <= (limit * jnp.abs(labels) if self.relative else limit)
+        return jnp.where(jnp.isnan(error), error, within.astype(error.dtype))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,6 +122,18 @@ def _unpack(shape: tuple[int, ...], places: np.ndarray, bits: np.ndarray, head: 
 _MANY = 100
 
 
+def _as_index(x: Any) -> Any:
+    """Returns an index along one axis: a slice, an integer, or an array of integers; None for all other values."""
+    if isinstance(x, slice):
+        return x
+    x = np.asarray(x) if isinstance(x, list) and x else x
+    if isinstance(x, (int, np.integer, np.ndarray, jax.Array)) and not isinstance(x, bool):
+        if not isinstance(x, int) and x.dtype.kind not in "iu":
+            return None
+        return int(x) if jnp.ndim(x) == 0 and not isinstance(x, Tracer) else x
+    return None
+
+
 def _check_undefined(undefined: Any) -> None:
     is_number = isinstance(undefined, (int, float, np.number)) or (
         isinstance(undefined, (np.ndarray, jax.Array)) and undefined.shape == ()
@@ -198,16 +210,17 @@ class Metrics:
         lead, given = jnp.shape(self.state)[:-2], index if isinstance(index, tuple) else (index,)
         if index is None:
             return dataclasses.replace(self, state=self.state[None])
-        known = all(isinstance(x, slice) or inputs.is_integer(x, -(2**31)) for x in given)
-        if not known or len(given) > len(lead):
+        chosen = tuple(_as_index(x) for x in given)
+        if any(x is None for x in chosen) or len(chosen) > len(lead):
             raise ValueError(
-                f"metrics[i] takes one of several states in one, by integers or slices. Given [{brief.tell(index)}] of "
+                "metrics[i] takes one of several states in one, or some of them, by integers, arrays of integers or "
+                f"slices. Given [{brief.tell(index)}] of "
                 + (f"states {lead}." if lead else 'one state. Its values are in metrics.compute(): compute()["auc"].')
             )
-        for x, n in zip(given, lead, strict=False):
-            if not isinstance(x, slice) and not -n <= x < n:
-                raise ValueError(f"metrics[{index}] is not there: these are several states in one, {lead}.")
-        return dataclasses.replace(self, state=self._whole()[index])
+        for x, n in zip(chosen, lead, strict=False):
+            if not isinstance(x, (slice, Tracer)) and ((np.asarray(x) < -n) | (np.asarray(x) >= n)).any():
+                raise ValueError(f"metrics[{brief.tell(index)}] is not there: these are several states in one, {lead}.")
+        return dataclasses.replace(self, state=self._whole()[chosen])
 
     def __len__(self) -> int:
         """Returns the number of states along the first axis of several in one."""

@@ -144,10 +144,8 @@ def _split_nnx(model: nnx.Module, read: Callable[[Any], Any]) -> Split:
 
     def apply_fn(params: Any, features: Any, *, train: bool, model_state: Any, rngs: Any) -> Any:
         keyed = _renew(streams, rngs, model) if train else streams
-        states = [
-            structure.unflatten(jax.tree.leaves(tree))
-            for structure, tree in zip(inside, (params, model_state), strict=True)
-        ]
+        given = zip(inside, outside, (params, {} if model_state is None else model_state), strict=True)
+        states = [structure.unflatten(jax.tree.leaves(_fit(like, tree))) for structure, like, tree in given]
         merged: Any = nnx.merge(graphdef, states[0], keyed, states[1], copy=True)
         (merged.train if train else merged.eval)()
         logits = merged(read(features), **switch(train))
@@ -158,6 +156,23 @@ def _split_nnx(model: nnx.Module, read: Callable[[Any], Any]) -> Split:
         return logits, nnx.to_pure_dict(new)
 
     return Split(outside[0], outside[1] or None, apply_fn)
+
+
+def _fit(like: Any, tree: Any, path: str = "") -> Any:
+    """Returns a tree of dicts with the keys, and so in the order, of another.
+
+    Checkpoints give the numbers of a list back as texts, and texts have another order: "10" comes before "2".
+    """
+    if not isinstance(like, Mapping):
+        return tree
+    given = {str(key): value for key, value in tree.items()} if isinstance(tree, Mapping) else {}
+    if given.keys() != {str(key) for key in like}:
+        kind = brief.tell_names(given) if isinstance(tree, Mapping) else brief.tell(tree)
+        raise ValueError(
+            "params and model_state must have the names that jh.nn.split gave them. Given "
+            f"{kind} at {path or 'the top'}, expected {brief.tell_names(like)}."
+        )
+    return {key: _fit(inner, given[str(key)], f"{path}/{key}") for key, inner in like.items()}
 
 
 def _renew(streams: Any, rngs: Mapping[str, Any] | None, model: Any) -> Any:

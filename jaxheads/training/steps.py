@@ -108,13 +108,13 @@ def make_train_step(
             of `optax.inject_hyperparams`, for example `optax.inject_hyperparams(optax.adam)(schedule)`. It is None for
             other optimizers, as no state holds the value of the schedule in `optax.adam(schedule)`, and None for an
             optimizer with several.
-        skip_nonfinite: whether a step is skipped if its loss or its gradients are not finite, on any device or in any
-            micro-batch: parameters, optimizer, `model_state` and the running fields of the head stay as they were.
-            `state.step` counts a skipped step too, as it does with `optax.apply_if_finite`, so that the next step draws
-            other keys. `out.skipped` tells, `out.loss` and `out.grad_norm` are as they were found, `out.update_norm` is
-            0. `out.metrics` are empty but for the number of illegal elements, so that their sum stays finite.
-            `TrainState.create(count_skipped=True)` counts the skipped steps. There is no limit to their number: look at
-            it.
+        skip_nonfinite: whether a step is skipped if its loss, its gradients, the new parameters or the new
+            `model_state` are not finite, on any device or in any micro-batch: parameters, optimizer, `model_state` and
+            the running fields of the head stay as they were. `state.step` counts a skipped step too, as it does with
+            `optax.apply_if_finite`, so that the next step draws other keys. `out.skipped` tells, `out.loss` and
+            `out.grad_norm` are as they were found, `out.update_norm` is 0. `out.metrics` are empty but for the number
+            of illegal elements, so that their sum stays finite. `TrainState.create(count_skipped=True)` counts the
+            skipped steps. There is no limit to their number: look at it.
         loss_scale: a number by which the loss is multiplied before its gradient is taken. The gradient is divided by it
             at once, so only intermediate values of the network feel it: in float16, gradients below 6e-8 are 0. Keep
             parameters in float32 and cast them in `apply_fn`. Combine it with `skip_nonfinite`, as a large scale
@@ -237,7 +237,7 @@ def make_train_step(
         )
         out = StepOutput(loss, metrics)
         if skip_nonfinite or state.loss_scale is not None:
-            finite = is_finite((loss, grads), axis_name)
+            finite = is_finite((loss, grads, new.trainable, new.model_state), axis_name)
             new = _keep_finite(finite, new, state)
             updates = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), updates)
             metrics = None if metrics is None else clear(metrics, ~finite)
