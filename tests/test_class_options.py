@@ -30,6 +30,10 @@ WRONG: Any = 2.0
 PRIORS = (0.1, 0.2, 0.3, 0.4)
 
 
+def slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def softplus(z):
     return np.logaddexp(0.0, z)
 
@@ -137,8 +141,8 @@ def test_a_sum_over_classes_is_over_those_that_exist():
     np.testing.assert_allclose(found["average_loss"], (losses * where).sum() / (ROWS - 1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("z", [-90.0, -30.0, 0.0, 30.0, 90.0])
-@pytest.mark.parametrize("gamma", [0.5, 2.0])
+@pytest.mark.parametrize("z", [slow(-90.0), slow(-30.0), 0.0, slow(30.0), 90.0])
+@pytest.mark.parametrize("gamma", [0.5, slow(2.0)])
 def test_a_focal_loss_has_finite_slopes(z, gamma):
     binary, several = jh.BinaryClassHead(focal_gamma=gamma), jh.MultiClassHead(2, focal_gamma=gamma)
     y, z = np.array([[0], [1]]), np.full((2, 1), z, np.float32)
@@ -149,7 +153,7 @@ def test_a_focal_loss_has_finite_slopes(z, gamma):
     assert np.isfinite(slopes).all()
 
 
-@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("gamma", [0.5, slow(1.0), slow(2.0)])
 def test_a_focal_loss_has_finite_slopes_at_infinite_logits(gamma):
     """Where the loss is finite, as that of a class that cannot be: a padded vocabulary."""
     binary, several = jh.BinaryClassHead(focal_gamma=gamma), jh.MultiLabelHead(2, focal_gamma=gamma)
@@ -171,7 +175,7 @@ def test_a_focal_loss_has_finite_slopes_at_infinite_logits(gamma):
     assert np.isfinite(hessian).all()
 
 
-@pytest.mark.parametrize("library", ["xgboost", "lightgbm"])
+@pytest.mark.parametrize("library", ["xgboost", slow("lightgbm")])
 def test_options_that_change_nothing_give_the_same_trees(library):
     plain = jh.boosting.derivatives(jh.MultiClassHead(N), IDS, Z, library=library)
     neutral: Any = ({"class_weights": (1,) * N}, {"logit_adjustment": (1 / N,) * N}, {"label_smoothing": 1e-9})

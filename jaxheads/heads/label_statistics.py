@@ -81,8 +81,8 @@ def label_statistics(labels: Any, weights: Any = None, where: Any = None) -> Lab
     if (near := varies & (spread < LEAST_SPREAD * np.abs(mean))).any():
         raise ValueError(
             "labels become float32 in a head, which cannot tell labels apart that lie so close together. Given a mean "
-            f"of {mean[near][0]:.10g} and a standard deviation of {spread[near][0]:g}. Subtract the mean from the labels "
-            "on the host, in float64, and add it to the predictions."
+            f"of {mean[near][0]:.10g} and a standard deviation of {spread[near][0]:g}. Subtract the mean from the "
+            "labels on the host, in float64, and add it to the predictions."
         )
     scale = np.where(varies, spread, 1.0)
     one = y.shape[-1] == 1
