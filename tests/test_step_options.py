@@ -397,6 +397,9 @@ def test_a_scale_stays_within_bounds():
             r"fixed number(.|\n)*Given a DynamicLossScale(.|\n)*TrainState.create\(loss_scale=",
         ),
         (lambda: jh.make_train_step(HEAD, network, INJECTED, skip_nonfinite=2), "skip_nonfinite must be True or False"),  # pyright: ignore[reportArgumentType]
+        (lambda: jh.training.DynamicLossScale(0.5), "value must be at least smallest=1.0"),
+        (lambda: jh.training.DynamicLossScale(good_steps=-5), "good_steps must be an integer"),
+        (lambda: jh.training.DynamicLossScale(good_steps=2.5), "good_steps must be an integer"),
         (lambda: first_state(loss_scale=8.0), r"adapts(.|\n)*Given 8.0(.|\n)*make_train_step\(loss_scale="),
         (lambda: first_state(count_skipped=1), "count_skipped must be True or False"),
         (lambda: jh.training.DynamicLossScale(-1.0), "value must be a positive number(.|\n)*Given -1"),

@@ -61,7 +61,9 @@ def call(callbacks: Sequence[Callback], row: Mapping[str, float], state: Any) ->
     stops = False
     for function in callbacks:
         answer = function(dict(row), state)
-        if answer is not None and not isinstance(answer, (bool, np.bool_)):
+        is_array = isinstance(answer, brief.Shaped) and answer.shape == () and answer.dtype == np.bool_
+        is_switch = isinstance(answer, bool) or is_array
+        if answer is not None and not is_switch:
             raise ValueError(
                 "A function on_epoch_end must return True to stop training; None or False to go on. Given "
                 f"{brief.tell(answer)} by {brief.tell(function)}."

@@ -30,19 +30,20 @@ class LossScale(Protocol):
 class DynamicLossScale:
     """A scale of the loss that is as large as float16 allows, for `TrainState.create(loss_scale=...)`.
 
-    A step takes the gradient of `value * loss` and divides it by `value`. If gradients are not finite, the step is
-    skipped and the value is divided by `factor`. After `period` steps in a row with finite gradients, it is multiplied
-    by `factor`, unless it would no longer be finite.
+    A step takes the gradient of `value * loss` and divides it by `value`. If the loss, the gradients, the new
+    parameters or the new `model_state` are not finite, the step is skipped and the value is divided by `factor`. After
+    `period` steps in a row that are not skipped, it is multiplied by `factor`, unless it would no longer be finite.
 
     Args:
         value: the first value.
-        good_steps: the number of steps with finite gradients since the value changed.
+        good_steps: the number of steps since the value changed.
         period: how many good steps make the value rise.
         factor: by how much it rises and falls; a power of two rounds nothing.
         smallest: the value does not fall below this number.
 
     Raises:
-        ValueError: a value or a bound that is not positive, a factor that is not above 1, a period below 1.
+        ValueError: a value or a bound that is not positive, a value below the smallest, a factor that is not above 1, a
+            period below 1, a number of steps below 0.
 
     Source: Micikevicius et al., "Mixed Precision Training" (ICLR 2018). The package jmp has the same rule, and its
     `DynamicLossScale` may take the place of this one.
@@ -63,7 +64,13 @@ class DynamicLossScale:
         check_scale("smallest", self.smallest)
         check_scale("factor", self.factor)
         if isinstance(self.value, NUMBERS):  # afterwards it is an array of a state
-            check_scale("value", self.value)
+            if check_scale("value", self.value) < self.smallest:
+                raise ValueError(
+                    f"value must be at least smallest={self.smallest}: it would rise where it has to fall. Given "
+                    f"{self.value}. Pass a smaller smallest=."
+                )
+        if isinstance(self.good_steps, NUMBERS) and not inputs.is_integer(self.good_steps, 0):
+            raise ValueError(f"good_steps must be an integer of at least 0. Given {brief.tell(self.good_steps)}.")
         if self.factor <= 1:
             raise ValueError(f"factor must be a number above 1. Given {self.factor}.")
         if not inputs.is_integer(self.period, 1):
