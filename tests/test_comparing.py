@@ -190,3 +190,23 @@ def test_classes_of_another_number_do_not_compare():
     one, two = (jh.MultiClassHead(n, bootstrap=jh.Bootstrap(4)).metrics() for n in (3, 4))
     with pytest.raises(ValueError, match=r"same labels and classes\. Given MultiClassHead"):
         one.compare(two)
+
+
+@pytest.mark.parametrize("kind", ["classes", "labels"])
+def test_other_labels_of_several_classes_are_seen(kind):
+    """By counts of classes, or by positives of the histogram; also in another order, which changes replicas alone."""
+    rng = np.random.default_rng(1)
+    z = rng.normal(size=(60, 3)).astype(np.float32)
+    bootstrap = jh.Bootstrap(REPLICAS)
+    if kind == "classes":
+        head = jh.MultiClassHead(3, extra_metrics=[jh.metrics.BalancedAccuracy()], bootstrap=bootstrap)
+        labels = rng.integers(0, 3, (60, 1))
+    else:
+        head = jh.MultiLabelHead(3, bootstrap=bootstrap)
+        labels = rng.integers(0, 2, (60, 3))
+    one = jax.jit(lambda y, z: head.measure(y, z, key=KEY))
+    found = one(labels, z).compare(one(labels, 2 * z))
+    assert found.find("average_loss")["difference"] != 0
+    for other in (np.roll(labels, 1, 0), np.flip(labels, 0)):
+        with pytest.raises(ValueError, match="the weights of the replicas' labels differ"):
+            one(labels, z).compare(one(other, z))

@@ -15,6 +15,8 @@ SHOWN = 50
 # Sums of the same weights in another order differ by less, relative to the sum. Draws of other keys differ by more:
 # sums of n Poisson numbers by about sqrt(2 / n), so by 4e-5 even for a billion rows.
 SAME_WEIGHT = 1e-5
+# Histograms round more where a chip adds them up in bfloat16.
+SAME_POSITIVES = 1e-4
 # Means of the same labels differ by less than this part of the spread of the replicas, or of the mean.
 SAME_SPREAD, SAME_MEAN = 1e-2, 1e-6
 
@@ -117,6 +119,14 @@ def check_same_rows(a: Mapping[Any, Any], b: Mapping[Any, Any]) -> None:
             )
         if np.any(differ):
             raise ValueError(_tell_of_keys("the weights of the replicas differ"))
+
+
+def check_same_positives(a: Mapping[Any, Any], b: Mapping[Any, Any]) -> None:
+    """Refuses weights of positives, or of the labels of classes, that tell of other labels or another order."""
+    for key in a.keys() & b.keys():
+        left, right = a[key], b[key]
+        if np.any(np.abs(left - right) > SAME_POSITIVES * np.maximum(np.abs(left), np.abs(right))):
+            raise ValueError(_tell_of_keys("the weights of the replicas' labels differ"))
 
 
 def check_same_labels(a: Mapping[Key, Any], b: Mapping[Key, Any]) -> None:

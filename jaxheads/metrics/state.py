@@ -544,7 +544,8 @@ class Metrics:
 
         Raises:
             ValueError: inside `jit`; no replicas; heads that do not compare; other rows, or replicas of other draws, as
-                far as sums of weights and means of labels tell.
+                far as sums of weights, means of labels, positives of histograms and counts of classes tell. A
+                `MultiClassHead` keeps counts with a metric of classes alone, such as `BalancedAccuracy`.
 
         Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13.
 
@@ -572,6 +573,7 @@ class Metrics:
             comparing.check_same_names(left, right)
             comparing.check_same_rows(self._weigh_losses(every), other._weigh_losses(every))
             comparing.check_same_labels(left, right)
+            comparing.check_same_positives(self._weigh_labels(every), other._weigh_labels(every))
             slices = self.head.slices
             names = None if slices is None else list(slices.names or range(slices.n))
             least = 0 if slices is None else slices.min_count
@@ -584,6 +586,19 @@ class Metrics:
             each._warn_of_input(bad, xp)
             each._warn_of_bins(values)
         return out
+
+    def _weigh_labels(self, at: Any) -> dict[Any, Any]:
+        """Returns the weights of positives, and of the labels of each class, where histograms or counts tell them."""
+        from jaxheads.metrics.confusion import ClassesView
+
+        found: dict[Any, Any] = {}
+        for path, view in self._read_views(np.nan, at)[0].items():
+            if isinstance(view, ScoresView):
+                found[path] = view.positives
+                found |= {(path, column): each.positives for column, each in view.columns.items()}
+            elif isinstance(view, ClassesView):
+                found |= {(path, k): view.support[..., k] for k in range(len(view.names))}
+        return found
 
     def _weigh_losses(self, at: Any) -> dict[Path, Any]:
         """Returns the sum of the weights of each head inside."""
