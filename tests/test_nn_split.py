@@ -213,7 +213,7 @@ def test_states_of_nnx_go_on_from_a_checkpoint_too(tmp_path):
     chex.assert_trees_all_equal(again.state.params, whole.state.params)
     wider = nnx.state(nnx.Linear(D, 2, rngs=nnx.Rngs(0)))
     other = jh.TrainState.create(params=wider, optimizer=OPTIMIZER, head=HEAD, key=KEY)
-    with pytest.raises(ValueError, match=r"another network: params/bias is float32\[1\] there, and float32\[2\] now"):
+    with pytest.raises(ValueError, match=r"another network: params/bias(/value)? is float32\[1\] there"):
         jh.fit(other, step, epochs=3, **given)
 
 
